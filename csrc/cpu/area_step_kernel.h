@@ -1,0 +1,430 @@
+// area_step: interaction, layer normalisation, relu and pooling of one time step of one area, forward and backward.
+// Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are documented in area_step.h.
+//
+// Maths (per sample; b_i drives, m_j modulators, sums over the terms that are present):
+//   additive        z = sum_i b_i + beta_b
+//   multiplicative  z = (sum_i b_i + beta_b) * (1 + sum_j m_j + beta_m)
+//   mean, var over (H, W, C);  y = (z - mean) * rstd * gamma + beta;  h = max(y, 0);  pooled = max2x2(h) or mean_HW(h)
+//   backward: g = (dh + unpool(dpooled)) * [y > 0];  dgamma += g * xhat;  dbeta += g;  p = g * gamma
+//             dz = rstd * (p - mean(p) - xhat * mean(p * xhat));  db = dz * (1 + m);  dm = dz * b
+// Precision: sums of a row in Real, rows and chunks combined in double by Chan's parallel variance (no E[z^2] - E[z]^2).
+// Traffic: forward reads each term once and writes value, state and pooled once (the second pass finds its sample in L2);
+//   backward reads the saved value twice and each gradient once, and writes dz twice (g is parked in it between the passes).
+//   Both are bound by memory bandwidth: about 12 operations per element.
+// Threads: over samples, or over chunks of rows where samples are fewer than threads. The backward pass gives each chunk of rows
+//   to one thread for all samples, so that dgamma and dbeta need no atomics and no private copies.
+// Determinism: chunks depend on the shape alone and are combined in order, so results do not depend on the thread count.
+// Limits: at most kMaxTerms terms of each kind; the caller checks shapes.
+
+template <typename Real>
+inline void row_zero(Real* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = Real(0);
+}
+
+template <typename Real>
+inline void row_copy(Real* out, const Real* in, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+
+template <typename Real>
+inline void row_add(Real* out, const Real* in, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+}
+
+template <typename Real>
+inline void row_add_channels(Real* out, const Real* channel_values, int64_t width, int64_t channels, Real scale) {
+  for (int64_t w = 0; w < width; ++w) {
+    Real* pixel = out + w * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) pixel[c] += scale * channel_values[c];
+  }
+}
+
+// Sum of the terms at `offset` plus a bias per channel and a constant, into out [W * C].
+template <typename Real>
+inline void row_sum_terms(Real* out, const Real* const* terms, int num_terms, const Real* bias, Real constant, int64_t offset,
+                          int64_t width, int64_t channels) {
+  const int64_t n = width * channels;
+  if (num_terms == 0) {
+    row_zero(out, n);
+  } else if (num_terms == 1) {
+    if (out != terms[0] + offset) row_copy(out, terms[0] + offset, n);
+  } else {
+    const Real* first = terms[0] + offset;
+    const Real* second = terms[1] + offset;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = first[i] + second[i];
+    for (int k = 2; k < num_terms; ++k) row_add(out, terms[k] + offset, n);
+  }
+  if (bias != nullptr) row_add_channels(out, bias, width, channels, Real(1));
+  if (constant != Real(0)) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] += constant;
+  }
+}
+
+// Running count, mean and sum of squared deviations.
+struct Moments {
+  double count, mean, m2;
+  void merge(double other_count, double other_mean, double other_m2) {
+    if (other_count == 0) return;
+    const double total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    m2 += other_m2 + delta * delta * (count * other_count / total);
+    count = total;
+  }
+};
+
+template <typename Real>
+inline void row_moments(const Real* row, int64_t n, Moments* moments) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += row[i];
+  const Real centre = sum / Real(n);
+  Real m2 = 0, rest = 0;
+#pragma omp simd reduction(+ : m2, rest)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real d = row[i] - centre;
+    m2 += d * d;
+    rest += d;  // what rounding of the sum left over: corrects both moments
+  }
+  const double shift = double(rest) / double(n);
+  moments->merge(double(n), double(centre) + shift, double(m2) - double(rest) * shift);
+}
+
+// ---------------------------------------------------------------- forward
+
+template <typename Real>
+struct ForwardRows {
+  const AreaStepForwardParams<Real>& p;
+  int64_t row_size, map_size;
+
+  explicit ForwardRows(const AreaStepForwardParams<Real>& params)
+      : p(params), row_size(params.width * params.channels), map_size(params.height * params.width * params.channels) {}
+
+  // Interaction of one row into out; also keeps the modulator where wanted. scratch [W * C].
+  void interact(int64_t n, int64_t r, Real* out, Real* scratch) const {
+    const int64_t offset = n * map_size + r * row_size;
+    row_sum_terms(out, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
+    if (p.num_modulator > 0) {
+      Real* m = p.modulator_sum != nullptr ? p.modulator_sum + offset : scratch;
+      row_sum_terms(m, p.modulator, p.num_modulator, p.modulator_bias, Real(1), offset, p.width, p.channels);
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) out[i] *= m[i];
+    }
+  }
+
+  void moments(int64_t n, int64_t first_row, int64_t last_row, Real* scratch, Moments* out) const {
+    *out = Moments{0, 0, 0};
+    for (int64_t r = first_row; r < last_row; ++r) {
+      Real* z = p.value + n * map_size + r * row_size;
+      interact(n, r, z, scratch);
+      row_moments(z, row_size, out);
+    }
+  }
+
+  // Norm and relu of row r into out.
+  void activate(int64_t n, int64_t r, Real mean, Real rstd, Real* out, Real* scratch) const {
+    if (p.gamma != nullptr) {
+      const Real* z = p.value + n * map_size + r * row_size;
+      const Real* gamma = p.gamma + r * row_size;
+      const Real* beta = p.beta + r * row_size;
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) out[i] = (z[i] - mean) * rstd * gamma[i] + beta[i];
+    } else if (p.value != nullptr) {
+      Real* z = p.value + n * map_size + r * row_size;
+      interact(n, r, z, scratch);
+      row_copy(out, z, row_size);
+    } else {
+      interact(n, r, out, scratch);
+    }
+    if (p.rectify) {
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) out[i] = out[i] < Real(0) ? Real(0) : out[i];  // NaN stays NaN
+    }
+  }
+
+  // 2x2 maximum of two rows; the first of equal values wins and NaN wins over all, as in torch.
+  void pool(int64_t n, int64_t pooled_row, const Real* upper, const Real* lower) const {
+    const int64_t pooled_width = p.width / 2, channels = p.channels;
+    const int64_t offset = (n * (p.height / 2) + pooled_row) * pooled_width * channels;
+    for (int64_t w = 0; w < pooled_width; ++w) {
+      const Real* a = upper + 2 * w * channels;
+      const Real* b = a + channels;
+      const Real* c = lower + 2 * w * channels;
+      const Real* d = c + channels;
+      Real* out = p.max_pooled + offset + w * channels;
+      if (p.argmax != nullptr) {
+        uint8_t* where = p.argmax + offset + w * channels;
+#pragma omp simd
+        for (int64_t i = 0; i < channels; ++i) {
+          Real best = a[i];
+          uint8_t k = 0;
+          k = (b[i] > best || b[i] != b[i]) ? uint8_t(1) : k;
+          best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
+          k = (c[i] > best || c[i] != c[i]) ? uint8_t(2) : k;
+          best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
+          k = (d[i] > best || d[i] != d[i]) ? uint8_t(3) : k;
+          best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
+          out[i] = best;
+          where[i] = k;
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < channels; ++i) {
+          Real best = a[i];
+          best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
+          best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
+          best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
+          out[i] = best;
+        }
+      }
+    }
+  }
+
+  // Second pass over the rows of one chunk. scratch holds two rows and one more; pixel_sum [C] collects the mean over the map.
+  void finish(int64_t n, int64_t first_row, int64_t last_row, Real* scratch, Real* pixel_sum) const {
+    const Real mean = p.gamma != nullptr ? p.mean[n] : Real(0), rstd = p.gamma != nullptr ? p.rstd[n] : Real(1);
+    for (int64_t r = first_row; r < last_row; ++r) {
+      Real* row = p.state != nullptr ? p.state + n * map_size + r * row_size : scratch + ((r - first_row) % 2) * row_size;
+      activate(n, r, mean, rstd, row, scratch + 2 * row_size);
+      if (pixel_sum != nullptr) {
+        for (int64_t w = 0; w < p.width; ++w) row_add(pixel_sum, row + w * p.channels, p.channels);
+      }
+      // Chunks start at even rows, so the row above is of this chunk and, without a state, in the other scratch row.
+      if (p.max_pooled != nullptr && r % 2 == 1) {
+        const Real* upper = p.state != nullptr ? row - row_size : scratch;
+        pool(n, r / 2, upper, row);
+      }
+    }
+  }
+};
+
+template <typename Real>
+void area_step_forward(const AreaStepForwardParams<Real>& p) {
+  const ForwardRows<Real> rows(p);
+  const int64_t chunk_rows = rows_per_chunk(p.width, p.channels);
+  const int64_t chunks = num_chunks(p.height, p.width, p.channels);
+  const int64_t num_tasks = p.samples * chunks;
+  const bool norm = p.gamma != nullptr;
+  const int64_t scratch_size = 3 * rows.row_size;
+  Moments* moments = norm ? static_cast<Moments*>(malloc(sizeof(Moments) * num_tasks)) : nullptr;
+  Real* pixel_sums = p.mean_pooled != nullptr ? static_cast<Real*>(calloc(num_tasks * p.channels, sizeof(Real))) : nullptr;
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * scratch_size));
+
+    auto first_pass = [&](int64_t n, int64_t k) {
+      const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
+      rows.moments(n, first, last, scratch, moments + n * chunks + k);
+    };
+    auto statistics = [&](int64_t n) {
+      Moments total{0, 0, 0};
+      for (int64_t k = 0; k < chunks; ++k) {
+        const Moments& m = moments[n * chunks + k];
+        total.merge(m.count, m.mean, m.m2);
+      }
+      p.mean[n] = Real(total.mean);
+      p.rstd[n] = Real(1.0 / __builtin_sqrt(total.m2 / total.count + p.eps));
+    };
+    auto second_pass = [&](int64_t n, int64_t k) {
+      const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
+      rows.finish(n, first, last, scratch, pixel_sums != nullptr ? pixel_sums + (n * chunks + k) * p.channels : nullptr);
+    };
+    auto mean_over_map = [&](int64_t n) {
+      Real* out = p.mean_pooled + n * p.channels;
+      row_zero(out, p.channels);
+      for (int64_t k = 0; k < chunks; ++k) row_add(out, pixel_sums + (n * chunks + k) * p.channels, p.channels);
+      const Real scale = Real(1) / Real(p.height * p.width);
+#pragma omp simd
+      for (int64_t c = 0; c < p.channels; ++c) out[c] *= scale;
+    };
+
+    if (p.samples >= p.num_threads) {
+      // A whole sample per thread: its second pass finds in L2 what its first pass wrote.
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < p.samples; ++n) {
+        if (norm) {
+          for (int64_t k = 0; k < chunks; ++k) first_pass(n, k);
+          statistics(n);
+        }
+        for (int64_t k = 0; k < chunks; ++k) second_pass(n, k);
+        if (pixel_sums != nullptr) mean_over_map(n);
+      }
+    } else {
+      if (norm) {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < num_tasks; ++task) first_pass(task / chunks, task % chunks);
+        // (the implicit barrier: statistics need every chunk)
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < p.samples; ++n) statistics(n);
+      }
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < num_tasks; ++task) second_pass(task / chunks, task % chunks);
+      if (pixel_sums != nullptr) {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < p.samples; ++n) mean_over_map(n);
+      }
+    }
+    free(scratch);
+  }
+  free(pixel_sums);
+  free(moments);
+}
+
+// ---------------------------------------------------------------- backward
+
+template <typename Real>
+struct BackwardRows {
+  const AreaStepBackwardParams<Real>& p;
+  int64_t row_size, map_size;
+
+  explicit BackwardRows(const AreaStepBackwardParams<Real>& params)
+      : p(params), row_size(params.width * params.channels), map_size(params.height * params.width * params.channels) {}
+
+  // Gradient of the state: its consumers and its pooled forms. out [W * C].
+  void grad_state(int64_t n, int64_t r, Real* out) const {
+    const int64_t offset = n * map_size + r * row_size;
+    row_sum_terms(out, p.grad_state, p.num_grad_state, static_cast<const Real*>(nullptr), Real(0), offset, p.width, p.channels);
+    if (p.grad_mean_pooled != nullptr)
+      row_add_channels(out, p.grad_mean_pooled + n * p.channels, p.width, p.channels, Real(1) / Real(p.height * p.width));
+    if (p.grad_max_pooled != nullptr && r / 2 < p.height / 2) {
+      const int64_t pooled_width = p.width / 2;
+      const int64_t pooled_offset = (n * (p.height / 2) + r / 2) * pooled_width * p.channels;
+      for (int64_t w = 0; w < 2 * pooled_width; ++w) {
+        const uint8_t here = uint8_t(2 * (r % 2) + w % 2);
+        const uint8_t* where = p.argmax + pooled_offset + (w / 2) * p.channels;
+        const Real* grad = p.grad_max_pooled + pooled_offset + (w / 2) * p.channels;
+        Real* pixel = out + w * p.channels;
+#pragma omp simd
+        for (int64_t c = 0; c < p.channels; ++c) pixel[c] += where[c] == here ? grad[c] : Real(0);
+      }
+    }
+  }
+
+  // The value before the norm: kept (additive) or computed again from the drive and the modulator.
+  const Real* value(int64_t n, int64_t r, Real* scratch) const {
+    const int64_t offset = n * map_size + r * row_size;
+    if (!p.multiplicative) return p.value + offset;
+    row_sum_terms(scratch, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
+    if (p.modulator_sum != nullptr) {
+      const Real* m = p.modulator_sum + offset;
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) scratch[i] *= m[i];
+    }
+    return scratch;
+  }
+
+  // First pass with a norm: masks the gradient by the relu into grad_drive, adds to dgamma and dbeta, and sums p and p * xhat.
+  void masked(int64_t n, int64_t r, Real* scratch, double* sum_p, double* sum_px) const {
+    Real* g = p.grad_drive + n * map_size + r * row_size;
+    grad_state(n, r, g);
+    const Real* z = value(n, r, scratch);
+    const Real *gamma = p.gamma + r * row_size, *beta = p.beta + r * row_size;
+    Real *grad_gamma = p.grad_gamma + r * row_size, *grad_beta = p.grad_beta + r * row_size;
+    const Real mean = p.mean[n], rstd = p.rstd[n];
+    const bool rectify = p.rectify;
+    Real s = 0, sx = 0;
+#pragma omp simd reduction(+ : s, sx)
+    for (int64_t i = 0; i < row_size; ++i) {
+      const Real xhat = (z[i] - mean) * rstd;
+      // The same expression as in the forward pass, so that the sign test sees the same rounding.
+      const Real y = (z[i] - mean) * rstd * gamma[i] + beta[i];
+      const Real gi = rectify && y <= Real(0) ? Real(0) : g[i];
+      g[i] = gi;
+      grad_gamma[i] += gi * xhat;
+      grad_beta[i] += gi;
+      s += gi * gamma[i];
+      sx += gi * gamma[i] * xhat;
+    }
+    *sum_p += double(s);
+    *sum_px += double(sx);
+  }
+
+  // Gradients of drives and modulators from dz, which is in `grad` (grad_drive or scratch).
+  void distribute(int64_t n, int64_t r, Real* grad, Real* scratch) const {
+    const int64_t offset = n * map_size + r * row_size;
+    if (p.multiplicative) {
+      if (p.grad_modulator != nullptr) {
+        Real* out = p.grad_modulator + offset;
+        row_sum_terms(scratch, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
+#pragma omp simd
+        for (int64_t i = 0; i < row_size; ++i) out[i] = grad[i] * scratch[i];
+      }
+      if (p.modulator_sum != nullptr) {
+        const Real* m = p.modulator_sum + offset;
+#pragma omp simd
+        for (int64_t i = 0; i < row_size; ++i) grad[i] *= m[i];
+      }
+    }
+    if (p.grad_drive_sum != nullptr) row_add(p.grad_drive_sum + offset, grad, row_size);
+  }
+
+  void finish(int64_t n, int64_t r, Real mean_p, Real mean_px, Real* scratch) const {
+    const int64_t offset = n * map_size + r * row_size;
+    Real* grad = p.grad_drive != nullptr ? p.grad_drive + offset : scratch + row_size;
+    if (p.gamma != nullptr) {
+      const Real* z = value(n, r, scratch);
+      const Real* gamma = p.gamma + r * row_size;
+      const Real mean = p.mean[n], rstd = p.rstd[n];
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i)
+        grad[i] = rstd * (grad[i] * gamma[i] - mean_p - (z[i] - mean) * rstd * mean_px);
+    } else {
+      grad_state(n, r, grad);
+      if (p.rectify) {
+        const Real* z = value(n, r, scratch);
+#pragma omp simd
+        for (int64_t i = 0; i < row_size; ++i) grad[i] = z[i] <= Real(0) ? Real(0) : grad[i];
+      }
+    }
+    distribute(n, r, grad, scratch);
+  }
+};
+
+template <typename Real>
+void area_step_backward(const AreaStepBackwardParams<Real>& p) {
+  const BackwardRows<Real> rows(p);
+  const int64_t chunk_rows = rows_per_chunk(p.width, p.channels);
+  const int64_t chunks = num_chunks(p.height, p.width, p.channels);
+  const int64_t num_tasks = p.samples * chunks;
+  const bool norm = p.gamma != nullptr;
+  const double map_size = double(rows.map_size);
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 2 * rows.row_size));
+    if (norm) {
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < chunks; ++k) {
+        const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
+        for (int64_t n = 0; n < p.samples; ++n) {
+          double sum_p = 0, sum_px = 0;
+          for (int64_t r = first; r < last; ++r) rows.masked(n, r, scratch, &sum_p, &sum_px);
+          p.partial[2 * (n * chunks + k)] = sum_p;
+          p.partial[2 * (n * chunks + k) + 1] = sum_px;
+        }
+      }
+      // (the implicit barrier: the second pass needs the sums of every chunk)
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      const int64_t n = task / chunks, k = task % chunks;
+      const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
+      double sum_p = 0, sum_px = 0;
+      if (norm) {
+        for (int64_t j = 0; j < chunks; ++j) {
+          sum_p += p.partial[2 * (n * chunks + j)];
+          sum_px += p.partial[2 * (n * chunks + j) + 1];
+        }
+      }
+      for (int64_t r = first; r < last; ++r)
+        rows.finish(n, r, Real(sum_p / map_size), Real(sum_px / map_size), scratch);
+    }
+    free(scratch);
+  }
+}

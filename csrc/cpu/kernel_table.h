@@ -1,0 +1,29 @@
+// The CPU kernels of one instruction set, as plain function pointers. kernels.cpp is compiled once per instruction set and
+// each build exports one table; dispatch.cpp chooses among them at run time.
+#pragma once
+#include "area_step.h"
+#include "readout_zones.h"
+
+namespace rnndyn {
+
+struct KernelTable {
+  const char* isa;
+  void (*area_step_forward_f32)(const AreaStepForwardParams<float>&);
+  void (*area_step_forward_f64)(const AreaStepForwardParams<double>&);
+  void (*area_step_backward_f32)(const AreaStepBackwardParams<float>&);
+  void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
+  void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
+  void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
+};
+
+const KernelTable& kernel_table_portable();
+const KernelTable& kernel_table_avx2();
+const KernelTable& kernel_table_avx512();
+
+// The table in use: the best one this processor can run, unless the environment variable RNNDYN_ISA (portable, avx2, avx512)
+// or select_isa() says otherwise. Throws std::invalid_argument for a name that is unknown or cannot run here.
+const KernelTable& kernels();
+void select_isa(const char* name);
+bool isa_supported(const char* name);
+
+}  // namespace rnndyn

@@ -1,0 +1,35 @@
+// Compiled once per instruction set with RNNDYN_ISA set to its name (see CMakeLists.txt). Everything the kernel headers define
+// lives in rnndyn::<isa>, and they use no inline function of the standard library: the linker keeps one copy of those, which might
+// then hold instructions that the processor at hand does not have.
+#include <omp.h>
+
+#include <cstdint>
+#include <stdlib.h>
+
+#include "cpu/kernel_table.h"
+
+#define RNNDYN_CONCAT_(a, b) a##b
+#define RNNDYN_CONCAT(a, b) RNNDYN_CONCAT_(a, b)
+#define RNNDYN_STRING_(a) #a
+#define RNNDYN_STRING(a) RNNDYN_STRING_(a)
+
+namespace rnndyn {
+namespace RNNDYN_ISA {
+#include "cpu/area_step_kernel.h"
+#include "cpu/readout_zones_kernel.h"
+}  // namespace RNNDYN_ISA
+
+const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
+  static const KernelTable table = {
+      RNNDYN_STRING(RNNDYN_ISA),
+      RNNDYN_ISA::area_step_forward<float>,
+      RNNDYN_ISA::area_step_forward<double>,
+      RNNDYN_ISA::area_step_backward<float>,
+      RNNDYN_ISA::area_step_backward<double>,
+      RNNDYN_ISA::readout_zones<float>,
+      RNNDYN_ISA::readout_zones<double>,
+  };
+  return table;
+}
+
+}  // namespace rnndyn

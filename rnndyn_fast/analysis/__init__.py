@@ -1,0 +1,17 @@
+"""Streaming analysis of representation dynamics: reducers, results, tables, claims and figures."""
+
+from rnndyn_fast.analysis.claims import Claim, check_claims
+from rnndyn_fast.analysis.outputs import analyse, tables, write_tables
+from rnndyn_fast.analysis.reducer import ReadoutZoneReducer, readout_zones
+from rnndyn_fast.analysis.results import ReadoutZoneResult
+
+__all__ = [
+    "Claim",
+    "ReadoutZoneReducer",
+    "ReadoutZoneResult",
+    "analyse",
+    "check_claims",
+    "readout_zones",
+    "tables",
+    "write_tables",
+]

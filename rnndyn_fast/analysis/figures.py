@@ -1,0 +1,319 @@
+"""Figures of a readout-zone analysis, one file each as PNG and SVG; drawn without a display."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rnndyn_fast.analysis.accumulators import GROUPS, Summary
+from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.analysis.results import ReadoutZoneResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart; markers and line styles repeat the distinction.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rnndyn_fast",  # the same result makes the same file
+}
+BAND = "band: 95% interval"
+
+
+def _new(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel())
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, pad=20)
+    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8.5, color="#555555", va="bottom")
+
+
+def _time_axis(axes: Axes, steps: int, label: str = "time step t") -> None:
+    axes.set_xlabel(label)
+    axes.set_xticks(range(0, steps, max(1, (steps + 9) // 10)))
+    axes.set_xlim(-0.4, steps - 0.6)
+
+
+def _line(axes: Axes, summary: Summary, index: Any, colour: str, marker: str, style: str, label: str) -> None:
+    mean, _, count, half = (np.asarray(part[index]) for part in summary)
+    shown = count > 0
+    if not shown.any():
+        axes.plot([], [], color=colour, marker=marker, linestyle=style, label=label)
+        return
+    t = np.arange(len(mean))[shown]
+    axes.plot(t, mean[shown], color=colour, marker=marker, linestyle=style, markersize=5, label=label)
+    band = np.nan_to_num(half[shown])
+    axes.fill_between(t, mean[shown] - band, mean[shown] + band, color=colour, alpha=0.2, linewidth=0)
+
+
+def _shade_beyond(axes: Axes, result: ReadoutZoneResult) -> str:
+    """Grey out the steps that the published analysis leaves out, and say so."""
+    if result.max_t_analysed >= result.timesteps:
+        return ""
+    axes.axvspan(result.max_t_analysed - 0.5, result.timesteps - 0.5, color="#000000", alpha=0.05, linewidth=0)
+    return "; grey: beyond max_t_analysed"
+
+
+def _range_text(count: np.ndarray) -> str:
+    return f"{count.max():,}" if count.min() == count.max() else f"{count.min():,} to {count.max():,}"
+
+
+def figure_accuracy(result: ReadoutZoneResult) -> Figure:
+    """Accuracy over time."""
+    figure, (axes,) = _new()
+    summary = result.summary("accuracy")
+    _line(
+        axes,
+        Summary(*(100 * p if p.dtype.kind == "f" else p for p in summary)),
+        slice(None),
+        BLUE,
+        "o",
+        "-",
+        "accuracy",
+    )
+    axes.axhline(100 / result.num_classes, color=GREY, linestyle=":", linewidth=1)
+    axes.text(
+        result.timesteps - 0.65,
+        100 / result.num_classes,
+        "chance",
+        color="#666666",
+        fontsize=8,
+        ha="right",
+        va="bottom",
+    )
+    best = int(np.argmax(np.nan_to_num(summary.mean)))
+    _title(axes, "Accuracy over time", f"n = {result.n:,}; best {100 * summary.mean[best]:.1f}% at t = {best}; {BAND}")
+    axes.set_ylabel("correct (%)")
+    axes.set_ylim(bottom=0)
+    _time_axis(axes, result.timesteps)
+    return figure
+
+
+def figure_groups(result: ReadoutZoneResult) -> Figure:
+    """Trajectories per group."""
+    figure, (axes,) = _new(height=3.0)
+    n = max(result.n, 1)
+    names = [name.replace("_", "-") for name in GROUPS]
+    percent = np.array([100 * result.counts[name] / n for name in GROUPS])
+    half = 196 * np.sqrt(percent / 100 * (1 - percent / 100) / n)
+    axes.barh(
+        names, percent, xerr=half, color=list(GROUP_COLOURS.values()), error_kw={"ecolor": "#333333", "capsize": 3}
+    )
+    for row, (group, value, error) in enumerate(zip(GROUPS, percent, half, strict=True)):
+        axes.text(value + error + 1, row, f"{result.counts[group]:,} ({value:.1f}%)", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(percent.max() * 1.35, 1))
+    axes.set_xlabel("trajectories (%)")
+    _title(axes, "Groups of trajectories", f"n = {result.n:,}; whiskers: 95% interval")
+    return figure
+
+
+def figure_counts(result: ReadoutZoneResult) -> Figure:
+    """Stable trajectories per time of stabilisation."""
+    figure, (axes,) = _new(width=max(6.4, 0.75 * result.timesteps))
+    for shift, (name, counts) in enumerate(
+        (("stable_correct", result.counts_t_stable_correct), ("stable_incorrect", result.counts_t_stable_incorrect))
+    ):
+        x = np.arange(result.timesteps) + 0.4 * shift - 0.2
+        bars = axes.bar(
+            x,
+            counts,
+            0.38,
+            color=GROUP_COLOURS[name],
+            hatch=("", "///")[shift],
+            edgecolor="white",
+            linewidth=0,
+            label=f"{name.replace('_', '-')} (n = {counts.sum():,})",
+        )
+        axes.bar_label(bars, [f"{c:,}" if c else "" for c in counts], fontsize=7, padding=1, rotation=0)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(
+        0, max(10.0, 12.0 * max(result.counts_t_stable_correct.max(), result.counts_t_stable_incorrect.max()))
+    )
+    axes.set_ylabel("samples (log scale)")
+    axes.legend(loc="upper center", ncols=2)
+    _title(axes, "Samples per time of stabilisation", f"n = {result.n:,} trajectories in all")
+    _time_axis(axes, result.timesteps, "time step of stabilisation")
+    axes.set_xlim(-0.6, result.timesteps - 0.4)
+    return figure
+
+
+def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZoneResult | None = None) -> Figure:
+    """Representation change per time of stabilisation, of the network and, where given, of the untrained one."""
+    from matplotlib import colormaps
+
+    panels = [("trained" if untrained is not None else "", result)] + (
+        [] if untrained is None else [("untrained", untrained)]
+    )
+    figure, all_axes = _new(1, len(panels), width=4.6 * len(panels) + 1.8)
+    for axes, (name, one) in zip(all_axes, panels, strict=True):
+        summary = one.summary("representation_change_by_t_stable")
+        shown = [s for s in range(one.max_t_analysed) if one.counts_t_stable_correct[s] > 0]
+        colours = colormaps["viridis"](np.linspace(0, 0.88, max(len(shown), 1)))
+        for colour, s in zip(colours, shown, strict=False):
+            label = f"{s} (n = {one.counts_t_stable_correct[s]:,})"
+            _line(axes, summary, s, colour, "osD^vPX*"[s % 8], "-", label)
+        n = int(one.counts_t_stable_correct[shown].sum())
+        title = f"Representation change{', ' + name if name else ''}"
+        _title(axes, title, f"stable-correct, n = {n:,}; {BAND}")
+        _time_axis(axes, max(one.timesteps - 1, 1), "transition t → t + 1")
+        if shown and one.timesteps > 1:
+            axes.legend(title="t_stable", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        else:
+            axes.text(0.5, 0.5, "no transitions of stable-correct samples", transform=axes.transAxes, ha="center")
+    all_axes[0].set_ylabel("‖r[t+1] - r[t]‖")
+    if all(len(axes.lines) for axes in all_axes):
+        all_axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def _now_vs_later(result: ReadoutZoneResult, measure: str, title: str, label: str) -> Figure:
+    figure, (axes,) = _new()
+    summary = result.summary(measure)
+    names = ("already stable (t_stable ≤ t)", "not yet stable (t_stable > t)")
+    for column, (name, colour, marker, style) in enumerate(zip(names, (BLUE, ORANGE), "os", ("-", "--"), strict=True)):
+        count = summary.n[:, column]
+        _line(axes, summary, (slice(None), column), colour, marker, style, f"{name}, n = {_range_text(count)}")
+    grey = _shade_beyond(axes, result)
+    axes.set_ylabel(label)
+    axes.legend(loc="best", fontsize=8.5)
+    _title(axes, title, f"stable-correct, n = {result.counts['stable_correct']:,}; {BAND}{grey}")
+    _time_axis(axes, result.timesteps)
+    return figure
+
+
+def figure_norm(result: ReadoutZoneResult) -> Figure:
+    """Norm of samples already stable and not yet."""
+    return _now_vs_later(result, "norm_now_vs_later", "Norm of representations", "‖r[t]‖")
+
+
+def figure_cos_current(result: ReadoutZoneResult) -> Figure:
+    """Cosine to the readout vector of the current class, samples already stable and not yet."""
+    title = "Alignment with the readout vector of the current class"
+    return _now_vs_later(result, "cos_current_now_vs_later", title, "cosine")
+
+
+def figure_margin(result: ReadoutZoneResult) -> Figure:
+    """Logit margin of samples already stable and not yet."""
+    return _now_vs_later(result, "margin_now_vs_later", "Logit margin", "current class - best other")
+
+
+def figure_boundary_distance(result: ReadoutZoneResult) -> Figure:
+    """Distance to the nearest zone boundary of samples already stable and not yet."""
+    return _now_vs_later(
+        result, "boundary_distance_now_vs_later", "Distance to the edge of the readout zone", "distance"
+    )
+
+
+def figure_cos_final(result: ReadoutZoneResult) -> Figure:
+    """Not-yet-stable samples: cosine to the own final class and to those of others in the same zone."""
+    figure, (axes,) = _new()
+    summary = result.summary("cos_final_vs_other")
+    names = (
+        f"own final class, n = {_range_text(summary.n[:, 0])} samples",
+        f"others' final classes, n = {_range_text(summary.n[:, 1])} pairs",
+    )
+    for column, (name, colour, marker, style) in enumerate(zip(names, (GREEN, PURPLE), "os", ("-", "--"), strict=True)):
+        _line(axes, summary, (slice(None), column), colour, marker, style, name)
+    grey = _shade_beyond(axes, result)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_ylabel("cosine of r[t] to readout vector")
+    axes.legend(loc="best", fontsize=8.5)
+    _title(axes, "Not yet stable: drawn to the own final class", f"{BAND} (pairs: on the wide side){grey}")
+    _time_axis(axes, result.timesteps)
+    return figure
+
+
+def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
+    """Ward dendrogram of the readout vectors under (1 - cosine) / 2."""
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
+    classes = result.num_classes
+    figure, (axes,) = _new(width=max(6.4, 0.14 * classes + 2), height=4.4)
+    _title(
+        axes,
+        "Similarity of readout vectors",
+        f"{classes} class{'' if classes == 1 else 'es'}; Ward linkage under (1 - cosine) / 2",
+    )
+    axes.set_ylabel("distance")
+    if classes < 2:
+        axes.text(0.5, 0.5, "one class", transform=axes.transAxes, ha="center")
+        return figure
+    norm = np.linalg.norm(result.readout_weight, axis=1, keepdims=True)
+    unit = result.readout_weight / np.where(norm == 0, 1.0, norm)
+    distance = np.clip((1 - unit @ unit.T) / 2, 0, 1)
+    distance = (distance + distance.T) / 2
+    np.fill_diagonal(distance, 0)
+    given = result.descriptors.get("class_names")
+    names = (
+        [str(name) for name in given]
+        if isinstance(given, list) and len(given) == classes
+        else [str(c) for c in range(classes)]
+    )
+    tree = linkage(squareform(distance, checks=False), "ward")
+    size = 9.0 if classes <= 30 else 6.0
+    dendrogram(
+        tree,
+        ax=axes,
+        labels=names,
+        color_threshold=0,
+        above_threshold_color=BLUE,
+        leaf_rotation=90,
+        leaf_font_size=size,
+    )
+    return figure
+
+
+FIGURES: dict[str, Callable[[ReadoutZoneResult], Figure]] = {
+    "accuracy": figure_accuracy,
+    "groups": figure_groups,
+    "counts": figure_counts,
+    "representation_change": figure_representation_change,
+    "norm_now_vs_later": figure_norm,
+    "cos_current_now_vs_later": figure_cos_current,
+    "cos_final_vs_other": figure_cos_final,
+    "margin_now_vs_later": figure_margin,
+    "boundary_distance_now_vs_later": figure_boundary_distance,
+    "readout_dendrogram": figure_dendrogram,
+}
+
+
+def write_figures(
+    result: ReadoutZoneResult, out_dir: str | os.PathLike[str], *, untrained: ReadoutZoneResult | None = None
+) -> list[Path]:
+    """Write each of FIGURES to ``out_dir/<name>.png`` and ``.svg``; returns the paths."""
+    from matplotlib import rc_context
+
+    written = []
+    for name, make in FIGURES.items():
+        with rc_context(STYLE):
+            figure = (
+                figure_representation_change(result, untrained)
+                if make is figure_representation_change
+                else make(result)
+            )
+            for suffix in ("png", "svg"):
+                path = Path(out_dir) / f"{name}.{suffix}"
+                with replaced_atomically(path) as temporary:
+                    figure.savefig(temporary, metadata={"Date": None} if suffix == "svg" else None)
+                written.append(path)
+    return written

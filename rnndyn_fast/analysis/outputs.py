@@ -1,0 +1,137 @@
+"""Tables (CSV) and figures of a readout-zone analysis."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rnndyn_fast.analysis.accumulators import GROUPS
+from rnndyn_fast.analysis.claims import check_claims
+from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.analysis.results import ReadoutZoneResult
+
+Row = dict[str, Any]
+
+_PAIRED = {  # measure -> names of its two columns
+    "norm_now_vs_later": ("stable", "not_yet_stable"),
+    "cos_current_now_vs_later": ("stable", "not_yet_stable"),
+    "margin_now_vs_later": ("stable", "not_yet_stable"),
+    "boundary_distance_now_vs_later": ("stable", "not_yet_stable"),
+    "cos_final_vs_other": ("own_final", "others_final"),
+}
+
+
+def _cell(prefix: str, summary: Any, index: Any) -> Row:
+    names = ("mean", "sd", "n", "ci95_low", "ci95_high")
+    mean, sd, count, half = (part[index] for part in summary)
+    values = (float(mean), float(sd), int(count), float(mean - half), float(mean + half))
+    return {f"{prefix}{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
+    """Every measure as a list of rows: means with standard deviation, n and 95% interval; NaN where a group is empty.
+
+    In ``cos_final_vs_other``, ``others_final_n`` counts ordered pairs, and ``others_final_n_effective`` the samples
+    that they are worth. ``published_summary`` has the averages over steps that the publication prints.
+    """
+    steps, total = range(result.timesteps), max(result.n, 1)
+    out: dict[str, list[Row]] = {}
+    out["groups"] = [{"group": g, "n": result.counts[g], "fraction": result.counts[g] / total} for g in GROUPS]
+    accuracy = result.summary("accuracy")
+    out["accuracy"] = [{"t": t} | _cell("", accuracy, t) for t in steps]
+    out["counts"] = [
+        {
+            "t": t,
+            "stable_correct": int(result.counts_t_stable_correct[t]),
+            "stable_incorrect": int(result.counts_t_stable_incorrect[t]),
+            "unstable_correct": int(result.counts_t_unstable_correct[t]),
+        }
+        for t in steps
+    ]
+    effective = result.sums.pairs()[1]
+    for measure, columns in _PAIRED.items():
+        summary = result.summary(measure)
+        out[measure] = [
+            {"t": t} | {k: v for c, name in enumerate(columns) for k, v in _cell(f"{name}_", summary, (t, c)).items()}
+            for t in steps
+        ]
+    for row, value in zip(out["cos_final_vs_other"], effective, strict=True):
+        row["others_final_n_effective"] = float(value)
+    change = result.summary("representation_change_by_t_stable")
+    out["representation_change_by_t_stable"] = [
+        {"t_stable": s, "t": t} | _cell("", change, (s, t)) for s in steps for t in range(result.timesteps - 1)
+    ]
+    out["change_after_stable"] = [
+        {"measure": name} | _cell("", result.summary(name), ())
+        for name in ("change_after_stable", "relative_change_after_stable")
+    ]
+    out["published_summary"] = [
+        {
+            "measure": m,
+            "columns": " / ".join(names),
+            **dict(zip(("first", "second"), map(float, result.published_summary(m)), strict=True)),
+        }
+        for m, names in _PAIRED.items()
+    ]
+    out["claims"] = [
+        {"claim": c.name, "statement": c.statement, "verdict": c.verdict, "n": c.n, "number": name, "value": value}
+        for c in check_claims(result)
+        for name, value in c.evidence.items()
+    ]
+    return out
+
+
+def _text(value: Any) -> str:
+    # repr of a float reads back as the same float; an empty field is what spreadsheets and pandas take for missing.
+    if isinstance(value, float):
+        return "" if np.isnan(value) else repr(value)
+    return str(value)
+
+
+def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> Path:
+    """Write rows with the same keys to a CSV file, whole or not at all; NaN becomes an empty field."""
+    rows = list(rows)
+    with replaced_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0].keys() if rows else [])
+        writer.writerows([_text(value) for value in row.values()] for row in rows)
+    return Path(path)
+
+
+def write_tables(result: ReadoutZoneResult, out_dir: str | os.PathLike[str]) -> list[Path]:
+    """Write each of ``tables(result)`` to ``out_dir/<name>.csv``."""
+    return [write_csv(rows, Path(out_dir) / f"{name}.csv") for name, rows in tables(result).items()]
+
+
+def analyse(
+    result_path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    compare: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write all tables and figures of a saved result.
+
+    Args:
+        result_path: file written by ``ReadoutZoneResult.save``.
+        out_dir: folder for the files; made where it does not exist. Files of the same names are replaced.
+        compare: a second result, that of the untrained network, drawn beside the first in the representation-change
+            figure.
+
+    Returns:
+        Paths written: tables ``*.csv``, figures ``*.png`` and ``*.svg``.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is absent or no result (nothing has been written then).
+    """
+    from rnndyn_fast.analysis.figures import write_figures
+
+    result = ReadoutZoneResult.load(result_path)
+    other = None if compare is None else ReadoutZoneResult.load(compare)
+    if other is not None and other.timesteps != result.timesteps:
+        raise ValueError(f"compare: expected a result of T = {result.timesteps} time steps, got {other.timesteps}")
+    return write_tables(result, out_dir) + write_figures(result, out_dir, untrained=other)

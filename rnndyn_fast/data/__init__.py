@@ -1,0 +1,29 @@
+"""Images: HDF5 files of the MiniEcoset layout, their batches, augmentation, and making such files from real images."""
+
+from rnndyn_fast.data.augment import TrivialAugmentWide
+from rnndyn_fast.data.challenge import CONDITIONS, Condition, ObjectPool, assign_conditions, challenge
+from rnndyn_fast.data.hdf5 import SPLITS, ImageFile, ImageSplit
+from rnndyn_fast.data.loader import BatchLoader, BatchSource, normalise
+from rnndyn_fast.data.make import make_dataset
+from rnndyn_fast.data.resize import resize
+from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
+
+__all__ = [
+    "CONDITIONS",
+    "SPLITS",
+    "BatchLoader",
+    "BatchSource",
+    "Condition",
+    "ImageFile",
+    "ImageSource",
+    "ImageSplit",
+    "ObjectPool",
+    "TrivialAugmentWide",
+    "assign_conditions",
+    "challenge",
+    "load_source",
+    "make_dataset",
+    "normalise",
+    "resize",
+    "stratified_order",
+]

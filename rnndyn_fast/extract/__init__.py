@@ -1,0 +1,6 @@
+"""Extraction: images through a trained network into the streaming analysis."""
+
+from rnndyn_fast.extract.run import extract, sha256, trajectories_path
+from rnndyn_fast.extract.trajectories import TrajectoryWriter
+
+__all__ = ["TrajectoryWriter", "extract", "sha256", "trajectories_path"]

@@ -1,0 +1,307 @@
+"""Backpropagation through time over a schedule.
+
+Components are visited in reverse, and within each its updates in reverse. A drive within a component returns its gradient step by step; a drive
+into it once, over all its slots, when its last reader is done. The weight's gradient of every connection is one call over all slots.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.forward import stacked
+from rnndyn_fast.graph.operands import Operands, at_most
+from rnndyn_fast.graph.saved import POOL_KIND, saved_buffers
+from rnndyn_fast.graph.schedule import Component, Schedule, Term, is_drive_term
+from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.convolution import convolve_backward
+
+FormSlot = tuple[str, Pool, int]
+
+
+class _GradientOf:
+    """Where the gradient of a drive gathers: a range of its area's own buffer, or a sum of its own."""
+
+    def __init__(self, schedule: Schedule, index: int) -> None:
+        drive = schedule.drives[index]
+        uses = [(item, t) for item, terms in schedule.terms.items() for t in terms if t.drive == index]
+        (area, slot), term = uses[0]
+        self.area = area
+        self.offset = slot - term.position
+        # One reader per position, all in one area, at a fixed distance, in one role: then nothing has to be summed.
+        self.aligned = len(uses) == len(drive.slots) and all(
+            item[0] == area and item[1] - t.position == self.offset and t.connection is term.connection for item, t in uses
+        )
+        self.kind = "drive" if is_drive_term(schedule.network, term.connection) else "modulator"
+
+
+class _Backward:
+    def __init__(self, operands: Operands, saved: Sequence[Tensor], needs: dict[str, bool]) -> None:
+        self.operands = operands
+        self.schedule = operands.schedule
+        self.needs = needs
+        self.saved = {b.key: t for b, t in zip(saved_buffers(self.schedule), saved, strict=True)}
+        self.grads: dict[str, Tensor] = {}  # of parameters
+        self.forms: defaultdict[FormSlot, list[Tensor]] = defaultdict(list)  # gradients of maps, [N, H, W, C] each
+        self.area_grads: dict[tuple[str, str], Tensor] = {}  # (area, drive | modulator) -> [slots, N, H, W, C]
+        self.drive_sums: dict[int, Tensor] = {}  # [positions, N, H, W, C], for drives that are not aligned
+        self.where = [_GradientOf(self.schedule, d.index) for d in self.schedule.drives]
+        self.uses_left = Counter((t.drive, t.position) for terms in self.schedule.terms.values() for t in terms)
+        self.total_left = Counter(t.drive for terms in self.schedule.terms.values() for t in terms)
+        self.inputs = {node.name: node for node in self.schedule.network.inputs}
+        self.reaches = self._reaches_gradient()
+
+    # ---------------------------------------------------------------- what is needed
+
+    def _reaches_gradient(self) -> set[str]:
+        """Nodes through which some wanted gradient passes."""
+        reaches = {name for name in self.inputs if self.needs.get(name)}
+        changed = True
+        while changed:
+            changed = False
+            for (name, _), terms in self.schedule.terms.items():
+                if name not in reaches and (
+                    self._norm_needed(name) or any(self._weight_needed(t) or self.schedule.drives[t.drive].source in reaches for t in terms)
+                ):
+                    reaches.add(name)
+                    changed = True
+        return reaches
+
+    def _norm_needed(self, name: str) -> bool:
+        prefix = self.schedule.network.area(name).norm_parameter
+        return bool(self.needs.get(f"{prefix}.weight") or self.needs.get(f"{prefix}.bias"))
+
+    def _weight_needed(self, term: Term) -> bool:
+        prefix = term.connection.parameter
+        return bool(self.needs.get(f"{prefix}.weight") or self.needs.get(f"{prefix}.bias"))
+
+    # ---------------------------------------------------------------- saved values
+
+    def _form(self, name: str, pool: Pool, slots: Sequence[int]) -> Tensor:
+        """Some slots of a form of a map: [slots, N, H, W, C]."""
+        key = (name, POOL_KIND[pool])
+        if key not in self.saved:  # an input's own map
+            node = self.inputs[name]
+            return torch.stack([self.operands.ingest(node, pool, slot)[0] for slot in slots])
+        return stacked(self.saved[key], slots)
+
+    def _drive_value(self, term: Term) -> Tensor:
+        """A drive term that a modulator multiplied: [N, H, W, C]."""
+        drive = self.schedule.drives[term.drive]
+        if drive.connection.operator is Operator.IDENTITY:
+            return self._form(drive.source, drive.connection.pool, [drive.slots[term.position]])[0]
+        return self.saved[f"drive{term.drive}", "drive"][term.position]
+
+    # ---------------------------------------------------------------- one component
+
+    def run(self) -> None:
+        for component in reversed(self.schedule.components):
+            if not self.reaches.intersection(component.areas):
+                continue
+            for name in component.areas:
+                self._allocate(name)
+            for name, slot in reversed(component.updates):
+                self._update(name, slot, component)
+            for d in component.drives_within:
+                self._finish_drive(d, within=True)
+            for d in component.drives_in:
+                if self.total_left[d] == 0:
+                    self._finish_drive(d, within=False)
+            for name in component.areas:
+                self.area_grads.pop((name, "drive"), None)
+                self.area_grads.pop((name, "modulator"), None)
+
+    def _allocate(self, name: str) -> None:
+        schedule, operands = self.schedule, self.operands
+        channels, height, width = schedule.network.shapes[name]
+        shape = (operands.samples, height, width, channels)
+        used = {t.drive for s in range(schedule.num_slots[name]) for t in schedule.terms[name, s]}
+        kinds = {self.where[d].kind for d in used if self.where[d].aligned and self.where[d].area == name}
+        for kind in kinds:
+            self.area_grads[name, kind] = torch.empty((schedule.num_slots[name], *shape), dtype=operands.dtype)
+        for d in used:
+            if not self.where[d].aligned and d not in self.drive_sums:
+                drive = schedule.drives[d]
+                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.dtype)
+        area = schedule.network.area(name)
+        if area.norm is Norm.LAYER:
+            for kind in ("weight", "bias"):
+                self.grads[f"{area.norm_parameter}.{kind}"] = torch.zeros(shape[1:], dtype=operands.dtype)
+
+    def _take(self, name: str, pool: Pool, slot: int) -> list[Tensor]:
+        return self.forms.pop((name, pool, slot), [])
+
+    def _update(self, name: str, slot: int, component: Component) -> None:
+        schedule, operands = self.schedule, self.operands
+        area, spec = operands.areas[name], schedule.network.area(name)
+        channels, height, width = schedule.network.shapes[name]
+        shape = (operands.samples, height, width, channels)
+        drives, modulators = operands.split_terms(schedule.terms[name, slot])
+        multiplicative = spec.interaction is Interaction.MULTIPLICATIVE
+
+        def kept(kind: str) -> Tensor | None:
+            stack = self.saved.get((name, kind))
+            return None if stack is None else stack[slot]
+
+        def own(kind: str) -> Tensor | None:
+            stack = self.area_grads.get((name, kind))
+            return None if stack is None else stack[slot]
+
+        sums = [t for t in drives if not self.where[t.drive].aligned]
+        sums_modulator = [t for t in modulators if not self.where[t.drive].aligned]
+        grad_drive = own("drive")
+        if grad_drive is None and (area.gamma is not None or len(sums) > 1):
+            grad_drive = torch.empty(shape, dtype=operands.dtype)
+        grad_modulator = own("modulator") if modulators else None
+        if grad_modulator is None and sums_modulator:
+            grad_modulator = torch.empty(shape, dtype=operands.dtype)
+        max_pooled, mean_pooled = self._take(name, Pool.MAX, slot), self._take(name, Pool.MEAN, slot)
+        _launch.area_step_backward(
+            shape,
+            operands.dtype,
+            at_most(self._take(name, Pool.NONE, slot)),
+            at_most(max_pooled, 1)[0] if max_pooled else None,
+            kept("argmax") if max_pooled else None,
+            at_most(mean_pooled, 1)[0] if mean_pooled else None,
+            multiplicative,
+            kept("value"),
+            at_most([self._drive_value(t) for t in drives]) if multiplicative else [],
+            operands.bias(drives) if multiplicative else None,
+            kept("modulator") if modulators else None,
+            kept("centre"),
+            kept("rstd"),
+            area.gamma,
+            area.beta,
+            area.rectify,
+            grad_drive,
+            self.drive_sums[sums[0].drive][sums[0].position] if sums else None,
+            grad_modulator,
+            self.grads.get(f"{spec.norm_parameter}.weight"),
+            self.grads.get(f"{spec.norm_parameter}.bias"),
+        )
+        for t in sums[1:]:
+            assert grad_drive is not None
+            self.drive_sums[t.drive][t.position] += grad_drive
+        for t in sums_modulator:
+            assert grad_modulator is not None
+            self.drive_sums[t.drive][t.position] += grad_modulator
+        for t in (*drives, *modulators):
+            self.uses_left[t.drive, t.position] -= 1
+            self.total_left[t.drive] -= 1
+            if t.drive in component.drives_within and self.uses_left[t.drive, t.position] == 0:
+                self._return_to_source(t.drive, t.position, t.position + 1)
+
+    # ---------------------------------------------------------------- drives
+
+    def _drive_grad(self, index: int, first: int, last: int) -> Tensor:
+        where = self.where[index]
+        if not where.aligned:
+            return self.drive_sums[index][first:last]
+        return self.area_grads[where.area, where.kind][first + where.offset : last + where.offset]
+
+    def _return_to_source(self, index: int, first: int, last: int, need_weight: bool = False) -> None:
+        """Gradient of some positions of a drive, back to the maps it read; with it, where wanted, the weight's."""
+        drive = self.schedule.drives[index]
+        c = drive.connection
+        slots = drive.slots[first:last]
+        need_x = drive.source in self.reaches
+        grad = self._drive_grad(index, first, last)
+        grad_x: Tensor | None = grad
+        if c.operator is not Operator.IDENTITY and (need_x or need_weight):
+            weight = self.operands.weights[index]
+            assert weight is not None
+            x = self._form(drive.source, c.pool, slots)
+            grad_x, grad_weight = convolve_backward(
+                c.geometry, grad.flatten(0, 1), x.flatten(0, 1), weight, need_x=need_x, need_weight=need_weight
+            )
+            if grad_weight is not None:
+                self._add(f"{c.parameter}.weight", grad_weight)
+            grad_x = grad_x.unflatten(0, (len(slots), -1)) if grad_x is not None else None
+        if need_x and grad_x is not None:
+            for k, slot in enumerate(slots):
+                self.forms[drive.source, c.pool, slot].append(grad_x[k])
+
+    def _finish_drive(self, index: int, *, within: bool) -> None:
+        """Everything about a drive that is done once: its weight's and bias's gradients and, from outside, its data's."""
+        drive = self.schedule.drives[index]
+        c = drive.connection
+        if c.bias and self.needs.get(f"{c.parameter}.bias"):
+            self._add(f"{c.parameter}.bias", self._drive_grad(index, 0, len(drive.slots)).sum((0, 1, 2, 3)))
+        need_weight = bool(c.operator is not Operator.IDENTITY and self.needs.get(f"{c.parameter}.weight"))
+        if not within:
+            self._return_to_source(index, 0, len(drive.slots), need_weight)
+        elif need_weight:
+            weight = self.operands.weights[index]
+            assert weight is not None
+            x = self._form(drive.source, c.pool, drive.slots)
+            grad = self._drive_grad(index, 0, len(drive.slots))
+            _, grad_weight = convolve_backward(
+                c.geometry, grad.flatten(0, 1), x.flatten(0, 1), weight, need_x=False, need_weight=True
+            )
+            assert grad_weight is not None
+            self._add(f"{c.parameter}.weight", grad_weight)
+        self.drive_sums.pop(index, None)
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+
+    # ---------------------------------------------------------------- results
+
+    def input_grad(self, node: Input) -> Tensor | None:
+        """Gradient of an input, [N, C, H, W] or [T, N, C, H, W]."""
+        slots = range(self.schedule.timesteps) if node.frames else range(1)
+        shape = (self.operands.samples, node.height, node.width, node.channels)
+        total = torch.zeros((len(slots), *shape), dtype=self.operands.dtype)
+        for slot in slots:
+            plain = self._take(node.name, Pool.NONE, slot)
+            pooled, mean = self._take(node.name, Pool.MAX, slot), self._take(node.name, Pool.MEAN, slot)
+            if plain or pooled or mean:
+                _launch.area_step_backward(
+                    shape, self.operands.dtype, at_most(plain),
+                    at_most(pooled, 1)[0] if pooled else None,
+                    self.saved[node.name, "argmax"][slot] if pooled else None,
+                    at_most(mean, 1)[0] if mean else None,
+                    False, None, [], None, None, None, None, None, None, False, total[slot], None, None, None, None,
+                )  # fmt: skip
+        total = total.permute(0, 1, 4, 2, 3).contiguous()
+        return total if node.frames else total[0]
+
+    def parameter_grad(self, name: str) -> Tensor | None:
+        """Gradient of a parameter; None where nothing of it was used."""
+        grad = self.grads.get(name)
+        if grad is None or not self.needs.get(name):
+            return None
+        is_norm = any(
+            a.norm is Norm.LAYER and name in (f"{a.norm_parameter}.weight", f"{a.norm_parameter}.bias")
+            for a in self.schedule.network.areas
+        )
+        if is_norm:  # [H, W, C] as the kernel sums it
+            grad = grad.permute(2, 0, 1).contiguous()
+        return grad.reshape(self.operands.parameters[name].shape)
+
+
+def backward(
+    operands: Operands,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],  # per recorded area, [T', N, C, H, W]
+    needs: dict[str, bool],
+) -> dict[str, Tensor | None]:
+    """Gradients of the inputs and parameters named in ``needs`` with True; None for a parameter that no term used."""
+    schedule = operands.schedule
+    run = _Backward(operands, saved, needs)
+    for name, grad in zip(schedule.record, grads, strict=True):
+        maps = grad.permute(0, 1, 3, 4, 2).contiguous()
+        for t in range(schedule.first_step[name], schedule.timesteps):
+            run.forms[name, Pool.NONE, schedule.slot_of[name][t]].append(maps[t - schedule.first_step[name]])
+    run.run()
+    result: dict[str, Tensor | None] = {}
+    for name, node in run.inputs.items():
+        if needs.get(name):
+            result[name] = run.input_grad(node)
+    for name in operands.parameters:
+        result[name] = run.parameter_grad(name)
+    return result

@@ -1,0 +1,323 @@
+"""Forward execution of a schedule, in two orders.
+
+:func:`forward_training` takes one component after another and keeps, in stacked buffers [slots, N, H, W, C], what backward needs.
+:func:`forward_inference` takes one time step after another and drops every map after its last reader.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
+from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, saved_buffers
+from rnndyn_fast.graph.schedule import Component, Drive, Schedule, Term
+from rnndyn_fast.graph.spec import Norm, Operator, Pool
+from rnndyn_fast.ops.convolution import convolve
+
+
+def _hwc(schedule: Schedule, name: str) -> tuple[int, int, int]:
+    channels, height, width = schedule.network.shapes[name]
+    return height, width, channels
+
+
+def _outputs(operands: Operands) -> list[Tensor]:
+    """Buffers [T', N, H, W, C] for the recorded areas."""
+    schedule = operands.schedule
+    return [
+        torch.empty((schedule.timesteps - schedule.first_step[name], operands.samples, *_hwc(schedule, name)), dtype=operands.dtype)
+        for name in schedule.record
+    ]
+
+
+def as_states(output: Tensor) -> Tensor:
+    """A buffer [T', N, H, W, C] seen as [T', N, C, H, W]."""
+    return output.permute(0, 1, 4, 2, 3)
+
+
+# ---------------------------------------------------------------- training
+
+
+class _Training:
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.schedule = operands.schedule
+        self.kept = {b.key for b in saved_buffers(self.schedule)}
+        self.buffers: dict[tuple[str, str], Tensor] = {}
+        self.drives: dict[int, Tensor] = {}  # [positions, N, H, W, C]
+        self.in_place: dict[str, int] = {}  # area -> the drive in whose memory its value is written
+        self.uses = Counter(t.drive for terms in self.schedule.terms.values() for t in terms)
+        for node in self.schedule.network.inputs:
+            if self.schedule.num_slots[node.name]:
+                self._ingest(node.name)
+
+    def _ingest(self, name: str) -> None:
+        node = next(n for n in self.schedule.network.inputs if n.name == name)
+        slots = range(self.schedule.timesteps) if node.frames else range(1)
+        for pool in self.schedule.pools_read(name):
+            forms = [self.operands.ingest(node, pool, slot) for slot in slots]
+            self.buffers[name, POOL_KIND[pool]] = torch.stack([f for f, _ in forms]) if len(forms) > 1 else forms[0][0][None]
+            if pool is Pool.MAX:
+                self.buffers[name, "argmax"] = torch.stack([a for _, a in forms if a is not None])
+
+    def run(self) -> None:
+        for component in self.schedule.components:
+            for d in component.drives_in:
+                if d not in self.drives:
+                    self.drives[d] = self._evaluate(self.schedule.drives[d], 0, len(self.schedule.drives[d].slots))
+            for name in component.areas:
+                self._allocate(name, component)
+            if component.batched:
+                self._update(component.areas[0], 0, self.schedule.num_slots[component.areas[0]])
+            else:
+                for name, slot in component.updates:
+                    self._update(name, slot, slot + 1)
+
+    def _evaluate(self, drive: Drive, first: int, last: int) -> Tensor:
+        """Positions first..last-1 of a drive: [positions, N, H, W, C]."""
+        form = self.buffers[drive.source, POOL_KIND[drive.connection.pool]]
+        x = stacked(form, drive.slots[first:last])
+        if drive.connection.operator is Operator.IDENTITY:
+            return x
+        weight = self.operands.weights[drive.index]
+        assert weight is not None
+        y = convolve(drive.connection.geometry, x.flatten(0, 1), weight)
+        return y.unflatten(0, (last - first, -1))
+
+    def _allocate(self, name: str, component: Component) -> None:
+        schedule, dtype, samples = self.schedule, self.operands.dtype, self.operands.samples
+        slots, shape = schedule.num_slots[name], _hwc(schedule, name)
+        for pool in schedule.pools_read(name):
+            form, argmax = empty_form((slots, samples, *shape), pool, dtype)
+            self.buffers[name, POOL_KIND[pool]] = form
+            if argmax is not None:
+                self.buffers[name, "argmax"] = argmax
+        if schedule.network.area(name).norm is Norm.LAYER:
+            self.buffers[name, "centre"] = torch.empty((slots, samples), dtype=dtype)
+            self.buffers[name, "rstd"] = torch.empty((slots, samples), dtype=dtype)
+        if keeps_value(schedule, name):
+            in_place = self._private_drive(name, component)
+            if in_place is None:
+                self.buffers[name, "value"] = torch.empty((slots, samples, *shape), dtype=dtype)
+            else:
+                self.in_place[name] = in_place
+                self.buffers[name, "value"] = self.drives[in_place]
+        elif schedule.network.area(name).norm is Norm.LAYER:
+            scratch = slots if component.batched else 1
+            self.buffers[name, "scratch"] = torch.empty((scratch, samples, *shape), dtype=dtype)
+        if has_modulator(schedule, name):
+            self.buffers[name, "modulator"] = torch.empty((slots, samples, *shape), dtype=dtype)
+
+    def _private_drive(self, name: str, component: Component) -> int | None:
+        """A convolution that only this area reads, position k at slot k: the area's value may take its place in memory."""
+        slots = self.schedule.num_slots[name]
+        for d in component.drives_in:
+            drive = self.schedule.drives[d]
+            read_here = [t for s in range(slots) for t in self.schedule.terms[name, s] if t.drive == d and t.position == s]
+            if (
+                drive.connection.operator is not Operator.IDENTITY
+                and len(drive.slots) == slots == len(read_here) == self.uses[d]
+            ):
+                return d
+        return None
+
+    def _term_value(self, term: Term, slots: slice) -> Tensor:
+        if term.drive in self.drives:
+            batched = slots.stop - slots.start > 1
+            return self.drives[term.drive][slots if batched else slice(term.position, term.position + 1)].flatten(0, 1)
+        drive = self.schedule.drives[term.drive]
+        value = self._evaluate(drive, term.position, term.position + 1)
+        key = (f"drive{drive.index}", "drive")
+        if key in self.kept:  # a drive of a product, from within the component
+            stack = self.buffers.setdefault(key, torch.empty((len(drive.slots), *value.shape[1:]), dtype=value.dtype))
+            stack[term.position] = value[0]
+        return value.flatten(0, 1)
+
+    def _update(self, name: str, first: int, last: int) -> None:
+        operands, area, slots = self.operands, self.operands.areas[name], slice(first, last)
+        drives, modulators = operands.split_terms(self.schedule.terms[name, first])
+
+        def buffer(kind: str, where: slice = slots) -> Tensor | None:
+            stack = self.buffers.get((name, kind))
+            return None if stack is None else stack[where].flatten(0, 1)
+
+        value = buffer("value")
+        scratch = buffer("scratch", slice(0, last - first))
+        drives.sort(key=lambda t: t.drive != self.in_place.get(name))  # the term whose memory the value takes must be the first
+        values = [self._term_value(t, slots) for t in drives]
+        modulator_sum = buffer("modulator")
+        if modulator_sum is not None and not modulators:
+            modulator_sum.fill_(1)
+        area_step_forward(
+            values,
+            [self._term_value(t, slots) for t in modulators],
+            drive_bias=operands.bias(drives),
+            modulator_bias=operands.bias(modulators),
+            gamma=area.gamma,
+            beta=area.beta,
+            eps=area.eps,
+            rectify=area.rectify,
+            value=value if value is not None else scratch,
+            modulator_sum=modulator_sum if modulators else None,
+            state=buffer("state"),
+            max_pooled=buffer("max"),
+            argmax=buffer("argmax"),
+            mean_pooled=buffer("mean"),
+            mean=buffer("centre"),
+            rstd=buffer("rstd"),
+        )
+
+
+def stacked(form: Tensor, slots: Sequence[int]) -> Tensor:
+    """Some slots of a stacked buffer [slots, N, ...]: a view where they are adjacent, else a copy."""
+    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        return form[slots[0] : slots[0] + len(slots)]
+    return form[list(slots)]
+
+
+def forward_training(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a rollout and keep what backward needs.
+
+    Returns: the recorded areas, [T', N, C, H, W] each, and the buffers of :func:`saved_buffers`, in its order.
+    """
+    schedule = operands.schedule
+    run = _Training(operands)
+    run.run()
+    outputs = _outputs(operands)
+    for name, output in zip(schedule.record, outputs, strict=True):
+        for t in range(schedule.first_step[name], schedule.timesteps):
+            output[t - schedule.first_step[name]] = run.buffers[name, "state"][schedule.slot_of[name][t]]
+    saved = []
+    for b in saved_buffers(schedule):
+        saved.append(run.drives[int(b.owner[5:])] if b.kind == "drive" and b.key not in run.buffers else run.buffers[b.key])
+    return [as_states(o) for o in outputs], saved
+
+
+# ---------------------------------------------------------------- inference
+
+
+class _Inference:
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.schedule = operands.schedule
+        self.forms: dict[tuple[str, int, Pool], Tensor] = {}
+        self.drives: dict[tuple[int, int], Tensor] = {}
+        self.free: dict[tuple[int, ...], list[Tensor]] = {}  # maps of ours that may be written again
+        self.drive_uses = Counter((t.drive, t.position) for terms in self.schedule.terms.values() for t in terms)
+        # Readers of each form of a map: drives still to be evaluated (an identity drive: still to be used up).
+        self.form_uses = Counter((d.source, slot, d.connection.pool) for d in self.schedule.drives for slot in d.slots)
+        self.inputs = {node.name: node for node in self.schedule.network.inputs}
+
+    def _map(self, shape: tuple[int, ...]) -> Tensor:
+        pool = self.free.get(shape)
+        return pool.pop() if pool else torch.empty(shape, dtype=self.operands.dtype)
+
+    def _release(self, tensor: Tensor) -> None:
+        self.free.setdefault(tuple(tensor.shape), []).append(tensor)
+
+    def _form(self, drive: Drive, slot: int) -> Tensor:
+        key = (drive.source, slot, drive.connection.pool)
+        if key not in self.forms and drive.source in self.inputs:
+            self.forms[key], _ = self.operands.ingest(self.inputs[drive.source], drive.connection.pool, slot)
+        return self.forms[key]
+
+    def _used_form(self, drive: Drive, slot: int) -> None:
+        """One reader less of a form; after the last one its memory is free."""
+        key = (drive.source, slot, drive.connection.pool)
+        self.form_uses[key] -= 1
+        if self.form_uses[key] == 0:
+            tensor = self.forms.pop(key)
+            if drive.source not in self.inputs and not (drive.source in self.schedule.record and drive.connection.pool is Pool.NONE):
+                self._release(tensor)
+
+    def _term_value(self, term: Term) -> Tensor:
+        key = (term.drive, term.position)
+        drive = self.schedule.drives[term.drive]
+        slot = drive.slots[term.position]
+        if drive.connection.operator is Operator.IDENTITY:
+            return self._form(drive, slot)
+        if key not in self.drives:
+            weight = self.operands.weights[term.drive]
+            assert weight is not None
+            self.drives[key] = convolve(drive.connection.geometry, self._form(drive, slot), weight)
+            self._used_form(drive, slot)
+        return self.drives[key]
+
+    def _used_term(self, term: Term) -> None:
+        key = (term.drive, term.position)
+        drive = self.schedule.drives[term.drive]
+        self.drive_uses[key] -= 1
+        if self.drive_uses[key] == 0:
+            if drive.connection.operator is Operator.IDENTITY:
+                self._used_form(drive, drive.slots[term.position])
+            else:
+                del self.drives[key]
+
+    def update(self, name: str, slot: int, state: Tensor | None) -> None:
+        """Compute one slot of an area; ``state`` is where it is recorded, if it is."""
+        schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
+        shape = (operands.samples, *_hwc(schedule, name))
+        drives, modulators = operands.split_terms(schedule.terms[name, slot])
+        values = [self._term_value(t) for t in drives]
+        # The value before the norm may take the place of a drive that nobody reads again.
+        last = [t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1 for t in drives]
+        in_place = any(last)
+        if in_place:
+            values.insert(0, values.pop(last.index(True)))
+        value = None if area.gamma is None else values[0] if in_place else self._map(shape)
+        outputs: dict[str, Tensor | None] = {"state": state}
+        for pool in schedule.pools_read(name):
+            form = (name, slot, pool)
+            if self.form_uses[form] == 0:
+                continue
+            if pool is Pool.NONE and state is not None:
+                self.forms[form] = state
+            else:
+                _, _, channels = _hwc(schedule, name)
+                self.forms[form] = self._map(_form_shape(shape, pool))
+            outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
+        area_step_forward(
+            values,
+            [self._term_value(t) for t in modulators],
+            drive_bias=operands.bias(drives),
+            modulator_bias=operands.bias(modulators),
+            gamma=area.gamma,
+            beta=area.beta,
+            eps=area.eps,
+            rectify=area.rectify,
+            value=value,
+            mean=torch.empty(shape[0], dtype=operands.dtype) if area.gamma is not None else None,
+            rstd=torch.empty(shape[0], dtype=operands.dtype) if area.gamma is not None else None,
+            **outputs,
+        )
+        if value is not None and not in_place:
+            self._release(value)
+        for term in (*drives, *modulators):
+            self._used_term(term)
+
+
+def _form_shape(shape: tuple[int, ...], pool: Pool) -> tuple[int, ...]:
+    n, h, w, c = shape
+    return {Pool.NONE: shape, Pool.MAX: (n, h // 2, w // 2, c), Pool.MEAN: (n, 1, 1, c)}[pool]
+
+
+def forward_inference(operands: Operands) -> list[Tensor]:
+    """Run a rollout holding two time steps of state. Returns the recorded areas, [T', N, C, H, W] each."""
+    schedule = operands.schedule
+    outputs = _outputs(operands)
+    recorded = dict(zip(schedule.record, outputs, strict=True))
+    run = _Inference(operands)
+    for name, slot in schedule.time_major:
+        where = None
+        if name in recorded:
+            where = recorded[name][schedule.slot_of[name].index(slot) - schedule.first_step[name]]
+        run.update(name, slot, where)
+    for name, output in recorded.items():
+        slots = schedule.slot_of[name][schedule.first_step[name] :]
+        for k, slot in enumerate(slots):
+            if slots.index(slot) != k:
+                output[k] = output[slots.index(slot)]
+    return [as_states(o) for o in outputs]

@@ -1,0 +1,121 @@
+"""Inputs and parameters of one rollout, in the layouts that the kernels take: prepared once, used at every time step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.saved import POOL_KIND
+from rnndyn_fast.graph.schedule import Schedule, Term, is_drive_term
+from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.convolution import prepare_weight
+
+
+@dataclass(frozen=True)
+class AreaOperands:
+    """What ``area_step`` needs of an area besides its terms."""
+
+    gamma: Tensor | None  # [H, W, C]
+    beta: Tensor | None  # [H, W, C]
+    eps: float
+    rectify: bool
+
+
+class Operands:
+    """Prepared inputs and parameters of a rollout."""
+
+    def __init__(self, schedule: Schedule, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        self.schedule = schedule
+        network = schedule.network
+        self.parameters = dict(zip(network.parameter_shapes, parameters, strict=True))
+        self.inputs = dict(zip((node.name for node in network.inputs), inputs, strict=True))
+        example = inputs[0]
+        self.dtype = example.dtype
+        self.samples = example.shape[1] if network.inputs[0].frames else example.shape[0]
+        self.weights: list[Tensor | None] = [
+            None
+            if d.connection.operator is Operator.IDENTITY
+            else prepare_weight(d.connection.geometry, self.parameters[f"{d.connection.parameter}.weight"])
+            for d in schedule.drives
+        ]
+        self.areas = {a.name: self._area(a.name) for a in network.areas if schedule.num_slots[a.name]}
+        self._biases: dict[tuple[str, ...], Tensor | None] = {}
+
+    def _area(self, name: str) -> AreaOperands:
+        area = self.schedule.network.area(name)
+        norm, shape = area.norm is Norm.LAYER, self.schedule.network.shapes[name]
+
+        def affine(kind: str) -> Tensor | None:
+            if not norm:
+                return None
+            return self.parameters[f"{area.norm_parameter}.{kind}"].reshape(shape).permute(1, 2, 0).contiguous()
+
+        return AreaOperands(affine("weight"), affine("bias"), area.eps, area.activation is Activation.RELU)
+
+    def split_terms(self, terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+        """Drive terms and modulator terms."""
+        drives = [t for t in terms if is_drive_term(self.schedule.network, t.connection)]
+        return drives, [t for t in terms if t not in drives]
+
+    def bias(self, terms: Sequence[Term]) -> Tensor | None:
+        """The sum of the terms' biases, [C]; None if none has one."""
+        key = tuple(f"{t.connection.parameter}.bias" for t in terms if t.connection.bias)
+        if key not in self._biases:
+            values = [self.parameters[name] for name in key]
+            self._biases[key] = torch.stack(values).sum(0) if len(values) > 1 else values[0].contiguous() if values else None
+        return self._biases[key]
+
+    def ingest(self, node: Input, pool: Pool, slot: int) -> tuple[Tensor, Tensor | None]:
+        """One form of an input's map, [N, H, W, C], and the argmax of its 2 x 2 maximum."""
+        x = self.inputs[node.name][slot] if node.frames else self.inputs[node.name]
+        x = x.permute(0, 2, 3, 1).contiguous()
+        if pool is Pool.NONE:
+            return x, None
+        pooled, argmax = empty_form(x.shape, pool, self.dtype)
+        area_step_forward([x], rectify=False, max_pooled=pooled if pool is Pool.MAX else None, argmax=argmax,
+                          mean_pooled=pooled if pool is Pool.MEAN else None)  # fmt: skip
+        return pooled, argmax
+
+
+def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Buffers for a form of a map [..., H, W, C] and, for the 2 x 2 maximum, its argmax."""
+    *lead, h, w, c = shape
+    if pool is Pool.MAX:
+        size = (*lead, h // 2, w // 2, c)
+        return torch.empty(size, dtype=dtype), torch.empty(size, dtype=torch.uint8)
+    return torch.empty((*lead, 1, 1, c) if pool is Pool.MEAN else (*lead, h, w, c), dtype=dtype), None
+
+
+def area_step_forward(
+    drives: Sequence[Tensor],  # each [N, H, W, C]
+    modulators: Sequence[Tensor] = (),  # each [N, H, W, C]
+    *,
+    drive_bias: Tensor | None = None,  # [C]
+    modulator_bias: Tensor | None = None,  # [C]
+    gamma: Tensor | None = None,  # [H, W, C]
+    beta: Tensor | None = None,  # [H, W, C]
+    eps: float = 1e-5,
+    rectify: bool = True,
+    **outputs: Tensor | None,
+) -> None:
+    """``area_step`` with any number of terms; ``outputs`` are the buffers of :func:`_launch.area_step_forward`."""
+    names = ("value", "modulator_sum", "state", "max_pooled", "argmax", "mean_pooled", "mean", "rstd")
+    _launch.area_step_forward(
+        at_most(drives), at_most(modulators), drive_bias, modulator_bias, gamma, beta, eps, rectify,
+        *(outputs.get(name) for name in names),
+    )  # fmt: skip
+
+
+def at_most(terms: Sequence[Tensor], limit: int = _launch.MAX_TERMS) -> list[Tensor]:
+    """The terms, with those past what a kernel takes summed into one."""
+    if len(terms) <= limit:
+        return list(terms)
+    rest = torch.stack(list(terms[limit - 1 :])).sum(0)
+    return [*terms[: limit - 1], rest]
+
+
+__all__ = ["POOL_KIND", "AreaOperands", "Operands", "area_step_forward", "at_most", "empty_form"]

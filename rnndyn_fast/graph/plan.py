@@ -1,0 +1,117 @@
+"""The readable plan of a schedule (``print(schedule)``, ``rnndyn plan MODEL``)."""
+
+from __future__ import annotations
+
+from rnndyn_fast.graph.saved import SavedBuffer, saved_buffers
+from rnndyn_fast.graph.schedule import Component, Drive, Schedule, is_drive_term
+from rnndyn_fast.graph.spec import Interaction, Norm, Operator, Pool
+
+_POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MEAN: "mean({})"}
+
+
+def _map(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def _drive(drive: Drive) -> str:
+    c = drive.connection
+    source = _POOL[c.pool].format(c.source)
+    if c.operator is Operator.IDENTITY:
+        return source
+    if c.operator is Operator.LINEAR:
+        return f"{c.parameter} * {source}"
+    kind = "conv" if c.operator is Operator.CONV else "convT"
+    stride = f"/{c.stride}" if c.stride > 1 else ""
+    return f"{kind}{c.kernel_size}{stride}({source}, {c.parameter})"
+
+
+def _equation(schedule: Schedule, name: str) -> str:
+    area = schedule.network.area(name)
+    terms = max((schedule.terms[item] for item in schedule.terms if item[0] == name), key=len)
+    drives = [_drive(schedule.drives[t.drive]) for t in terms if is_drive_term(schedule.network, t.connection)]
+    modulators = [_drive(schedule.drives[t.drive]) for t in terms if not is_drive_term(schedule.network, t.connection)]
+    text = " + ".join(drives)
+    if area.interaction is Interaction.MULTIPLICATIVE and modulators:
+        text = f"({text}) * (1 + {' + '.join(modulators)})" if len(drives) > 1 else f"{text} * (1 + {' + '.join(modulators)})"
+    if area.norm is Norm.LAYER:
+        text = f"LayerNorm({text})"
+    if area.activation.value != "identity":
+        text = f"{area.activation.value}({text})"
+    return text
+
+
+def _component(schedule: Schedule, component: Component) -> list[str]:
+    lines = []
+    for d in component.drives_in:
+        drive = schedule.drives[d]
+        if drive.connection.operator is not Operator.IDENTITY:
+            how = "once" if drive.static else f"one call over {len(drive.slots)} steps x N"
+            lines.append(f"    {how}: {_drive(drive)}  [{_map(drive.shape)}]")
+    slots = {name: schedule.num_slots[name] for name in component.areas}
+    if component.recurrent:
+        lines.append(f"    for each of {max(slots.values())} steps:")
+        indent = "      "
+    else:
+        lines.append("    once:" if max(slots.values()) == 1 else f"    all {max(slots.values())} steps at once:")
+        indent = "      "
+    for name in component.areas:
+        lines.append(f"{indent}{name} = {_equation(schedule, name)}  [{_map(schedule.network.shapes[name])}]")
+        pools = [p.value for p in schedule.pools_read(name) if p is not Pool.NONE]
+        if pools:
+            lines.append(f"{indent}  with its {' and '.join(sorted(pools))}-pooled map, in the same pass")
+    return lines
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"
+
+
+def saved_bytes(buffers: list[SavedBuffer], element_size: int = 4) -> int:
+    """Bytes per sample that a training rollout keeps for its backward pass."""
+    total = 0
+    for b in buffers:
+        elements = b.slots
+        for n in b.shape:
+            elements *= n
+        total += elements * (1 if b.byte else element_size)
+    return total
+
+
+def describe(schedule: Schedule) -> str:
+    """The plan as text: what is computed once, per component, per step, and what is saved for backward."""
+    network = schedule.network
+    lines = [
+        f"{network.name}: {schedule.timesteps} time steps, {network.unroll.value} unroll, recording {', '.join(schedule.record)}",
+        "",
+    ]
+    for i, component in enumerate(schedule.components, 1):
+        static = all(schedule.num_slots[name] == 1 for name in component.areas)
+        kind = "recurrent" if component.recurrent else "static" if static and schedule.timesteps > 1 else "feed-forward"
+        lines.append(f"  component {i} ({kind}): {', '.join(component.areas)}")
+        lines += _component(schedule, component)
+    unread = [a.name for a in network.areas if not schedule.num_slots[a.name]]
+    if unread:
+        lines.append(f"  never computed (nothing reads them): {', '.join(unread)}")
+    scheduled, every_step = schedule.multiplications()
+    lines += [
+        "",
+        f"  multiply-adds per image: {scheduled / 1e9:.4g} G (every term at every step: {every_step / 1e9:.4g} G)",
+        "  weight gradients: one call per connection, over all its steps",
+        "  inference: time step by time step, a state is dropped after its last reader",
+        "",
+        "  saved for backward, per image (float32):",
+    ]
+    buffers = saved_buffers(schedule)
+    for b in buffers:
+        element = 1 if b.byte else 4
+        size = b.slots * element
+        for n in b.shape:
+            size *= n
+        shape = _map((b.shape[2], b.shape[0], b.shape[1])) if len(b.shape) == 3 else "1"
+        lines.append(f"    {b.owner + '.' + b.kind:<28} {b.slots:>3} x {shape:<14} {_size(size)}")
+    lines.append(f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers))}")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""What a training rollout keeps for its backward pass: one list, in one order, for the op, its fake and the printed plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rnndyn_fast.graph.schedule import Schedule, is_drive_term
+from rnndyn_fast.graph.spec import Activation, Interaction, Norm, Operator, Pool
+
+POOL_KIND = {Pool.NONE: "state", Pool.MAX: "max", Pool.MEAN: "mean"}
+
+
+@dataclass(frozen=True)
+class SavedBuffer:
+    """A tensor [slots, N, *shape] kept for backward; ``shape`` is (H, W, C), or () for one number per sample.
+
+    ``kind``: state, max, mean (the forms of a map that weight gradients read), argmax (bytes), value (before the norm), modulator
+    (1 + l + d), centre and rstd (LayerNorm's statistics), drive (a drive that a modulator multiplied; ``owner`` is then ``drive<i>``).
+    """
+
+    owner: str
+    kind: str
+    slots: int
+    shape: tuple[int, ...]
+    byte: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Owner and kind."""
+        return self.owner, self.kind
+
+
+def keeps_value(schedule: Schedule, name: str) -> bool:
+    """Additive areas keep the value before norm and relu; multiplicative ones compute it again from drive and modulator."""
+    area = schedule.network.area(name)
+    return area.interaction is Interaction.ADDITIVE and (
+        area.norm is not Norm.NONE or area.activation is not Activation.IDENTITY
+    )
+
+
+def has_modulator(schedule: Schedule, name: str) -> bool:
+    """Whether any slot of the area has a modulator term."""
+    return any(
+        not is_drive_term(schedule.network, t.connection)
+        for item, terms in schedule.terms.items()
+        if item[0] == name
+        for t in terms
+    )
+
+
+def multiplied_drives(schedule: Schedule) -> set[int]:
+    """Drives whose values enter a product and so are needed for its gradient."""
+    return {
+        t.drive
+        for (name, _), terms in schedule.terms.items()
+        if schedule.network.area(name).interaction is Interaction.MULTIPLICATIVE
+        for t in terms
+        if is_drive_term(schedule.network, t.connection)
+    }
+
+
+def _hwc(shape: tuple[int, int, int], pool: Pool) -> tuple[int, int, int]:
+    channels, height, width = shape
+    if pool is Pool.MAX:
+        return height // 2, width // 2, channels
+    if pool is Pool.MEAN:
+        return 1, 1, channels
+    return height, width, channels
+
+
+def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
+    """Every buffer that the backward pass reads, in the order in which the rollout op returns them."""
+    network, buffers = schedule.network, []
+    multiplied = multiplied_drives(schedule)
+    nodes = [node.name for node in (*network.inputs, *network.areas) if schedule.num_slots[node.name]]
+    inputs = {node.name: node for node in network.inputs}
+    for name in nodes:
+        shape = network.shapes[name]
+        # An input with frames keeps its index by time step, whichever of them are read.
+        slots = schedule.timesteps if name in inputs and inputs[name].frames else schedule.num_slots[name]
+        readers = [d for d in schedule.drives if d.source == name]
+        for pool in Pool:
+            wanted = any(
+                d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied)
+                for d in readers
+            )
+            if wanted and not (name in inputs and pool is Pool.NONE):  # inputs are at hand anyway
+                buffers.append(SavedBuffer(name, POOL_KIND[pool], slots, _hwc(shape, pool)))
+        if any(d.connection.pool is Pool.MAX for d in readers):
+            buffers.append(SavedBuffer(name, "argmax", slots, _hwc(shape, Pool.MAX), byte=True))
+        if name in inputs:
+            continue
+        if keeps_value(schedule, name):
+            buffers.append(SavedBuffer(name, "value", slots, _hwc(shape, Pool.NONE)))
+        if has_modulator(schedule, name):
+            buffers.append(SavedBuffer(name, "modulator", slots, _hwc(shape, Pool.NONE)))
+        if network.area(name).norm is not Norm.NONE:
+            buffers.append(SavedBuffer(name, "centre", slots, ()))
+            buffers.append(SavedBuffer(name, "rstd", slots, ()))
+    for d in schedule.drives:
+        if d.index in multiplied and d.connection.operator is not Operator.IDENTITY:
+            channels, height, width = d.shape
+            buffers.append(SavedBuffer(f"drive{d.index}", "drive", len(d.slots), (height, width, channels)))
+    return buffers

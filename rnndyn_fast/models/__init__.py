@@ -1,0 +1,34 @@
+"""Published networks, with their published parameter names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rnndyn_fast.models.accelerate import accelerate
+from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
+from rnndyn_fast.nn import RecurrentNetwork
+
+MODELS: dict[str, Callable[..., RecurrentNetwork]] = {"blt_net_64": blt_net_64, "blt_net_128": blt_net_128}
+
+
+def build(config: Mapping[str, Any]) -> RecurrentNetwork:
+    """Build a model from its ``config``: the name under "model", and the factory's options.
+
+    Raises ``ValueError`` for an unknown model (with the nearest names) or option.
+    """
+    options = dict(config)
+    name = options.pop("model", None)
+    if name not in MODELS:
+        near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3)
+        raise ValueError(f"model: unknown model {name!r}; {f'did you mean {near}? ' if near else ''}there are {sorted(MODELS)}")
+    known = inspect.signature(MODELS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"model {name}: unknown option {option!r}; options are {list(known)}")
+    return MODELS[name](**options)
+
+
+__all__ = ["MODELS", "BLTNet", "accelerate", "blt_net_64", "blt_net_128", "build"]

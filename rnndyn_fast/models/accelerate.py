@@ -1,0 +1,93 @@
+"""The one-line drop-in: ``net = rnndyn_fast.accelerate(net)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
+from rnndyn_fast.nn.blt_conv import BLTConv
+
+_NET_ATTRIBUTES = ("retina", "v1", "v2", "v4", "it", "gap", "readout", "timesteps")
+_CONV_ATTRIBUTES = ("bottom_up", "lateral_connect", "topdown_connect", "LT_interaction", "pool_input")
+
+
+def accelerate(module: nn.Module, *, backend: str | None = None) -> nn.Module:
+    """An instance of a published class as our module of the same function, on the same parameters.
+
+    Recognised by their attributes: ``BLT_Conv``, ``BLT_net_64``, ``BLT_net_128`` of the study of representation dynamics
+    (arXiv 2308.12435). The parameters are shared, not copied: an optimiser built on either trains both.
+
+    Args:
+        module: the published instance.
+        backend: "native", "reference" or None.
+
+    Raises:
+        TypeError: ``module`` is none of those; the message says what was looked for.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    if all(hasattr(module, name) for name in _NET_ATTRIBUTES):
+        ours: nn.Module = _blt_net(module, backend)
+    elif all(hasattr(module, name) for name in _CONV_ATTRIBUTES):
+        ours = _blt_conv(module, backend)
+    else:
+        raise TypeError(
+            f"module: {type(module).__name__} is not a published class we know; looked for a BLT_net (attributes {', '.join(_NET_ATTRIBUTES)}) "
+            f"or a BLT_Conv (attributes {', '.join(_CONV_ATTRIBUTES)})"
+        )
+    _share_parameters(module, ours)
+    return ours.train(module.training)
+
+
+def _blt_conv(module: Any, backend: str | None) -> BLTConv:
+    conv = module.bottom_up
+    return BLTConv(
+        conv.in_channels, conv.out_channels, conv.kernel_size[0], bool(module.lateral_connect), bool(module.topdown_connect),
+        module.LT_interaction, bool(module.pool_input), conv.bias is not None, backend,
+    )  # fmt: skip
+
+
+def _blt_net(module: Any, backend: str | None) -> BLTNet:
+    convs = [module.v1.bottom_up, module.v2.bottom_up, module.v4.bottom_up, module.it.bottom_up]
+    lateral = hasattr(module.gap, "lateral")
+    recurrent_areas = hasattr(module.v2, "lateral") or hasattr(module.v2, "top_down")
+    norm = isinstance(getattr(module, "v1_ln", None), nn.LayerNorm)
+    image_size = module.v1_ln.normalized_shape[-1] if norm else _pool_size(module.gap.pool) * 8
+    factory = {3: blt_net_64, 5: blt_net_128}.get(module.retina.kernel_size[0])
+    if factory is None:
+        raise TypeError(f"module: expected kernels of 3 or 5, got {module.retina.kernel_size}")
+    return factory(
+        lateral_connections=lateral,
+        topdown_connections=hasattr(module.v2, "top_down"),
+        LT_interaction=module.v1.LT_interaction,
+        timesteps=module.timesteps,
+        LT_position="all" if recurrent_areas or not lateral else "last",
+        classifier_bias=module.readout.bias is not None,
+        norm_type="LN" if norm else "None",
+        num_classes=module.readout.out_features,
+        in_channels=module.retina.in_channels,
+        image_size=image_size,
+        widths=[module.retina.out_channels, *(c.out_channels for c in convs)],
+        backend=backend,
+    )
+
+
+def _pool_size(pool: nn.AvgPool2d) -> int:
+    size = pool.kernel_size
+    return size if isinstance(size, int) else size[0]
+
+
+def _share_parameters(theirs: nn.Module, ours: nn.Module) -> None:
+    source, target = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    if source.keys() != target.keys():
+        raise TypeError(
+            f"module: its parameters are not those of the published class: missing {sorted(target.keys() - source.keys())}, "
+            f"unexpected {sorted(source.keys() - target.keys())}"
+        )
+    for name, parameter in source.items():
+        if parameter.shape != target[name].shape:
+            raise TypeError(f"module: parameter {name} has shape {list(parameter.shape)}, expected {list(target[name].shape)}")
+        owner, _, leaf = name.rpartition(".")
+        setattr(ours.get_submodule(owner), leaf, parameter)

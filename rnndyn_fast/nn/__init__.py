@@ -1,0 +1,6 @@
+"""Layers and networks that own parameters."""
+
+from rnndyn_fast.nn.blt_conv import BLTConv
+from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
+
+__all__ = ["BLTConv", "RecurrentNetwork"]

@@ -1,0 +1,42 @@
+"""``area_step`` in plain PyTorch: the specification of the native op, for any float dtype, differentiable any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def area_step(
+    drives: Sequence[Tensor],  # each [N, C, H, W]
+    modulators: Sequence[Tensor] = (),  # each [N, C, H, W]
+    *,
+    gamma: Tensor | None = None,  # [C, H, W]
+    beta: Tensor | None = None,  # [C, H, W]
+    eps: float = 1e-5,
+    rectify: bool = True,
+) -> Tensor:
+    r"""One time step of one area.
+
+    .. math:: z = \Big(\sum_i b_i\Big)\Big(1 + \sum_j m_j\Big), \quad h = \max(\mathrm{LN}(z), 0)
+
+    LN normalises over (C, H, W) with an affine value per element and is left out where ``gamma`` is None; the factor is left out without
+    modulators. Biases belong to the terms.
+
+    Returns: [N, C, H, W].
+
+    Source: Thorat, Doerig & Kietzmann, arXiv 2308.12435.
+    """
+    value = drives[0]
+    for term in drives[1:]:
+        value = value + term
+    if modulators:
+        factor = 1.0 + modulators[0]
+        for term in modulators[1:]:
+            factor = factor + term
+        value = value * factor
+    if gamma is not None and beta is not None:
+        shape = value.shape[1:]
+        value = torch.nn.functional.layer_norm(value, shape, gamma.reshape(shape), beta.reshape(shape), eps)
+    return torch.relu(value) if rectify else value

@@ -1,0 +1,224 @@
+"""A report as one HTML page that needs nothing else: text, tables, figures (inline SVG) and images (inline PNG)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rnndyn_fast.report.style import STYLE
+from rnndyn_fast.train.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cell = str | int | float | None
+
+
+def escape(text: str) -> str:
+    """Text as HTML; what stands between backticks becomes code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=True))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A matplotlib figure with its caption and a description for those who do not see it."""
+
+    figure: Figure
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, uint8 [H, W, 3] or [H, W]."""
+
+    pixels: np.ndarray
+    caption: str
+    alt: str
+
+
+@dataclass
+class Section:
+    """A part of a page under a heading; its methods append to it and return it."""
+
+    title: str
+    anchor: str
+    _page: Page
+    _parts: list[str] = field(default_factory=list)
+
+    def text(self, *paragraphs: str) -> Section:
+        """Paragraphs; `code` between backticks."""
+        self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
+        return self
+
+    def code(self, text: str) -> Section:
+        """A block of code or commands."""
+        self._parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
+        return self
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> Section:
+        """A table. Numbers are right-aligned, floats get four significant digits, None and NaN a dash.
+
+        Raises ValueError where a row is not as long as the header.
+        """
+        self._parts.append(table_html(header, rows, caption))
+        return self
+
+    def plots(self, plots: Sequence[Plot]) -> Section:
+        """Figures side by side where there is room."""
+        self._parts.append(f'<div class="grid">{"".join(self._page.plot_html(plot) for plot in plots)}</div>')
+        return self
+
+    def gallery(self, pictures: Sequence[Picture]) -> Section:
+        """Small images in rows."""
+        self._parts.append(f'<div class="gallery">{"".join(picture_html(picture) for picture in pictures)}</div>')
+        return self
+
+    def cards(self, cards: Sequence[Card]) -> Section:
+        """Boxes side by side."""
+        self._parts.append(f'<div class="grid">{"".join(card.html() for card in cards)}</div>')
+        return self
+
+    def html(self) -> str:
+        """The section as HTML."""
+        return f'<section id="{self.anchor}"><h2>{escape(self.title)}</h2>{"".join(self._parts)}</section>'
+
+
+@dataclass(frozen=True)
+class Card:
+    """A box with a verdict: `holds` True, False, or None where it is open."""
+
+    title: str
+    holds: bool | None
+    verdict: str
+    paragraphs: Sequence[str] = ()
+    table: str = ""  # as `table_html` makes it
+    small: str = ""
+
+    def html(self) -> str:
+        """The box as HTML."""
+        kind = {True: "yes", False: "no", None: "open"}[self.holds]
+        parts = [f'<h3>{escape(self.title)}</h3><p class="verdict {kind}">{escape(self.verdict)}</p>']
+        parts += [f"<p>{escape(paragraph)}</p>" for paragraph in self.paragraphs]
+        if self.small:
+            parts.append(f'<p class="small">{escape(self.small)}</p>')
+        return f'<div class="card">{"".join(parts)}{self.table}</div>'
+
+
+class Page:
+    """A report: a title, a lead, and sections in the order in which they were added.
+
+    >>> page = Page("Accuracy", "What came out.")
+    >>> _ = page.section("Numbers").table(["network", "n"], [["lateral", 100]], "Networks and their samples.")
+    >>> "<caption>" in page.html()
+    True
+    """
+
+    def __init__(self, title: str, lead: str, footer: str = "") -> None:
+        self.title, self.lead, self.footer = title, lead, footer
+        self.sections: list[Section] = []
+        self._figure_numbers = itertools.count(1)
+
+    def section(self, title: str) -> Section:
+        """A new section at the end."""
+        anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+        taken = {section.anchor for section in self.sections}
+        if anchor in taken:
+            anchor = next(f"{anchor}-{k}" for k in itertools.count(2) if f"{anchor}-{k}" not in taken)
+        self.sections.append(Section(title, anchor, self))
+        return self.sections[-1]
+
+    def plot_html(self, plot: Plot) -> str:
+        """A figure as inline SVG."""
+        svg = figure_svg(plot.figure, prefix=f"f{next(self._figure_numbers)}-", alt=plot.alt)
+        return f'<figure class="plot"><div>{svg}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'
+
+    def html(self) -> str:
+        """The whole page."""
+        links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in self.sections)
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head><body>"
+            f'<header><h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>'
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+            f"<main>{''.join(section.html() for section in self.sections)}</main>"
+            f"<footer><p>{escape(self.footer)}</p></footer></body></html>\n"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page to `path`, whole or not at all."""
+        return write_text(path, self.html())
+
+
+def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> str:
+    """A table as HTML; see `Section.table`."""
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"rows: expected {len(header)} cells as in the header, got {len(row)}: {list(row)}")
+    numeric = [bool(rows) and all(not isinstance(row[k], str) for row in rows) for k in range(len(header))]
+
+    def cell(tag: str, text: str, column: int, scope: str = "") -> str:
+        return f'<{tag}{scope}{" class=number" if numeric[column] else ""}>{text}</{tag}>'
+
+    head = "".join(cell("th", escape(name), k, ' scope="col"') for k, name in enumerate(header))
+    body = "".join(
+        f"<tr>{''.join(cell('td', escape(format_cell(value)), k) for k, value in enumerate(row))}</tr>" for row in rows
+    )
+    return (
+        f'<div class="table"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def format_cell(value: Cell) -> str:
+    """A value as the tables show it."""
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def picture_html(picture: Picture) -> str:
+    """An image as inline PNG."""
+    from matplotlib.image import imsave
+
+    pixels = picture.pixels if picture.pixels.ndim == 3 else np.repeat(picture.pixels[:, :, None], 3, axis=2)
+    buffer = io.BytesIO()
+    imsave(buffer, pixels, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt, quote=True)}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def figure_svg(figure: Figure, *, prefix: str, alt: str) -> str:
+    """A matplotlib figure as an SVG element without a background, its ids made unique by `prefix`, its text as text."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    # The page scales the figure: the view box stays, the size in points goes.
+    opening = svg.index(">")
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", svg[:opening])
+    label = html.escape(alt, quote=True)
+    return f'{head} role="img" aria-label="{label}">{svg[opening + 1 :]}'.strip()

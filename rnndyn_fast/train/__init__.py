@@ -1,0 +1,30 @@
+"""Training: configuration, loop, checkpoints, metrics."""
+
+from rnndyn_fast.train.checkpoint import FORMAT, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, versions
+from rnndyn_fast.train.config import TrainConfig
+from rnndyn_fast.train.loop import config_yaml, initialise, limited, loss_over_time, train
+from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics
+from rnndyn_fast.train.progress import PlainReporter, QuietReporter, Reporter, RichReporter, choose_reporter
+
+__all__ = [
+    "FORMAT",
+    "EpochMetrics",
+    "PlainReporter",
+    "QuietReporter",
+    "Reporter",
+    "RichReporter",
+    "TrainConfig",
+    "choose_reporter",
+    "config_yaml",
+    "initialise",
+    "limited",
+    "load_checkpoint",
+    "load_weights",
+    "loss_over_time",
+    "read_checkpoint",
+    "read_metrics",
+    "save_checkpoint",
+    "train",
+    "versions",
+    "write_metrics",
+]

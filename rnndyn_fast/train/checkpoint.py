@@ -1,0 +1,130 @@
+"""Checkpoints: one file with the network, what it was trained on, how, and all that going on needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rnndyn_fast import models
+from rnndyn_fast.analysis.files import replaced_atomically
+
+FORMAT = "rnndyn_fast.checkpoint/1"
+_REQUIRED = ("model", "state_dict", "epoch", "data")
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> Path:
+    """Write `checkpoint` to `path`, whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced when the new one is complete.
+        checkpoint: tensors and plain types only. "format" and "versions" are added.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: "model", "state_dict", "epoch" or "data" is missing.
+        OSError: the file cannot be written; an existing one stays as it was.
+    """
+    missing = [name for name in _REQUIRED if name not in checkpoint]
+    if missing:
+        raise ValueError(f"checkpoint: expected the entries {_REQUIRED}, missing are {missing}")
+    with replaced_atomically(path) as unfinished:
+        torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, unfinished)
+    return Path(path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU. No code from the file is run (``weights_only=True``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, not a checkpoint of this project, truncated, or entries are missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint: expected a file, got the folder {path} (did you mean {path / 'last.pt'}?)")
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... by kind of damage
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint: {path} is truncated or not a PyTorch file: {reason}") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
+        hint = ""
+        if isinstance(contents, dict) and contents and all(isinstance(v, torch.Tensor) for v in contents.values()):
+            hint = "; it looks like a bare state_dict: load it with net.load_state_dict(torch.load(...))"
+        raise ValueError(f"checkpoint: {path} is not a checkpoint (format {FORMAT!r}, found {found!r}){hint}")
+    missing = [name for name in _REQUIRED if name not in contents]
+    if missing:
+        raise ValueError(f"checkpoint: {path} lacks the entries {missing}")
+    return contents
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, timesteps: int | None = None, backend: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, in evaluation mode on the CPU, and the checkpoint's contents.
+
+    Args:
+        path: file written by `save_checkpoint`.
+        timesteps: unroll that many steps instead of as many as in training.
+        backend: "native" or "reference"; None takes whichever can run.
+
+    Returns:
+        The network and the contents.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, truncated, or its weights do not fit its network (lists what does not).
+    """
+    checkpoint = read_checkpoint(path)
+    options = {**checkpoint["model"], "backend": backend}
+    if timesteps is not None:
+        options["timesteps"] = timesteps
+    net = models.build(options)
+    load_weights(net, checkpoint["state_dict"], path)
+    return net.eval(), checkpoint
+
+
+def load_weights(net: nn.Module, state_dict: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Copy `state_dict` into `net`. Raises ValueError, changing nothing, that lists every entry that does not fit."""
+    own = net.state_dict()
+    missing = [name for name in own if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in own]
+    shapes = [
+        f"{name} {list(state_dict[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in state_dict and own[name].shape != state_dict[name].shape
+    ]
+    faults = [
+        f"{what} {_some(names)}"
+        for what, names in (("missing:", missing), ("unexpected:", unexpected), ("other shapes:", shapes))
+        if names
+    ]
+    if faults:
+        raise ValueError(f"checkpoint: {os.fspath(path)} is of another architecture; {'; '.join(faults)}")
+    net.load_state_dict(state_dict)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result, for its record."""
+    try:
+        own = importlib.metadata.version("rnndyn-fast")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        own = "unknown"
+    return {"rnndyn_fast": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

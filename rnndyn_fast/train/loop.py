@@ -1,0 +1,296 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rnndyn_fast import models
+from rnndyn_fast.data import BatchLoader, BatchSource, ImageFile, TrivialAugmentWide, normalise
+from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from rnndyn_fast.train.config import TrainConfig
+from rnndyn_fast.train.files import write_text
+from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
+from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent
+
+INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
+_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
+
+
+class SpacedSubset:
+    """`count` images of a split, evenly spaced over it, so that a split sorted by class still yields all classes."""
+
+    def __init__(self, split: BatchSource, count: int) -> None:
+        self._split = split
+        self._rows = np.arange(count) * len(split) // count
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: np.ndarray, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels at `indices` of the subset."""
+        return self._split.read(self._rows[indices])
+
+
+def limited(split: BatchSource, count: int | None) -> BatchSource:
+    """The split, or `count` of its images, evenly spaced, if it holds more than that."""
+    return split if count is None or count >= len(split) else SpacedSubset(split, count)
+
+
+def initialise(net: nn.Module) -> None:
+    """Xavier-uniform weights of every Conv2d and Linear, in place; transposed convolutions and biases keep their default.
+
+    Source: the published training script of arXiv 2308.12435.
+    """
+    for module in net.modules():
+        # ConvTranspose2d is no subclass of Conv2d.
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+
+
+def loss_over_time(
+    log_probs: torch.Tensor,  # [T, N, classes]
+    labels: torch.Tensor,  # [N]
+) -> torch.Tensor:
+    """``sum over t of mean over n of -log_probs[t, n, labels[n]]``, a scalar in nats. Differentiable in `log_probs`."""
+    timesteps, count = log_probs.shape[:2]
+    return functional.nll_loss(log_probs.flatten(0, 1), labels.repeat(timesteps), reduction="sum") / count
+
+
+def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
+    """Train a network.
+
+    In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
+    validation accuracy, mean over time steps), ``metrics.csv``, ``metrics.jsonl`` and ``train.yaml`` (this configuration).
+    A resumed run computes what an uninterrupted one would have, bit for bit with the same number of threads on a CPU.
+
+    Args:
+        config: what to do.
+        reporter: shows progress; None chooses a bar or lines.
+
+    Returns:
+        The path of ``last.pt``.
+
+    Raises:
+        FileNotFoundError: no data file, or nothing to resume.
+        FileExistsError: ``config.out`` is not empty and neither `resume` nor `overwrite` is set.
+        ValueError: the data is not of the layout; the run to resume has other options or other data.
+        FloatingPointError: the loss is not finite; names epoch and batch. The last checkpoint stays.
+
+    Deterministic: on a CPU, for a fixed number of threads.
+    Memory: batches are read from disk as they are needed.
+    """
+    out = Path(config.out)
+    resume_from = _resume_from(config, out)
+    with ImageFile(config.data, required_splits=("train", "val")) as data, _threads(config.threads):
+        description = describe_data(data)
+        run = _Run(config, data, description)
+        if resume_from is not None:
+            run.restore(resume_from)
+        else:
+            if config.overwrite:
+                for name in _OWN_FILES:
+                    (out / name).unlink(missing_ok=True)
+            run.save(INITIAL)
+        write_text(out / CONFIG, config_yaml(config.as_new()))
+        with reporter or choose_reporter() as shown:
+            run.go(shown)
+    return out / LAST
+
+
+class _Run:
+    """A run's state: network, optimiser, generator of augmentations, metrics so far."""
+
+    def __init__(self, config: TrainConfig, data: ImageFile, description: dict[str, Any]) -> None:
+        self.config, self.description = config, description
+        self.out = Path(config.out)
+        self.device = torch.device(config.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            options = {"model": config.model, **config.network_options()}
+            self.net = models.build(
+                {**options, "num_classes": data.num_classes, "image_size": data.image_size, "in_channels": 3}
+            )
+            if config.init == "xavier":
+                initialise(self.net)
+        self.net.to(self.device)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.augment: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if config.augment == "trivialaugmentwide":
+            self.augment = TrivialAugmentWide(self.generator)
+        self.rows: list[EpochMetrics] = []
+        train_images = limited(data.split("train"), config.max_train_images)
+        val_images = limited(data.split("val"), config.max_val_images)
+        self.train_loader = BatchLoader(train_images, config.batch_size, shuffle=True, seed=config.seed)
+        self.val_loader = BatchLoader(val_images, config.val_batch_size)
+
+    def save(self, name: str) -> None:
+        save_checkpoint(
+            self.out / name,
+            {
+                "config": self.config.as_new().to_dict(),
+                "model": self.net.config,
+                "state_dict": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": len(self.rows),
+                "rng": self.generator.get_state(),
+                "data": self.description,
+                "metrics": [row.to_dict() for row in self.rows],
+            },
+        )
+
+    def restore(self, path: Path) -> None:
+        """Take up the state in `path`, after checking that it belongs to this run."""
+        checkpoint = read_checkpoint(path)
+        missing = [name for name in ("config", "optimizer", "rng", "metrics") if name not in checkpoint]
+        if missing:
+            raise ValueError(f"resume: {path} lacks {missing}; it cannot be resumed")
+        self.config.check_resumes(TrainConfig.from_dict(checkpoint["config"]))
+        for name in ("categories", "image_size", "mean", "std"):
+            if checkpoint["data"][name] != self.description[name]:
+                raise ValueError(
+                    f"resume: {name} of {self.config.data} differs from that of the data the run was started with, "
+                    f"{checkpoint['data']['path']}"
+                )
+        load_weights(self.net, checkpoint["state_dict"], path)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.generator.set_state(checkpoint["rng"])
+        self.rows = [EpochMetrics.from_dict(row) for row in checkpoint["metrics"]]
+
+    def go(self, reporter: Reporter) -> None:
+        """Train until `config.epochs` are done."""
+        while len(self.rows) < self.config.epochs:
+            row = self.epoch(len(self.rows) + 1, reporter)
+            best = max((earlier.mean_val_accuracy for earlier in self.rows), default=-1.0)
+            self.rows.append(row)
+            # last.pt comes last: a run killed between these lines takes up the epoch before and writes them again.
+            write_metrics(self.out, self.rows)
+            if row.mean_val_accuracy > best:
+                self.save(BEST)
+            self.save(LAST)
+            reporter.line(epoch_line(row, self.config.epochs))
+
+    def epoch(self, number: int, reporter: Reporter) -> EpochMetrics:
+        """One pass over the training images and one over the validation images."""
+        start = time.perf_counter()
+        self.train_loader.set_epoch(number - 1)
+        self.net.train()
+        total = _Totals()
+        reporter.start(f"epoch {number}/{self.config.epochs}", len(self.train_loader.split))
+        for batch, (images, labels) in enumerate(self.train_loader, start=1):
+            log_probs, loss = self.forward(images if self.augment is None else self.augment(images), labels)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"loss is {loss.item()} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller lr than "
+                    f"{self.config.lr} may help. The checkpoint of epoch {number - 1} is kept in {self.out}"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total.add(log_probs.detach(), loss.item(), labels.to(self.device))
+            speed = total.images / (time.perf_counter() - start)
+            text = f"loss {total.loss():.3f}  % {percent(total.accuracy())}  {speed:.0f} images/s"
+            reporter.advance(len(labels), text)
+        train_seconds = time.perf_counter() - start
+        val = self.validate(reporter, number)
+        return EpochMetrics(
+            epoch=number,
+            train_loss=total.loss(),
+            train_accuracy=total.accuracy(),
+            val_loss=val.loss(),
+            val_accuracy=val.accuracy(),
+            images_per_s=total.images / train_seconds,
+            seconds=time.perf_counter() - start,
+        )
+
+    def validate(self, reporter: Reporter, number: int) -> _Totals:
+        """Loss and accuracy over the validation images."""
+        self.net.eval()
+        total = _Totals()
+        reporter.start(f"validation {number}/{self.config.epochs}", len(self.val_loader.split))
+        with torch.inference_mode():
+            for images, labels in self.val_loader:
+                log_probs, loss = self.forward(images, labels)
+                total.add(log_probs, loss.item(), labels.to(self.device))
+                reporter.advance(len(labels), f"loss {total.loss():.3f}  % {percent(total.accuracy())}")
+        return total
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [T, N, classes] and loss of raw or augmented images [N, 3, H, W]."""
+        mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
+        log_probs = self.net(normalise(images, mean, std).to(self.device))
+        return log_probs, loss_over_time(log_probs, labels.to(self.device))
+
+
+class _Totals:
+    """Loss and accuracy per time step, summed over batches."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._loss = 0.0
+        self._correct: torch.Tensor | int = 0
+
+    def add(self, log_probs: torch.Tensor, loss: float, labels: torch.Tensor) -> None:
+        self.images += len(labels)
+        self._loss += loss * len(labels)
+        # In a biological unroll the first outputs come after some steps: fewer than `timesteps` of them.
+        self._correct = self._correct + (log_probs.argmax(2) == labels).sum(1).cpu()
+
+    def loss(self) -> float:
+        return self._loss / self.images
+
+    def accuracy(self) -> tuple[float, ...]:
+        return tuple((torch.as_tensor(self._correct) / self.images).tolist())
+
+
+def describe_data(data: ImageFile) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: its statistics (scale 0-255), categories and image size."""
+    return {
+        "path": str(data.path),
+        "image_size": data.image_size,
+        "categories": list(data.categories),
+        "mean": [float(value) for value in data.mean],
+        "std": [float(value) for value in data.std],
+    }
+
+
+def config_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that ``rnndyn train --config`` reads."""
+    import yaml
+
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def _resume_from(config: TrainConfig, out: Path) -> Path | None:
+    """The checkpoint to go on from, if any, after checking that the folder may be used."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, {out} is a file")
+    if config.resume:
+        found = [out / name for name in (LAST, INITIAL) if (out / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}")
+        return found[0]
+    if out.exists() and any(out.iterdir()) and not config.overwrite:
+        raise FileExistsError(f"out: {out} is not empty; use --resume true to go on or --overwrite true to replace the run")
+    return None
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,143 @@
+"""What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from rnndyn_fast.train.metrics import EpochMetrics
+
+
+class Reporter(Protocol):
+    """Shows the progress of a run; a context manager."""
+
+    def __enter__(self) -> Reporter: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def start(self, text: str, total: int) -> None:
+        """A stretch of `total` images begins."""
+
+    def advance(self, images: int, text: str) -> None:
+        """`images` more are done."""
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+
+
+class QuietReporter:
+    """Shows nothing."""
+
+    def __enter__(self) -> QuietReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def start(self, text: str, total: int) -> None:
+        """Shows nothing."""
+
+    def advance(self, images: int, text: str) -> None:
+        """Shows nothing."""
+
+    def line(self, text: str) -> None:
+        """Shows nothing."""
+
+
+class PlainReporter(QuietReporter):
+    """Lines on standard output, at most one per `every_s` seconds within a stretch."""
+
+    def __init__(self, every_s: float = 20.0) -> None:
+        self.every_s = every_s
+        self._text, self._done, self._total, self._last = "", 0, 0, 0.0
+
+    def start(self, text: str, total: int) -> None:
+        """A stretch of `total` images begins."""
+        self._text, self._done, self._total, self._last = text, 0, total, time.monotonic()
+
+    def advance(self, images: int, text: str) -> None:
+        """Prints a line if the last one is `every_s` seconds old."""
+        self._done += images
+        now = time.monotonic()
+        if now - self._last >= self.every_s:
+            self._last = now
+            self.line(f"  {self._text} {self._done}/{self._total} {text}")
+
+    def line(self, text: str) -> None:
+        """Prints `text`."""
+        print(text, flush=True)
+
+
+class RichReporter(QuietReporter):
+    """A progress bar with images/s and the time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> RichReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._progress.stop()
+
+    def start(self, text: str, total: int) -> None:
+        """A bar for `total` images takes the place of the one before."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=total, text="")
+
+    def advance(self, images: int, text: str) -> None:
+        """Moves the bar on."""
+        self._progress.update(self._task, advance=images, text=text)
+
+    def line(self, text: str) -> None:
+        """Prints `text` above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def choose_reporter(quiet: bool = False) -> Reporter:
+    """Nothing if `quiet`, a bar in a terminal where rich is installed, plain lines otherwise."""
+    if quiet:
+        return QuietReporter()
+    if sys.stdout.isatty():
+        try:
+            return RichReporter()
+        except ImportError:
+            pass
+    return PlainReporter()
+
+
+def percent(accuracy: Sequence[float]) -> str:
+    """Accuracies per time step in percent, as `31 40 45`."""
+    return " ".join(f"{100 * a:.0f}" for a in accuracy)
+
+
+def epoch_line(row: EpochMetrics, epochs: int) -> str:
+    """One line about a finished epoch."""
+    return (
+        f"epoch {row.epoch}/{epochs}  loss {row.train_loss:.3f}  val {row.val_loss:.3f}  "
+        f"train % {percent(row.train_accuracy)}  val % {percent(row.val_accuracy)}  "
+        f"{row.images_per_s:.0f} images/s  {row.seconds:.0f} s"
+    )

@@ -1,0 +1,46 @@
+"""What all tests share: where the golden files are, and networks small enough to check exhaustively."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(os.environ.get("RNNDYN_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
+
+
+@lru_cache(maxsize=8)
+def golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a golden file. Without the file: a skip that says so, and in CI a failure."""
+    path = GOLDEN / f"{name}.npz"
+    if not path.exists():
+        message = f"golden file {path} is not there (set RNNDYN_GOLDEN to the folder that has it)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with np.load(path) as data:
+        return {key: data[key] for key in data.files}
+
+
+def golden_module(name: str) -> Any:
+    """A helper module that lies beside the golden files."""
+    path = GOLDEN / f"{name}.py"
+    if not path.exists():
+        golden(name)  # skips or fails
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  -- for libraries that draw from the global generator
