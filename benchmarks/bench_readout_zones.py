@@ -25,20 +25,35 @@ TABLES = ("norm_now_vs_later", "cos_current_now_vs_later", "cos_final_vs_other")
 Data = dict[str, np.ndarray]
 
 
+# Published numbers of trajectories out of 25,000: per t_stable of the stable-correct, then the other three groups.
+PUBLISHED_T_STABLE = (9609, 917, 627, 411, 285, 219, 159, 103, 88, 0)
+PUBLISHED_STABLE_INCORRECT, PUBLISHED_UNSTABLE_CORRECT = 9850, 1295
+
+
 @pytest.fixture(scope="module")
 def data() -> Data:
-    """Trajectories that move towards their class, some late and some never: about half stable-correct, as published."""
+    """Trajectories with the published numbers per group and time: each step lies in a prescribed zone, with noise."""
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((CLASSES, DIMS)).astype(np.float32) / np.sqrt(DIMS)
-    labels = rng.integers(0, CLASSES, SAMPLES)
-    arrives = rng.exponential(1.5, SAMPLES)  # time scale of the approach
-    strength = rng.gamma(2.0, 0.9, SAMPLES) * DIMS**0.5 * 0.35
+    share = SAMPLES / 25000
+    labels, start = rng.integers(0, CLASSES, SAMPLES), rng.integers(0, CLASSES, (STEPS, SAMPLES))
+    t_stable = np.repeat(np.arange(STEPS), [round(n * share) for n in PUBLISHED_T_STABLE])[:SAMPLES]
+    correct, incorrect, unstable = np.cumsum(
+        [len(t_stable), round(PUBLISHED_STABLE_INCORRECT * share), round(PUBLISHED_UNSTABLE_CORRECT * share)]
+    )
+    zone = (labels + 1 + start % (CLASSES - 1)) % CLASSES  # any class but the label
+    late = np.arange(STEPS)[:, None] >= t_stable
+    zone[:, :correct] = np.where(late, labels[:correct], zone[0, :correct])
+    zone[:, correct:incorrect] = zone[0, correct:incorrect]
+    zone[STEPS // 2, incorrect:unstable] = labels[incorrect:unstable]
+    order = rng.permutation(SAMPLES)
+    labels, zone = labels[order], zone[:, order]
+
+    weight = (rng.standard_normal((CLASSES, DIMS)) / np.sqrt(DIMS)).astype(np.float32)
     base = rng.standard_normal((SAMPLES, DIMS)).astype(np.float32)
     trajectories = np.empty((STEPS, SAMPLES, DIMS), np.float32)
     for t in range(STEPS):
-        pull = (strength * (1 - np.exp(-(t + 0.5) / (arrives + 0.1)))).astype(np.float32)
-        jitter = rng.standard_normal((SAMPLES, DIMS)).astype(np.float32) * 0.15
-        trajectories[t] = np.maximum(base + jitter + pull[:, None] * weight[labels], -0.2)
+        noise = rng.standard_normal((SAMPLES, DIMS), np.float32) * np.float32(0.2)
+        trajectories[t] = base + noise + np.float32(8) * weight[zone[t]] + np.float32(2) * weight[labels]
     logits = trajectories @ weight.T
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return {"trajectories": trajectories, "readout_weight": weight, "labels": labels, "log_probs": log_probs}

@@ -5,13 +5,12 @@
 //   p = argmax_c l_c, or of the log-probabilities where given; the first on ties
 //   norm = ||r||;  change = ||r - previous||;  cosine_c = w_c . r / (||w_c|| ||r||), 0 where a norm is 0
 //   margin = l_p - max_{j != p} l_j;  boundary_distance = min_{j != p} (l_p - l_j) / ||w_p - w_j||
-// Precision: sums over D in Real, in vector lanes; a norm that overflows Real comes out infinite and the caller says
-// so. Traffic: reads r and the products once, previous once (the caller walks time within a block of samples, so it
-// comes from
-//   cache) and one row of the [C, C] table; writes the cosines over the products. Bound by memory bandwidth.
-// Threads: over samples. Determinism: no sum crosses samples, so results do not depend on the thread count.
-// Limits: the caller checks shapes, labels and strides. Samples with NaN get predicted class 0 and NaN or infinite
-// norm.
+// Precision: sums over D in Real, in vector lanes; a norm that overflows Real comes out infinite: the caller says so.
+// Traffic: reads r and the products once, previous once (the caller walks time within a block of samples, so it is
+//   still in cache) and one row of the [C, C] table; writes the cosines over the products. Bound by memory bandwidth.
+// Threads: over samples.
+// Determinism: no sum crosses samples, so results do not depend on the thread count.
+// Limits: the caller checks shapes, labels and strides. A sample with NaN gets class 0 and a NaN norm.
 
 template <typename Real>
 inline int64_t zone_argmax(const Real* scores, const Real* bias, int64_t classes) {

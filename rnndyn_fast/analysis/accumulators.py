@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -189,7 +189,7 @@ def classify(predicted: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _add_masked(moments: Moments, values: np.ndarray, mask: np.ndarray, cell: tuple[int, ...] = ()) -> None:
     """Add the masked values [T, N], summed over samples, to the column ``cell`` of a [T, ...] accumulator."""
-    index = (slice(None), *cell)
+    index: tuple[Any, ...] = (slice(None), *cell)
     kept = np.where(mask, values, 0.0)
     moments.count[index] += mask.sum(1)
     moments.total[index] += kept.sum(1)

@@ -118,10 +118,10 @@ def _check_edge(result: ReadoutZoneResult) -> Claim:
     return Claim(
         "lower_norm_nearer_edge",
         "Not-yet-correct representations have lower norm and lie nearer the edge of the readout zone they are in",
-        "over stable-correct samples, already stable minus not yet stable, averaged over the steps below max_t_analysed "
-        f"with at least {MIN_GROUP} samples in both groups: the 95% intervals of the difference in norm and in cosine to "
-        "the current class both lie above 0; it does not hold where either lies below 0 (the distance to the nearest "
-        "zone boundary is shown beside them and decides nothing)",
+        "over stable-correct samples, already stable minus not yet stable, averaged over the steps below "
+        f"max_t_analysed with at least {MIN_GROUP} samples in both groups: the 95% intervals of the difference in norm "
+        "and in cosine to the current class both lie above 0; it does not hold where either lies below 0 (the distance "
+        "to the nearest zone boundary is shown beside them and decides nothing)",
         holds,
         result.counts["stable_correct"],
         evidence,

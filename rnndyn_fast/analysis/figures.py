@@ -25,7 +25,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,
-    "axes.titlelocation": "left",
     "legend.frameon": False,
     "savefig.dpi": 150,
     "svg.fonttype": "none",
@@ -42,7 +41,7 @@ def _new(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.
 
 
 def _title(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, pad=20)
+    axes.set_title(title, loc="left", pad=20)
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=8.5, color="#555555", va="bottom")
 
 
@@ -114,9 +113,7 @@ def figure_groups(result: ReadoutZoneResult) -> Figure:
     names = [name.replace("_", "-") for name in GROUPS]
     percent = np.array([100 * result.counts[name] / n for name in GROUPS])
     half = 196 * np.sqrt(percent / 100 * (1 - percent / 100) / n)
-    axes.barh(
-        names, percent, xerr=half, color=list(GROUP_COLOURS.values()), error_kw={"ecolor": "#333333", "capsize": 3}
-    )
+    axes.barh(names, percent, xerr=half, color=list(GROUP_COLOURS.values()), error_kw={"ecolor": "#333333", "capsize": 3})
     for row, (group, value, error) in enumerate(zip(GROUPS, percent, half, strict=True)):
         axes.text(value + error + 1, row, f"{result.counts[group]:,} ({value:.1f}%)", va="center", fontsize=9)
     axes.invert_yaxis()
@@ -145,9 +142,7 @@ def figure_counts(result: ReadoutZoneResult) -> Figure:
         )
         axes.bar_label(bars, [f"{c:,}" if c else "" for c in counts], fontsize=7, padding=1, rotation=0)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(
-        0, max(10.0, 12.0 * max(result.counts_t_stable_correct.max(), result.counts_t_stable_incorrect.max()))
-    )
+    axes.set_ylim(0, max(10.0, 12.0 * max(result.counts_t_stable_correct.max(), result.counts_t_stable_incorrect.max())))
     axes.set_ylabel("samples (log scale)")
     axes.legend(loc="upper center", ncols=2)
     _title(axes, "Samples per time of stabilisation", f"n = {result.n:,} trajectories in all")
@@ -160,9 +155,7 @@ def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZo
     """Representation change per time of stabilisation, of the network and, where given, of the untrained one."""
     from matplotlib import colormaps
 
-    panels = [("trained" if untrained is not None else "", result)] + (
-        [] if untrained is None else [("untrained", untrained)]
-    )
+    panels = [("trained" if untrained is not None else "", result)] + ([] if untrained is None else [("untrained", untrained)])
     figure, all_axes = _new(1, len(panels), width=4.6 * len(panels) + 1.8)
     for axes, (name, one) in zip(all_axes, panels, strict=True):
         summary = one.summary("representation_change_by_t_stable")
@@ -218,9 +211,7 @@ def figure_margin(result: ReadoutZoneResult) -> Figure:
 
 def figure_boundary_distance(result: ReadoutZoneResult) -> Figure:
     """Distance to the nearest zone boundary of samples already stable and not yet."""
-    return _now_vs_later(
-        result, "boundary_distance_now_vs_later", "Distance to the edge of the readout zone", "distance"
-    )
+    return _now_vs_later(result, "boundary_distance_now_vs_later", "Distance to the edge of the readout zone", "distance")
 
 
 def figure_cos_final(result: ReadoutZoneResult) -> Figure:
@@ -264,11 +255,7 @@ def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0)
     given = result.descriptors.get("class_names")
-    names = (
-        [str(name) for name in given]
-        if isinstance(given, list) and len(given) == classes
-        else [str(c) for c in range(classes)]
-    )
+    names = [str(name) for name in given] if isinstance(given, list) and len(given) == classes else [str(c) for c in range(classes)]
     tree = linkage(squareform(distance, checks=False), "ward")
     size = 9.0 if classes <= 30 else 6.0
     dendrogram(
@@ -297,20 +284,14 @@ FIGURES: dict[str, Callable[[ReadoutZoneResult], Figure]] = {
 }
 
 
-def write_figures(
-    result: ReadoutZoneResult, out_dir: str | os.PathLike[str], *, untrained: ReadoutZoneResult | None = None
-) -> list[Path]:
+def write_figures(result: ReadoutZoneResult, out_dir: str | os.PathLike[str], *, untrained: ReadoutZoneResult | None = None) -> list[Path]:
     """Write each of FIGURES to ``out_dir/<name>.png`` and ``.svg``; returns the paths."""
     from matplotlib import rc_context
 
     written = []
     for name, make in FIGURES.items():
         with rc_context(STYLE):
-            figure = (
-                figure_representation_change(result, untrained)
-                if make is figure_representation_change
-                else make(result)
-            )
+            figure = figure_representation_change(result, untrained) if make is figure_representation_change else make(result)
             for suffix in ("png", "svg"):
                 path = Path(out_dir) / f"{name}.{suffix}"
                 with replaced_atomically(path) as temporary:

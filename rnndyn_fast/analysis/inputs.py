@@ -15,9 +15,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
         return value.detach()
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
-        raise TypeError(
-            f"{name}: expected a numeric array or tensor, got {type(value).__name__} of dtype {array.dtype}"
-        )
+        raise TypeError(f"{name}: expected a numeric array or tensor, got {type(value).__name__} of dtype {array.dtype}")
     if not array.flags.writeable or not array.dtype.isnative or any(stride < 0 for stride in array.strides):
         array = array.astype(array.dtype.newbyteorder("="))  # a copy, which torch can share
     try:
@@ -70,9 +68,7 @@ def require_finite_norms(name: str, value: Tensor, norm: Tensor) -> None:  # [..
     """As require_finite, but looks at every value only where a norm, which is at hand, is not finite."""
     if not bool(torch.isfinite(norm).all()):
         require_finite(name, value)
-        raise ValueError(
-            f"{name}: expected vectors whose L2 norm fits {value.dtype}, got values up to {value.abs().max():.3g}"
-        )
+        raise ValueError(f"{name}: expected vectors whose L2 norm fits {value.dtype}, got values up to {value.abs().max():.3g}")
 
 
 def require_log_probs(name: str, value: Tensor) -> None:  # [..., C]

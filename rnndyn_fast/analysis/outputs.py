@@ -57,8 +57,7 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
     for measure, columns in _PAIRED.items():
         summary = result.summary(measure)
         out[measure] = [
-            {"t": t} | {k: v for c, name in enumerate(columns) for k, v in _cell(f"{name}_", summary, (t, c)).items()}
-            for t in steps
+            {"t": t} | {k: v for c, name in enumerate(columns) for k, v in _cell(f"{name}_", summary, (t, c)).items()} for t in steps
         ]
     for row, value in zip(out["cos_final_vs_other"], effective, strict=True):
         row["others_final_n_effective"] = float(value)
@@ -67,8 +66,7 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
         {"t_stable": s, "t": t} | _cell("", change, (s, t)) for s in steps for t in range(result.timesteps - 1)
     ]
     out["change_after_stable"] = [
-        {"measure": name} | _cell("", result.summary(name), ())
-        for name in ("change_after_stable", "relative_change_after_stable")
+        {"measure": name} | _cell("", result.summary(name), ()) for name in ("change_after_stable", "relative_change_after_stable")
     ]
     out["published_summary"] = [
         {

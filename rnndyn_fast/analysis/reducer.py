@@ -127,9 +127,7 @@ class ReadoutZoneReducer:
         """Take in whole trajectories [T, N, D] with labels [N] and, where predictions come from them, log_probs [T, N,
         C]."""
         self._require_no_pending("update")
-        representations = as_floats(
-            "representations", representations, "[T, N, D]", (self.timesteps, None, self.num_dims)
-        )
+        representations = as_floats("representations", representations, "[T, N, D]", (self.timesteps, None, self.num_dims))
         samples = representations.shape[1]
         labels = as_labels("labels", labels, samples, self.num_classes)
         if log_probs is not None:
@@ -166,9 +164,7 @@ class ReadoutZoneReducer:
         if pending is None:
             pending = _PendingBatch(labels.clone())
         elif labels.shape != pending.labels.shape or not torch.equal(labels.cpu(), pending.labels.cpu()):
-            raise ValueError(
-                f"labels: expected the labels [N] = [{len(pending.labels)}] given at t = 0, got others at t = {t}"
-            )
+            raise ValueError(f"labels: expected the labels [N] = [{len(pending.labels)}] given at t = 0, got others at t = {t}")
         previous = pending.previous
         if previous is not None:
             previous = previous.to(representations.device, representations.dtype)
@@ -250,9 +246,7 @@ class ReadoutZoneReducer:
 
         predicted, norm, cos_current, cos_label, margin, boundary_distance, change = map(table, _SCALARS)
         cosine = tuple(step.cpu() for m in measures for step in m.cosine.unbind(0))
-        batch = Trajectories(
-            labels.cpu().numpy(), predicted, norm, cos_current, cos_label, margin, boundary_distance, change[1:], cosine
-        )
+        batch = Trajectories(labels.cpu().numpy(), predicted, norm, cos_current, cos_label, margin, boundary_distance, change[1:], cosine)
         group, time = classify(predicted, batch.label)
         accumulate(self._sums, batch, group, time)
         if self.keep_samples:
@@ -286,7 +280,7 @@ def readout_zones(
     log_probs: Any = None,  # [T, N, C]
     backend: str | None = None,
     *,
-    samples_per_block: int = 2048,
+    samples_per_block: int = 1024,
 ) -> ReadoutZoneResult:
     """Readout-zone analysis of trajectories that are at hand; the equations are at ``ReadoutZoneReducer``.
 
@@ -329,8 +323,7 @@ def readout_zones(
     reducer = ReadoutZoneReducer(readout_weight, bias, shape[0], keep_samples=True, backend=backend)
     if shape[2] != reducer.num_dims:
         raise ValueError(
-            f"trajectories: expected shape [T, N, D] = [any, any, {reducer.num_dims}] as readout_weight [C, D], "
-            f"got {list(shape)}"
+            f"trajectories: expected shape [T, N, D] = [any, any, {reducer.num_dims}] as readout_weight [C, D], got {list(shape)}"
         )
     targets = as_labels("labels", labels, shape[1], reducer.num_classes)
     if log_probs is not None:

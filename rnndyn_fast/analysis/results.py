@@ -239,9 +239,7 @@ class ReadoutZoneResult:
 
     def require_same_readout(self, other: ReadoutZoneResult, name: str) -> None:
         """Raises ValueError where another result (called ``name``) has other sizes, readout, bias or sample tables."""
-        mine, theirs = (
-            {"timesteps T": r.timesteps, "readout_weight [C, D]": list(r.readout_weight.shape)} for r in (self, other)
-        )
+        mine, theirs = ({"timesteps T": r.timesteps, "readout_weight [C, D]": list(r.readout_weight.shape)} for r in (self, other))
         for what, value in mine.items():
             if theirs[what] != value:
                 raise ValueError(f"{name}: expected {what} = {theirs[what]}, got {value}")
@@ -276,18 +274,14 @@ class ReadoutZoneResult:
         return out
 
     @classmethod
-    def from_arrays(
-        cls, arrays: Mapping[str, np.ndarray], descriptors: Mapping[str, Any] | None = None
-    ) -> ReadoutZoneResult:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], descriptors: Mapping[str, Any] | None = None) -> ReadoutZoneResult:
         """The inverse of ``arrays``; raises ValueError where something is missing or does not fit."""
         for name in ("timesteps", "readout_weight"):
             if name not in arrays:
                 raise ValueError(f"state: expected an array {name!r}, which is missing")
         weight, steps = np.array(arrays["readout_weight"]), int(arrays["timesteps"])
         if weight.ndim != 2 or steps < 1:
-            raise ValueError(
-                f"state: expected readout_weight [C, D] and T of at least 1, got {list(weight.shape)} and {steps}"
-            )
+            raise ValueError(f"state: expected readout_weight [C, D] and T of at least 1, got {list(weight.shape)} and {steps}")
         sums = Accumulators(steps, weight.shape[0])
         prefix = "accumulators/"
         sums.load({name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)})
@@ -298,9 +292,7 @@ class ReadoutZoneResult:
                 value = arrays.get(f"samples/{name}")
                 wanted = (int(sums.samples), *empty(steps).shape[1:])
                 if value is None or value.shape != wanted:
-                    raise ValueError(
-                        f"state: expected per-sample table {name!r} {list(wanted)}, got {getattr(value, 'shape', None)}"
-                    )
+                    raise ValueError(f"state: expected per-sample table {name!r} {list(wanted)}, got {getattr(value, 'shape', None)}")
                 samples[name] = np.array(value)
         bias = np.array(arrays["bias"]) if "bias" in arrays else None
         return cls(sums, weight, bias, samples, dict(descriptors or {}))
@@ -331,15 +323,14 @@ class ReadoutZoneResult:
         import h5py
 
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"path: expected an analysis file written by ReadoutZoneResult.save, found no file {path}"
-            )
+            raise FileNotFoundError(f"path: expected an analysis file written by ReadoutZoneResult.save, found no file {path}")
         try:
             with h5py.File(path, "r") as file:
-                if file.attrs.get("format") != FORMAT or file.attrs.get("format_version") != FORMAT_VERSION:
+                found = file.attrs.get("format"), file.attrs.get("format_version")
+                if found != (FORMAT, FORMAT_VERSION):
                     raise ValueError(
                         f"path: expected an HDF5 file with attributes format = {FORMAT!r} and "
-                        f"format_version = {FORMAT_VERSION}, got {file.attrs.get('format')!r} and {file.attrs.get('format_version')!r} in {path}"
+                        f"format_version = {FORMAT_VERSION}, got {found[0]!r} and {found[1]!r} in {path}"
                     )
                 arrays: dict[str, np.ndarray] = {}
 

@@ -28,8 +28,10 @@ def can_run_readout_zones(representations: Tensor, raise_error: bool = False) ->
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
-    reason = None
-    if representations.device.type != "cpu":
+    reason = _launch.unavailable
+    if reason is not None:
+        pass
+    elif representations.device.type != "cpu":
         reason = f"representations are on {representations.device}, and the native backend runs on the CPU"
     elif representations.dtype not in _NATIVE_DTYPES:
         reason = f"representations have dtype {representations.dtype}, and the native backend takes float32 and float64"
@@ -63,9 +65,7 @@ def _check(
         raise TypeError(f"representations: expected a floating-point dtype, got {representations.dtype}")
     timesteps, samples, dims = representations.shape
     if 0 in representations.shape:
-        raise ValueError(
-            f"representations: expected T, N and D of at least 1, got [T, N, D] = {[timesteps, samples, dims]}"
-        )
+        raise ValueError(f"representations: expected T, N and D of at least 1, got [T, N, D] = {[timesteps, samples, dims]}")
     _check_tensor("readout_weight", readout_weight, "[C, D]", (None, dims), representations)
     classes = readout_weight.shape[0]
     if classes == 0:
@@ -101,8 +101,7 @@ def _check_not_differentiated(**tensors: Tensor | None) -> None:
             )
         if forward_ad.unpack_dual(value).tangent is not None:
             raise ValueError(
-                f"{name}: carries a forward-mode tangent, and ops.readout_zones is not differentiable; "
-                "use reference.readout_zones"
+                f"{name}: carries a forward-mode tangent, and ops.readout_zones is not differentiable; use reference.readout_zones"
             )
 
 

@@ -23,7 +23,9 @@ class ReadoutZoneMeasures(NamedTuple):
 
 def readout_distance(readout_weight: Tensor) -> Tensor:  # [C, D] -> [C, C]
     """Distances ``||w_c - w_j||`` between readout vectors, by differences (no ``|a|^2 - 2ab + |b|^2``)."""
-    return torch.cdist(readout_weight, readout_weight, compute_mode="donot_use_mm_for_euclid_dist")
+    # PyTorch's cdist takes no half precision.
+    wide = readout_weight.to(torch.promote_types(readout_weight.dtype, torch.float32))
+    return torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist").to(readout_weight.dtype)
 
 
 def first_argmax(scores: Tensor) -> Tensor:  # [..., C] -> [...]

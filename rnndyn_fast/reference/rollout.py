@@ -1,7 +1,7 @@
 """``rollout`` in plain PyTorch, one term after another, as the equations say it: the specification, and the fallback.
 
-Nothing is scheduled here: every term is evaluated at every time step. Any float dtype, any device, differentiable any number of times, forward
-and reverse mode.
+Nothing is scheduled here: every term is evaluated at every time step. Any float dtype, any device, differentiable any number of times,
+forward and reverse mode.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def term(
     bias = parameters[f"{connection.parameter}.bias"] if connection.bias else None
     if connection.operator is Operator.LINEAR:
         return functional.linear(x.flatten(1), weight, bias)[:, :, None, None]
-    stride, padding, output_padding = connection.stride, connection.padding, connection.output_padding
+    g = connection.geometry
     if connection.operator is Operator.CONV:
-        return functional.conv2d(x, weight, bias, stride, padding)
-    return functional.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+        return functional.conv2d(x, weight, bias, g.stride, g.padding)
+    return functional.conv_transpose2d(x, weight, bias, g.stride, g.padding, g.output_padding)
 
 
 def rollout(
@@ -57,7 +57,8 @@ def rollout(
     for t in range(timesteps):
         states.append({name: x[t] if varies[name] else x for name, x in frames.items()})
         for area in network.areas:
-            drives, modulators = [], []
+            drives: list[Tensor] = []
+            modulators: list[Tensor] = []
             for c in network.connections:
                 if c.target != area.name:
                     continue

@@ -1,0 +1,255 @@
+"""Result files, tables, claims and figures of the readout-zone analysis."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from test_analysis_cases import assert_same_result, make
+
+from rnndyn_fast.analysis import (
+    ReadoutZoneReducer,
+    ReadoutZoneResult,
+    analyse,
+    check_claims,
+    readout_zones,
+    tables,
+    write_tables,
+)
+from rnndyn_fast.analysis.figures import FIGURES, figure_representation_change, write_figures
+from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.analysis.results import MEASURES
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
+
+
+def drifting(norm_gain: float, seed: int = 0, n: int = 600, t: int = 6) -> ReadoutZoneResult:
+    """Two classes; samples cross into their own zone at a random step, which multiplies their norm by norm_gain."""
+    rng = np.random.default_rng(seed)
+    labels, cross = rng.integers(0, 2, n), rng.integers(0, t - 1, n)
+    inside = np.arange(t)[:, None] >= cross
+    sign = np.where(inside, 1.0, -0.3) * np.where(labels == 0, 1.0, -1.0)
+    r = np.stack([sign, rng.standard_normal((t, n)) * 0.2], axis=-1)
+    r /= np.linalg.norm(r, axis=-1, keepdims=True)
+    r *= np.where(inside, norm_gain, 1.0)[..., None] * rng.uniform(0.9, 1.1, (t, n, 1))
+    return readout_zones(r, np.array([[1.0, 0.0], [-1.0, 0.0]]), labels)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_save_and_load(tmp_path: Path, keep: bool) -> None:
+    data = make(n=40)
+    reducer = ReadoutZoneReducer(data["readout_weight"], data["bias"], 6, keep_samples=keep)
+    reducer.update(data["trajectories"], data["labels"])
+    result = reducer.result({"network": "tiny", "seed": 3, "class_names": ["a", "b", "c", "d", "e"]})
+    path = result.save(tmp_path / "new folder" / "result.h5")
+    loaded = ReadoutZoneResult.load(path)
+    assert_same_result(loaded, result)
+    assert loaded.descriptors == result.descriptors
+    np.testing.assert_array_equal(loaded.readout_weight, data["readout_weight"])
+    np.testing.assert_array_equal(loaded.bias, data["bias"])
+    assert (loaded.samples is None) != keep
+    assert_same_result(loaded.merge(result), result.merge(loaded))
+    assert loaded.merge(result).n == 80
+    with h5py.File(path) as file:  # other readers find the measures by name
+        np.testing.assert_array_equal(file["measures/norm_now_vs_later/mean"], result.norm_now_vs_later)
+        assert json.loads(file.attrs["descriptors"])["seed"] == 3
+
+
+def test_merge_refuses_another_readout() -> None:
+    data = make()
+    with pytest.raises(ValueError, match="other: expected the same readout_weight"):
+        readout_zones(**data).merge(readout_zones(**(data | {"readout_weight": data["readout_weight"] * 2})))
+    with pytest.raises(TypeError, match="other: expected a ReadoutZoneResult, got int"):
+        readout_zones(**data).merge(3)  # type: ignore[arg-type]
+
+
+def test_load_refuses_what_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"path: expected an analysis file .* found no file"):
+        ReadoutZoneResult.load(tmp_path / "absent.h5")
+    (tmp_path / "text.h5").write_text("not HDF5")
+    with pytest.raises(ValueError, match="path: expected a readable HDF5 file"):
+        ReadoutZoneResult.load(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["data"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"path: expected an HDF5 file with attributes format = .* got None"):
+        ReadoutZoneResult.load(tmp_path / "other.h5")
+    path = readout_zones(**make()).save(tmp_path / "result.h5")
+    content = path.read_bytes()
+    (tmp_path / "cut.h5").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="path: expected a readable HDF5 file"):
+        ReadoutZoneResult.load(tmp_path / "cut.h5")
+    for name, message in (("accumulators/norm.total", r"norm\.total"), ("samples/predicted", "predicted")):
+        path = readout_zones(**make()).save(tmp_path / "result.h5")
+        with h5py.File(path, "a") as file:
+            del file[name]
+        with pytest.raises(ValueError, match=f"state: expected .*{message}"):
+            ReadoutZoneResult.load(path)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="compare: expected a result of T = 6"):
+        analyse(path, tmp_path / "out", compare=drifting(1.0, t=5).save(tmp_path / "five.h5"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_writes_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.h5"
+    result = readout_zones(**make())
+    result.save(path)
+    before = path.read_bytes()
+    result.descriptors["bad"] = object()
+    with pytest.raises(TypeError, match="JSON"):
+        result.save(path)
+    result.descriptors.clear()
+
+    def fail(self: Any, *_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", fail)
+    with pytest.raises(OSError, match="No space left"):
+        result.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["result.h5"]
+
+
+def test_replaced_atomically(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    with replaced_atomically(path) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "one"
+    assert path.stat().st_mode & 0o444 == 0o444 & ~_umask()
+    with pytest.raises(KeyError), replaced_atomically(path) as temporary:
+        _write_and_fail(temporary)
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def _write_and_fail(path: Path) -> None:
+    path.write_text("two")
+    raise KeyError(path.name)
+
+
+def _umask() -> int:
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_tables(tmp_path: Path) -> None:
+    result = readout_zones(**make(n=200))
+    rows = tables(result)
+    assert [row["n"] for row in rows["groups"]] == list(result.counts.values())
+    assert sum(row["fraction"] for row in rows["groups"]) == pytest.approx(1)
+    assert [row["stable_correct"] for row in rows["counts"]] == result.counts_t_stable_correct.tolist()
+    assert len(rows["representation_change_by_t_stable"]) == 6 * 5
+    paths = write_tables(result, tmp_path / "tables")
+    assert {p.stem for p in paths} == set(rows)
+    with (tmp_path / "tables" / "norm_now_vs_later.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    summary = result.summary("norm_now_vs_later")
+    for t, row in enumerate(read):
+        for column, name in enumerate(("stable", "not_yet_stable")):
+            mean, n = summary.mean[t, column], summary.n[t, column]
+            assert int(row[f"{name}_n"]) == n
+            assert row[f"{name}_mean"] == ("" if n == 0 else repr(float(mean)))
+            if n > 1:
+                low, high = float(row[f"{name}_ci95_low"]), float(row[f"{name}_ci95_high"])
+                assert (low + high) / 2 == pytest.approx(mean)
+                assert high - low == pytest.approx(2 * summary.ci95[t, column])
+    with (tmp_path / "tables" / "cos_final_vs_other.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["others_final_n_effective"]) > 1
+    with pytest.raises(ValueError, match=r"name: expected one of accuracy, .* got 'acc'"):
+        result.summary("acc")
+
+
+def test_claims_hold_where_they_are_built_in() -> None:
+    change, edge = check_claims(drifting(norm_gain=1.5))
+    assert change.holds is True
+    assert edge.holds is True
+    assert edge.verdict == "holds"
+    assert edge.evidence["norm, difference, 95% low"] > 0.3
+    assert edge.n == drifting(norm_gain=1.5).counts["stable_correct"]
+    assert "holds" in str(edge)
+    assert f"n = {edge.n}" in str(edge)
+
+
+def test_claims_fail_where_the_opposite_is_built_in() -> None:
+    _, edge = check_claims(drifting(norm_gain=0.5))
+    assert edge.holds is False
+    assert edge.verdict == "does not hold"
+    still = readout_zones(np.ones((5, 40, 3)) * [2.0, 1.0, 0.0], np.eye(3), np.zeros(40, int))
+    change, edge = check_claims(still)
+    assert change.holds is False  # the representations stand still
+    assert edge.holds is None  # nobody is not yet stable
+
+
+def test_claims_are_undecided_without_an_effect_or_data() -> None:
+    undecided = [check_claims(drifting(norm_gain=1.0, seed=seed, n=120))[1].holds for seed in range(10)]
+    assert undecided.count(None) >= 8  # the interval of the norm's difference holds 0
+    for claim in check_claims(ReadoutZoneReducer(np.eye(3), timesteps=4).result()):
+        assert claim.holds is None
+        assert claim.n == 0
+        assert claim.verdict == "not decided by these data"
+
+
+def test_interval_of_the_difference_covers_the_truth() -> None:
+    """Conservative by design: over repetitions the 95% interval holds the true difference at least that often."""
+    truth = 0.2
+    covered = 0
+    for seed in range(40):
+        evidence = check_claims(drifting(norm_gain=1 + truth, seed=seed, n=150))[1].evidence
+        covered += evidence["norm, difference, 95% low"] <= truth <= evidence["norm, difference, 95% high"]
+    assert covered >= 37
+
+
+def test_analyse_writes_everything(tmp_path: Path) -> None:
+    data = make(n=120)
+    path = readout_zones(**data).save(tmp_path / "trained.h5")
+    other = readout_zones(**(data | {"trajectories": data["trajectories"] * 0.3})).save(tmp_path / "untrained.h5")
+    paths = analyse(path, tmp_path / "out", compare=other)
+    assert sorted(paths) == sorted((tmp_path / "out").iterdir())
+    assert {p.name for p in paths} >= {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")}
+    for p in paths:
+        assert p.stat().st_size > (5000 if p.suffix in (".png", ".svg") else 20)
+        if p.suffix == ".png":
+            assert p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    first = (tmp_path / "out" / "accuracy.svg").read_text()
+    assert "n = 120" in first
+    analyse(path, tmp_path / "out")
+    assert (tmp_path / "out" / "accuracy.svg").read_text() == first  # the same result makes the same file
+
+
+def test_figures_show_the_numbers() -> None:
+    result = readout_zones(**make(n=200))
+    axes = FIGURES["norm_now_vs_later"](result).axes[0]
+    table = result.norm_now_vs_later
+    for column, line in enumerate(axes.lines):
+        shown = np.isfinite(table[:, column])
+        np.testing.assert_array_equal(line.get_xdata(), np.flatnonzero(shown))
+        np.testing.assert_array_equal(line.get_ydata(), table[shown, column])
+    assert len(axes.collections) == 2  # the two bands
+    assert len(FIGURES["readout_dendrogram"](result).axes[0].get_xticklabels()) == 5
+    panels = figure_representation_change(result, readout_zones(**make(seed=1))).axes
+    assert ["untrained" in axes.get_title(loc="left") for axes in panels] == [False, True]
+
+
+@pytest.mark.parametrize(("t", "c", "n"), [(1, 1, 1), (1, 4, 9), (2, 1, 2), (25, 3, 40)])
+def test_figures_of_odd_sizes(tmp_path: Path, t: int, c: int, n: int) -> None:
+    result = readout_zones(**make(n=n, t=t, c=c))
+    assert len(write_figures(result, tmp_path)) == 2 * len(FIGURES)
+    assert len(write_tables(result, tmp_path)) == len(tables(result))
+
+
+def test_figures_and_tables_of_nothing(tmp_path: Path) -> None:
+    result = ReadoutZoneReducer(np.eye(3), timesteps=4).result()
+    write_figures(result, tmp_path, untrained=result)
+    write_tables(result, tmp_path)
+    for name in MEASURES:
+        assert np.isnan(result.summary(name).mean).all()
