@@ -70,14 +70,14 @@ struct AreaStepBackwardParams {
   double* partial;       // [N, num_chunks(H, W, C), 2] scratch; required with a norm
 };
 
-// Rows of a map are grouped into chunks of an even number of rows, by shape alone: statistics are summed per chunk and
+// (static: a copy per instruction set, see kernels.cpp.) Rows of a map are grouped into chunks of an even number of rows, by shape alone: statistics are summed per chunk and
 // the chunks in order, so a result does not depend on the number of threads.
-inline int64_t rows_per_chunk(int64_t width, int64_t channels) {
+static inline int64_t rows_per_chunk(int64_t width, int64_t channels) {
   const int64_t row = width * channels;
   const int64_t rows = row > 0 ? 8192 / row : 1;
   return rows < 2 ? 2 : rows - rows % 2;
 }
-inline int64_t num_chunks(int64_t height, int64_t width, int64_t channels) {
+static inline int64_t num_chunks(int64_t height, int64_t width, int64_t channels) {
   const int64_t rows = rows_per_chunk(width, channels);
   return (height + rows - 1) / rows;
 }

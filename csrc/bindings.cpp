@@ -7,6 +7,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "area_step.h"
@@ -37,9 +38,9 @@ int fill_terms(const Real* (&out)[kMaxTerms], const std::vector<Address>& terms,
 
 template <typename Real>
 void area_step_forward(const Shape& shape, int num_threads, const std::vector<Address>& drive, Address drive_bias,
-                       const std::vector<Address>& modulator, Address modulator_bias, Address gamma, Address beta, double eps,
-                       bool rectify, Address value, Address modulator_sum, Address state, Address max_pooled, Address argmax,
-                       Address mean_pooled, Address mean, Address rstd) {
+                       const std::vector<Address>& modulator, Address modulator_bias, Address gamma, Address beta,
+                       double eps, bool rectify, Address value, Address modulator_sum, Address state,
+                       Address max_pooled, Address argmax, Address mean_pooled, Address mean, Address rstd) {
   AreaStepForwardParams<Real> p{};
   p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.channels = shape[3];
   p.num_threads = num_threads;
@@ -50,7 +51,8 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
   p.gamma = pointer<const Real>(gamma), p.beta = pointer<const Real>(beta);
   p.eps = eps, p.rectify = rectify;
   p.value = pointer<Real>(value), p.modulator_sum = pointer<Real>(modulator_sum), p.state = pointer<Real>(state);
-  p.max_pooled = pointer<Real>(max_pooled), p.argmax = pointer<uint8_t>(argmax), p.mean_pooled = pointer<Real>(mean_pooled);
+  p.max_pooled = pointer<Real>(max_pooled), p.argmax = pointer<uint8_t>(argmax),
+  p.mean_pooled = pointer<Real>(mean_pooled);
   p.mean = pointer<Real>(mean), p.rstd = pointer<Real>(rstd);
   if (p.gamma != nullptr && (p.beta == nullptr || p.value == nullptr || p.mean == nullptr || p.rstd == nullptr))
     throw std::invalid_argument("gamma: a norm needs beta, value, mean and rstd");
@@ -63,11 +65,12 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
 }
 
 template <typename Real>
-void area_step_backward(const Shape& shape, int num_threads, const std::vector<Address>& grad_state, Address grad_max_pooled,
-                        Address argmax, Address grad_mean_pooled, bool multiplicative, Address value,
-                        const std::vector<Address>& drive, Address drive_bias, Address modulator_sum, Address mean, Address rstd,
-                        Address gamma, Address beta, bool rectify, Address grad_drive, Address grad_drive_sum,
-                        Address grad_modulator, Address grad_gamma, Address grad_beta, Address partial) {
+void area_step_backward(const Shape& shape, int num_threads, const std::vector<Address>& grad_state,
+                        Address grad_max_pooled, Address argmax, Address grad_mean_pooled, bool multiplicative,
+                        Address value, const std::vector<Address>& drive, Address drive_bias, Address modulator_sum,
+                        Address mean, Address rstd, Address gamma, Address beta, bool rectify, Address grad_drive,
+                        Address grad_drive_sum, Address grad_modulator, Address grad_gamma, Address grad_beta,
+                        Address partial) {
   AreaStepBackwardParams<Real> p{};
   p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.channels = shape[3];
   p.num_threads = num_threads;
@@ -86,9 +89,11 @@ void area_step_backward(const Shape& shape, int num_threads, const std::vector<A
   p.grad_modulator = pointer<Real>(grad_modulator);
   p.grad_gamma = pointer<Real>(grad_gamma), p.grad_beta = pointer<Real>(grad_beta);
   p.partial = pointer<double>(partial);
-  if (p.gamma != nullptr && (p.grad_drive == nullptr || p.grad_gamma == nullptr || p.grad_beta == nullptr || p.partial == nullptr))
+  if (p.gamma != nullptr &&
+      (p.grad_drive == nullptr || p.grad_gamma == nullptr || p.grad_beta == nullptr || p.partial == nullptr))
     throw std::invalid_argument("gamma: a norm needs grad_drive, grad_gamma, grad_beta and partial");
-  if (p.grad_max_pooled != nullptr && p.argmax == nullptr) throw std::invalid_argument("argmax: needed with grad_max_pooled");
+  if (p.grad_max_pooled != nullptr && p.argmax == nullptr)
+    throw std::invalid_argument("argmax: needed with grad_max_pooled");
   py::gil_scoped_release release;
   if constexpr (sizeof(Real) == 4) {
     kernels().area_step_backward_f32(p);
@@ -98,10 +103,11 @@ void area_step_backward(const Shape& shape, int num_threads, const std::vector<A
 }
 
 template <typename Real>
-void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address representations, int64_t representation_stride,
-                   Address previous, int64_t previous_stride, Address log_probs, int64_t log_prob_stride, Address labels,
-                   Address bias, Address weight_norm, Address inverse_distance, Address cosine, Address predicted, Address norm,
-                   Address cos_predicted, Address cos_label, Address margin, Address boundary_distance, Address change) {
+void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address representations,
+                   int64_t representation_stride, Address previous, int64_t previous_stride, Address log_probs,
+                   int64_t log_prob_stride, Address labels, Address bias, Address weight_norm, Address inverse_distance,
+                   Address cosine, Address predicted, Address norm, Address cos_predicted, Address cos_label,
+                   Address margin, Address boundary_distance, Address change) {
   ReadoutZonesParams<Real> p{};
   p.samples = shape[0], p.dims = shape[1], p.classes = shape[2];
   p.num_threads = num_threads;
@@ -112,13 +118,130 @@ void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address
   p.weight_norm = pointer<const Real>(weight_norm), p.inverse_distance = pointer<const Real>(inverse_distance);
   p.cosine = pointer<Real>(cosine), p.predicted = pointer<int64_t>(predicted), p.norm = pointer<Real>(norm);
   p.cos_predicted = pointer<Real>(cos_predicted), p.cos_label = pointer<Real>(cos_label);
-  p.margin = pointer<Real>(margin), p.boundary_distance = pointer<Real>(boundary_distance), p.change = pointer<Real>(change);
+  p.margin = pointer<Real>(margin), p.boundary_distance = pointer<Real>(boundary_distance),
+  p.change = pointer<Real>(change);
   py::gil_scoped_release release;
   if constexpr (sizeof(Real) == 4) {
     kernels().readout_zones_f32(p);
   } else {
     kernels().readout_zones_f64(p);
   }
+}
+
+WinogradForm winograd_form(const std::array<int, 2>& form) {
+  const std::array<int, 2> known[] = {{5, 2}, {6, 3}, {8, 3}, {6, 5}, {8, 5}};
+  for (const auto& f : known)
+    if (f == form) return {form[0], form[1]};
+  throw std::invalid_argument("form: expected (patch, kernel) (5, 2), (6, 3), (8, 3), (6, 5) or (8, 5)");
+}
+
+GridStrides grid_strides(const std::array<int64_t, 3>& strides) { return {strides[0], strides[1], strides[2]}; }
+
+using Taps = std::vector<std::vector<int>>;
+
+void fill_taps(int (&out)[kMaxPhases][kMaxTaps], const Taps& taps, int kernel) {
+  if (taps.empty() || taps.size() > kMaxPhases) throw std::invalid_argument("taps: expected 1 to 4 phases");
+  for (size_t p = 0; p < taps.size(); ++p) {
+    if (taps[p].size() != size_t(kernel) * kernel)
+      throw std::invalid_argument("taps: expected kernel * kernel entries");
+    for (size_t k = 0; k < taps[p].size(); ++k) out[p][k] = taps[p][k];
+  }
+}
+
+// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address each.
+using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address>;
+
+WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
+                                        const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                                        const std::array<int64_t, 3>& y_strides) {
+  if (terms.empty() || terms.size() > kMaxConvTerms || y.empty() || y.size() > kMaxPhases)
+    throw std::invalid_argument("terms: expected 1 to 8 terms and 1 to 4 phases, got " + std::to_string(terms.size()) +
+                                " and " + std::to_string(y.size()));
+  WinogradConvParams p{};
+  p.form = winograd_form(form), p.pad = pad;
+  p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.out_channels = shape[3];
+  p.num_threads = num_threads;
+  p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
+  for (size_t k = 0; k < terms.size(); ++k) {
+    const auto& [x, strides, channels, packed] = terms[k];
+    p.term[k] = {pointer<const float>(x), grid_strides(strides), channels, pointer<const float>(packed)};
+  }
+  for (size_t k = 0; k < y.size(); ++k) p.y[k] = pointer<float>(y[k]);
+  p.y_strides = grid_strides(y_strides);
+  return p;
+}
+
+int64_t winograd_conv_workspace(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
+                                const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                                const std::array<int64_t, 3>& y_strides) {
+  return kernels().winograd_conv_workspace(winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides));
+}
+
+void winograd_conv(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
+                   const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                   const std::array<int64_t, 3>& y_strides, Address workspace) {
+  WinogradConvParams p = winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides);
+  p.workspace = pointer<float>(workspace);
+  py::gil_scoped_release release;
+  kernels().winograd_conv(p);
+}
+
+// Sizes: output and input channels, and the strides of both in the parameter.
+WinogradPackParams winograd_pack_params(const std::array<int, 2>& form, const Taps& taps,
+                                        const std::array<int64_t, 4>& sizes) {
+  WinogradPackParams p{};
+  p.form = winograd_form(form);
+  fill_taps(p.tap, taps, p.form.kernel);
+  p.num_phases = static_cast<int>(taps.size());
+  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  return p;
+}
+
+int64_t winograd_packed_size(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes) {
+  return kernels().winograd_packed_size(winograd_pack_params(form, taps, sizes));
+}
+
+void winograd_pack_weight(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes,
+                          int num_threads, Address weight, Address packed) {
+  WinogradPackParams p = winograd_pack_params(form, taps, sizes);
+  p.num_threads = num_threads;
+  p.weight = pointer<const float>(weight), p.packed = pointer<float>(packed);
+  py::gil_scoped_release release;
+  kernels().winograd_pack_weight(p);
+}
+
+WinogradWeightGradParams winograd_weight_grad_params(const std::array<int, 2>& form, int pad, const Taps& taps,
+                                                     const std::array<int64_t, 3>& grid,
+                                                     const std::array<int64_t, 4>& sizes, int num_threads) {
+  WinogradWeightGradParams p{};
+  p.form = winograd_form(form), p.pad = pad;
+  fill_taps(p.tap, taps, p.form.kernel);
+  p.num_phases = static_cast<int>(taps.size());
+  p.samples = grid[0], p.height = grid[1], p.width = grid[2];
+  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  p.num_threads = num_threads;
+  return p;
+}
+
+int64_t winograd_weight_grad_workspace(const std::array<int, 2>& form, int pad, const Taps& taps,
+                                       const std::array<int64_t, 3>& grid, const std::array<int64_t, 4>& sizes,
+                                       int num_threads) {
+  return kernels().winograd_weight_grad_workspace(
+      winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads));
+}
+
+void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& taps, const std::array<int64_t, 3>& grid,
+                          const std::array<int64_t, 4>& sizes, int num_threads, Address x,
+                          const std::array<int64_t, 3>& x_strides, const std::vector<Address>& grad,
+                          const std::array<int64_t, 3>& grad_strides, Address grad_weight, Address workspace) {
+  WinogradWeightGradParams p = winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads);
+  if (grad.size() != taps.size()) throw std::invalid_argument("grad: expected one grid per phase");
+  p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides);
+  for (size_t k = 0; k < grad.size(); ++k) p.grad[k] = pointer<const float>(grad[k]);
+  p.grad_strides = grid_strides(grad_strides);
+  p.grad_weight = pointer<float>(grad_weight), p.workspace = pointer<float>(workspace);
+  py::gil_scoped_release release;
+  kernels().winograd_weight_grad(p);
 }
 
 py::dict build_info() {
@@ -148,6 +271,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &build_info);
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); });
   m.def("num_chunks", &num_chunks);
+  m.attr("MAX_CONV_TERMS") = kMaxConvTerms;
+  m.def("winograd_conv", &winograd_conv);
+  m.def("winograd_conv_workspace", &winograd_conv_workspace);
+  m.def("winograd_pack_weight", &winograd_pack_weight);
+  m.def("winograd_packed_size", &winograd_packed_size);
+  m.def("winograd_weight_grad", &winograd_weight_grad);
+  m.def("winograd_weight_grad_workspace", &winograd_weight_grad_workspace);
   m.def("area_step_forward_float32", &area_step_forward<float>);
   m.def("area_step_forward_float64", &area_step_forward<double>);
   m.def("area_step_backward_float32", &area_step_backward<float>);

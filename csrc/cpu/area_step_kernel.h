@@ -45,8 +45,8 @@ inline void row_add_channels(Real* out, const Real* channel_values, int64_t widt
 
 // Sum of the terms at `offset` plus a bias per channel and a constant, into out [W * C].
 template <typename Real>
-inline void row_sum_terms(Real* out, const Real* const* terms, int num_terms, const Real* bias, Real constant, int64_t offset,
-                          int64_t width, int64_t channels) {
+inline void row_sum_terms(Real* out, const Real* const* terms, int num_terms, const Real* bias, Real constant,
+                          int64_t offset, int64_t width, int64_t channels) {
   const int64_t n = width * channels;
   if (num_terms == 0) {
     row_zero(out, n);
@@ -189,7 +189,8 @@ struct ForwardRows {
   void finish(int64_t n, int64_t first_row, int64_t last_row, Real* scratch, Real* pixel_sum) const {
     const Real mean = p.gamma != nullptr ? p.mean[n] : Real(0), rstd = p.gamma != nullptr ? p.rstd[n] : Real(1);
     for (int64_t r = first_row; r < last_row; ++r) {
-      Real* row = p.state != nullptr ? p.state + n * map_size + r * row_size : scratch + ((r - first_row) % 2) * row_size;
+      Real* row =
+          p.state != nullptr ? p.state + n * map_size + r * row_size : scratch + ((r - first_row) % 2) * row_size;
       activate(n, r, mean, rstd, row, scratch + 2 * row_size);
       if (pixel_sum != nullptr) {
         for (int64_t w = 0; w < p.width; ++w) row_add(pixel_sum, row + w * p.channels, p.channels);
@@ -212,7 +213,8 @@ void area_step_forward(const AreaStepForwardParams<Real>& p) {
   const bool norm = p.gamma != nullptr;
   const int64_t scratch_size = 3 * rows.row_size;
   Moments* moments = norm ? static_cast<Moments*>(malloc(sizeof(Moments) * num_tasks)) : nullptr;
-  Real* pixel_sums = p.mean_pooled != nullptr ? static_cast<Real*>(calloc(num_tasks * p.channels, sizeof(Real))) : nullptr;
+  Real* pixel_sums =
+      p.mean_pooled != nullptr ? static_cast<Real*>(calloc(num_tasks * p.channels, sizeof(Real))) : nullptr;
 
 #pragma omp parallel num_threads(p.num_threads)
   {
@@ -233,7 +235,8 @@ void area_step_forward(const AreaStepForwardParams<Real>& p) {
     };
     auto second_pass = [&](int64_t n, int64_t k) {
       const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
-      rows.finish(n, first, last, scratch, pixel_sums != nullptr ? pixel_sums + (n * chunks + k) * p.channels : nullptr);
+      rows.finish(n, first, last, scratch,
+                  pixel_sums != nullptr ? pixel_sums + (n * chunks + k) * p.channels : nullptr);
     };
     auto mean_over_map = [&](int64_t n) {
       Real* out = p.mean_pooled + n * p.channels;
@@ -289,9 +292,11 @@ struct BackwardRows {
   // Gradient of the state: its consumers and its pooled forms. out [W * C].
   void grad_state(int64_t n, int64_t r, Real* out) const {
     const int64_t offset = n * map_size + r * row_size;
-    row_sum_terms(out, p.grad_state, p.num_grad_state, static_cast<const Real*>(nullptr), Real(0), offset, p.width, p.channels);
+    row_sum_terms(out, p.grad_state, p.num_grad_state, static_cast<const Real*>(nullptr), Real(0), offset, p.width,
+                  p.channels);
     if (p.grad_mean_pooled != nullptr)
-      row_add_channels(out, p.grad_mean_pooled + n * p.channels, p.width, p.channels, Real(1) / Real(p.height * p.width));
+      row_add_channels(out, p.grad_mean_pooled + n * p.channels, p.width, p.channels,
+                       Real(1) / Real(p.height * p.width));
     if (p.grad_max_pooled != nullptr && r / 2 < p.height / 2) {
       const int64_t pooled_width = p.width / 2;
       const int64_t pooled_offset = (n * (p.height / 2) + r / 2) * pooled_width * p.channels;

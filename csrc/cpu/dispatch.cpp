@@ -38,8 +38,9 @@ bool isa_supported(const char* name) {
 void select_isa(const char* name) {
   const KernelTable* table = find(name);
   if (table == nullptr)
-    throw std::invalid_argument(std::string("RNNDYN_ISA: expected portable, avx2 or avx512, as far as this build has them, got '") +
-                                name + "'");
+    throw std::invalid_argument(
+        std::string("RNNDYN_ISA: expected portable, avx2 or avx512, as far as this build has them, got '") + name +
+        "'");
   if (!isa_supported(name))
     throw std::invalid_argument(std::string("RNNDYN_ISA: this processor cannot run '") + name + "'");
   current.store(table);

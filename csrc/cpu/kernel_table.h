@@ -3,6 +3,7 @@
 #pragma once
 #include "area_step.h"
 #include "readout_zones.h"
+#include "winograd_conv.h"
 
 namespace rnndyn {
 
@@ -14,6 +15,12 @@ struct KernelTable {
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
+  void (*winograd_conv)(const WinogradConvParams&);
+  int64_t (*winograd_conv_workspace)(const WinogradConvParams&);  // floats
+  void (*winograd_pack_weight)(const WinogradPackParams&);
+  int64_t (*winograd_packed_size)(const WinogradPackParams&);  // floats
+  void (*winograd_weight_grad)(const WinogradWeightGradParams&);
+  int64_t (*winograd_weight_grad_workspace)(const WinogradWeightGradParams&);  // floats
 };
 
 const KernelTable& kernel_table_portable();

@@ -1,7 +1,8 @@
 """Backpropagation through time over a schedule.
 
-Components are visited in reverse, and within each its updates in reverse. A drive within a component returns its gradient step by step; a drive
-into it once, over all its slots, when its last reader is done. The weight's gradient of every connection is one call over all slots.
+Components are visited in reverse, and within each its updates in reverse. A drive within a component returns its gradient step by step;
+a drive into it once, over all its slots, when its last reader is done. The weight's gradient of every connection is one call over all
+slots.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class _Backward:
         area = schedule.network.area(name)
         if area.norm is Norm.LAYER:
             for kind in ("weight", "bias"):
-                self.grads[f"{area.norm_parameter}.{kind}"] = torch.zeros(shape[1:], dtype=operands.dtype)
+                # (areas may share a norm's parameters)
+                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.dtype))
 
     def _take(self, name: str, pool: Pool, slot: int) -> list[Tensor]:
         return self.forms.pop((name, pool, slot), [])
@@ -215,9 +217,7 @@ class _Backward:
             weight = self.operands.weights[index]
             assert weight is not None
             x = self._form(drive.source, c.pool, slots)
-            grad_x, grad_weight = convolve_backward(
-                c.geometry, grad.flatten(0, 1), x.flatten(0, 1), weight, need_x=need_x, need_weight=need_weight
-            )
+            grad_x, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=need_x, need_weight=need_weight)
             if grad_weight is not None:
                 self._add(f"{c.parameter}.weight", grad_weight)
             grad_x = grad_x.unflatten(0, (len(slots), -1)) if grad_x is not None else None
@@ -239,9 +239,7 @@ class _Backward:
             assert weight is not None
             x = self._form(drive.source, c.pool, drive.slots)
             grad = self._drive_grad(index, 0, len(drive.slots))
-            _, grad_weight = convolve_backward(
-                c.geometry, grad.flatten(0, 1), x.flatten(0, 1), weight, need_x=False, need_weight=True
-            )
+            _, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=False, need_weight=True)
             assert grad_weight is not None
             self._add(f"{c.parameter}.weight", grad_weight)
         self.drive_sums.pop(index, None)
@@ -276,8 +274,7 @@ class _Backward:
         if grad is None or not self.needs.get(name):
             return None
         is_norm = any(
-            a.norm is Norm.LAYER and name in (f"{a.norm_parameter}.weight", f"{a.norm_parameter}.bias")
-            for a in self.schedule.network.areas
+            a.norm is Norm.LAYER and name in (f"{a.norm_parameter}.weight", f"{a.norm_parameter}.bias") for a in self.schedule.network.areas
         )
         if is_norm:  # [H, W, C] as the kernel sums it
             grad = grad.permute(2, 0, 1).contiguous()

@@ -16,7 +16,7 @@ from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
 from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
-from rnndyn_fast.ops.convolution import convolve
+from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve, convolve_sum
 
 
 def _hwc(schedule: Schedule, name: str) -> tuple[int, int, int]:
@@ -50,6 +50,8 @@ class _Training:
         self.drives: dict[int, Tensor] = {}  # [positions, N, H, W, C]
         self.in_place: dict[str, int] = {}  # area -> the drive in whose memory its value is written
         self.uses = Counter(t.drive for terms in self.schedule.terms.values() for t in terms)
+        self.within: dict[tuple[int, int], Tensor] = {}  # terms from within a component that are still to be read again
+        self.reads_left = Counter((t.drive, t.position) for terms in self.schedule.terms.values() for t in terms)
         for node in self.schedule.network.inputs:
             if self.schedule.num_slots[node.name]:
                 self._ingest(node.name)
@@ -84,7 +86,7 @@ class _Training:
             return x
         weight = self.operands.weights[drive.index]
         assert weight is not None
-        y = convolve(drive.connection.geometry, x.flatten(0, 1), weight)
+        y = convolve(weight, x.flatten(0, 1))
         return y.unflatten(0, (last - first, -1))
 
     def _allocate(self, name: str, component: Component) -> None:
@@ -117,10 +119,7 @@ class _Training:
         for d in component.drives_in:
             drive = self.schedule.drives[d]
             read_here = [t for s in range(slots) for t in self.schedule.terms[name, s] if t.drive == d and t.position == s]
-            if (
-                drive.connection.operator is not Operator.IDENTITY
-                and len(drive.slots) == slots == len(read_here) == self.uses[d]
-            ):
+            if drive.connection.operator is not Operator.IDENTITY and len(drive.slots) == slots == len(read_here) == self.uses[d]:
                 return d
         return None
 
@@ -128,12 +127,18 @@ class _Training:
         if term.drive in self.drives:
             batched = slots.stop - slots.start > 1
             return self.drives[term.drive][slots if batched else slice(term.position, term.position + 1)].flatten(0, 1)
-        drive = self.schedule.drives[term.drive]
-        value = self._evaluate(drive, term.position, term.position + 1)
-        key = (f"drive{drive.index}", "drive")
-        if key in self.kept:  # a drive of a product, from within the component
-            stack = self.buffers.setdefault(key, torch.empty((len(drive.slots), *value.shape[1:]), dtype=value.dtype))
-            stack[term.position] = value[0]
+        drive, use = self.schedule.drives[term.drive], (term.drive, term.position)
+        value = self.within.pop(use, None)
+        if value is None:
+            value = self._evaluate(drive, term.position, term.position + 1)
+            key = (f"drive{drive.index}", "drive")
+            if key in self.kept:  # a drive of a product, from within the component
+                if key not in self.buffers:
+                    self.buffers[key] = torch.empty((len(drive.slots), *value.shape[1:]), dtype=value.dtype)
+                self.buffers[key][term.position] = value[0]
+        self.reads_left[use] -= 1
+        if self.reads_left[use]:
+            self.within[use] = value
         return value.flatten(0, 1)
 
     def _update(self, name: str, first: int, last: int) -> None:
@@ -242,7 +247,7 @@ class _Inference:
         if key not in self.drives:
             weight = self.operands.weights[term.drive]
             assert weight is not None
-            self.drives[key] = convolve(drive.connection.geometry, self._form(drive, slot), weight)
+            self.drives[key] = convolve(weight, self._form(drive, slot))
             self._used_form(drive, slot)
         return self.drives[key]
 
@@ -254,19 +259,35 @@ class _Inference:
             if drive.connection.operator is Operator.IDENTITY:
                 self._used_form(drive, drive.slots[term.position])
             else:
-                del self.drives[key]
+                self.drives.pop(key, None)  # (a summed one never stood alone)
+
+    def _drive_values(self, terms: Sequence[Term]) -> tuple[list[Tensor], bool]:
+        """The summands of a drive, and whether the first may be overwritten: it is a convolution that nobody reads again."""
+
+        def last_use(t: Term) -> bool:
+            return t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1
+
+        # Convolutions of this step alone, if one call can sum them.
+        fresh = [t for t in terms if last_use(t) and (t.drive, t.position) not in self.drives]
+        weights = [w for t in fresh if (w := self.operands.weights[t.drive]) is not None]
+        if 2 <= len(fresh) <= MAX_SUMMED and can_sum(weights):
+            readers = [(self.schedule.drives[t.drive], self.schedule.drives[t.drive].slots[t.position]) for t in fresh]
+            summed = convolve_sum(weights, [self._form(*reader) for reader in readers])
+            for reader in readers:
+                self._used_form(*reader)
+            return [summed, *(self._term_value(t) for t in terms if t not in fresh)], True
+        values = [self._term_value(t) for t in terms]
+        last = [last_use(t) for t in terms]
+        if any(last):
+            values.insert(0, values.pop(last.index(True)))
+        return values, any(last)
 
     def update(self, name: str, slot: int, state: Tensor | None) -> None:
         """Compute one slot of an area; ``state`` is where it is recorded, if it is."""
         schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
         shape = (operands.samples, *_hwc(schedule, name))
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
-        values = [self._term_value(t) for t in drives]
-        # The value before the norm may take the place of a drive that nobody reads again.
-        last = [t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1 for t in drives]
-        in_place = any(last)
-        if in_place:
-            values.insert(0, values.pop(last.index(True)))
+        values, in_place = self._drive_values(drives)
         value = None if area.gamma is None else values[0] if in_place else self._map(shape)
         outputs: dict[str, Tensor | None] = {"state": state}
         for pool in schedule.pools_read(name):
@@ -276,7 +297,6 @@ class _Inference:
             if pool is Pool.NONE and state is not None:
                 self.forms[form] = state
             else:
-                _, _, channels = _hwc(schedule, name)
                 self.forms[form] = self._map(_form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
         area_step_forward(

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.saved import POOL_KIND
-from rnndyn_fast.graph.schedule import Schedule, Term, is_drive_term
-from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool
+from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
+from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.convolution import prepare_weight
+from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class AreaOperands:
 class Operands:
     """Prepared inputs and parameters of a rollout."""
 
-    def __init__(self, schedule: Schedule, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, schedule: Schedule, inputs: Sequence[Tensor], parameters: Sequence[Tensor], engine: str = "auto", *, keep: bool = False
+    ) -> None:
         self.schedule = schedule
         network = schedule.network
         self.parameters = dict(zip(network.parameter_shapes, parameters, strict=True))
@@ -36,14 +37,16 @@ class Operands:
         example = inputs[0]
         self.dtype = example.dtype
         self.samples = example.shape[1] if network.inputs[0].frames else example.shape[0]
-        self.weights: list[Tensor | None] = [
-            None
-            if d.connection.operator is Operator.IDENTITY
-            else prepare_weight(d.connection.geometry, self.parameters[f"{d.connection.parameter}.weight"])
-            for d in schedule.drives
-        ]
+        self.weights: list[Weight | None] = [self._weight(d, engine, keep) for d in schedule.drives]
         self.areas = {a.name: self._area(a.name) for a in network.areas if schedule.num_slots[a.name]}
         self._biases: dict[tuple[str, ...], Tensor | None] = {}
+
+    def _weight(self, drive: Drive, engine: str, keep: bool) -> Weight | None:
+        c = drive.connection
+        if c.operator is Operator.IDENTITY:
+            return None
+        weight = self.parameters[f"{c.parameter}.weight"]
+        return Weight(c.geometry, weight, drive_engine(self.schedule, drive, self.dtype, engine), keep=keep)
 
     def _area(self, name: str) -> AreaOperands:
         area = self.schedule.network.area(name)
@@ -81,6 +84,13 @@ class Operands:
         return pooled, argmax
 
 
+def drive_engine(schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: str = "auto") -> EngineChoice:
+    """The engine that computes a drive, and why."""
+    c = drive.connection
+    _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
+    return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine)
+
+
 def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Buffers for a form of a map [..., H, W, C] and, for the 2 x 2 maximum, its argmax."""
     *lead, h, w, c = shape
@@ -116,6 +126,3 @@ def at_most(terms: Sequence[Tensor], limit: int = _launch.MAX_TERMS) -> list[Ten
         return list(terms)
     rest = torch.stack(list(terms[limit - 1 :])).sum(0)
     return [*terms[: limit - 1], rest]
-
-
-__all__ = ["POOL_KIND", "AreaOperands", "Operands", "area_step_forward", "at_most", "empty_form"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from rnndyn_fast.graph.operands import drive_engine
 from rnndyn_fast.graph.saved import SavedBuffer, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule, is_drive_term
 from rnndyn_fast.graph.spec import Interaction, Norm, Operator, Pool
@@ -38,6 +41,15 @@ def _equation(schedule: Schedule, name: str) -> str:
     if area.activation.value != "identity":
         text = f"{area.activation.value}({text})"
     return text
+
+
+def _engines(schedule: Schedule, engine: str) -> list[str]:
+    lines = []
+    for drive in schedule.drives:
+        if drive.connection.operator is not Operator.IDENTITY:
+            choice = drive_engine(schedule, drive, torch.float32, engine)
+            lines.append(f"    {drive.connection.label:<28} {choice!s:<20} {choice.reason}")
+    return lines
 
 
 def _component(schedule: Schedule, component: Component) -> list[str]:
@@ -81,7 +93,7 @@ def saved_bytes(buffers: list[SavedBuffer], element_size: int = 4) -> int:
     return total
 
 
-def describe(schedule: Schedule) -> str:
+def describe(schedule: Schedule, engine: str = "auto") -> str:
     """The plan as text: what is computed once, per component, per step, and what is saved for backward."""
     network = schedule.network
     lines = [
@@ -102,6 +114,9 @@ def describe(schedule: Schedule) -> str:
         f"  multiply-adds per image: {scheduled / 1e9:.4g} G (every term at every step: {every_step / 1e9:.4g} G)",
         "  weight gradients: one call per connection, over all its steps",
         "  inference: time step by time step, a state is dropped after its last reader",
+        "",
+        f"  engine of each connection (float32 on the CPU, engine={engine!r}):",
+        *_engines(schedule, engine),
         "",
         "  saved for backward, per image (float32):",
     ]

@@ -1,8 +1,9 @@
 """``rollout``: a whole run of a network through time as one op and one autograd node.
 
-``torch.ops.rnndyn.rollout`` and ``torch.ops.rnndyn.rollout_backward`` are registered with ``torch.library`` (fake implementations included), so that
-``torch.compile`` sees one node. Outside compilation an ``autograd.Function`` calls the same two ops, because a registered op alone returns zeros
-under forward-mode differentiation: the Function's ``jvp`` runs the reference instead. Differentiating the backward pass raises.
+``torch.ops.rnndyn.rollout`` and ``torch.ops.rnndyn.rollout_backward`` are registered with ``torch.library`` (fake implementations
+included), so that ``torch.compile`` sees one node. Outside compilation an ``autograd.Function`` calls the same two ops, because a
+registered op alone returns zeros under forward-mode differentiation. Forward mode runs the reference instead, whatever transforms
+surround it. Differentiating the backward pass raises.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 from rnndyn_fast.graph.backward import backward
 from rnndyn_fast.graph.forward import forward_inference, forward_training
@@ -21,27 +24,40 @@ from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.convolution import ENGINES
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
-_LIBRARY.define("rollout(Tensor[] inputs, Tensor[] parameters, str network, int timesteps, str[] record, bool training) -> Tensor[]")
+_LIBRARY.define(
+    "rollout(Tensor[] inputs, Tensor[] parameters, str network, int timesteps, str[] record, bool training, str engine) -> Tensor[]"
+)
 _LIBRARY.define(
     "rollout_backward(Tensor[] grads, Tensor[] saved, Tensor[] inputs, Tensor[] parameters, str network, int timesteps, "
-    "str[] record, bool[] needs) -> Tensor[]"
+    "str[] record, bool[] needs, str engine) -> Tensor[]"
 )
 
 
-def _operands(inputs: Sequence[Tensor], parameters: Sequence[Tensor], network: str, timesteps: int, record: Sequence[str]) -> Operands:
-    return Operands(compile_schedule(Network.from_json(network), timesteps, tuple(record)), inputs, parameters)
+def _operands(
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    network: str,
+    timesteps: int,
+    record: Sequence[str],
+    engine: str,
+    *,
+    keep: bool = False,
+) -> Operands:
+    schedule = compile_schedule(Network.from_json(network), timesteps, tuple(record))
+    return Operands(schedule, inputs, parameters, engine, keep=keep)
 
 
 def _forward_cpu(
-    inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool
+    inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
     with torch.autocast("cpu", enabled=False):  # the op's dtype is that of its arguments
-        operands = _operands(inputs, parameters, network, timesteps, record)
+        operands = _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
         if not training:
             return forward_inference(operands)
         outputs, saved = forward_training(operands)
@@ -49,7 +65,7 @@ def _forward_cpu(
 
 
 def _forward_fake(
-    inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool
+    inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
     spec = Network.from_json(network)
     schedule = compile_schedule(spec, timesteps, tuple(record))
@@ -74,9 +90,10 @@ def _backward_cpu(
     timesteps: int,
     record: list[str],
     needs: list[bool],
+    engine: str,
 ) -> list[Tensor]:
     with torch.autocast("cpu", enabled=False):
-        operands = _operands(inputs, parameters, network, timesteps, record)
+        operands = _operands(inputs, parameters, network, timesteps, record, engine)
         names = [*operands.inputs, *operands.parameters]
         result = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
     # An op returns tensors: an empty one of shape [0] stands for "no gradient" (no parameter or input has that shape).
@@ -92,6 +109,7 @@ def _backward_fake(
     timesteps: int,
     record: list[str],
     needs: list[bool],
+    engine: str,
 ) -> list[Tensor]:
     spec = Network.from_json(network)
     used = _used_parameters(spec, timesteps, tuple(record))
@@ -121,10 +139,10 @@ def _backward_from(
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
     saved: Sequence[Tensor],
-    key: tuple[str, int, list[str]],
+    key: tuple[str, int, list[str], str],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    network, timesteps, record = key
+    network, timesteps, record, engine = key
     spec = Network.from_json(network)
     num_inputs = len(spec.inputs)
     schedule = compile_schedule(spec, timesteps, tuple(record))
@@ -134,76 +152,116 @@ def _backward_from(
             samples = tensors[0].shape[1] if spec.inputs[0].frames else tensors[0].shape[0]
             grad = tensors[0].new_zeros((timesteps - schedule.first_step[name], samples, *spec.shapes[name]))
         full.append(grad)
-    result = torch.ops.rnndyn.rollout_backward(
-        full, list(saved), list(tensors[:num_inputs]), list(tensors[num_inputs:]), network, timesteps, record, list(needs)
-    )
+    if torch.compiler.is_compiling():
+        result = torch.ops.rnndyn.rollout_backward(
+            full, list(saved), list(tensors[:num_inputs]), list(tensors[num_inputs:]), network, timesteps, record, list(needs), engine
+        )
+    else:
+        counts = (len(full), len(saved), num_inputs)
+        result = _RolloutBackward.apply(network, timesteps, tuple(record), tuple(needs), counts, engine, *full, *saved, *tensors)
     return [None if grad.dim() == 1 and grad.shape[0] == 0 else grad for grad in result]
 
 
 def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, parameters, network, timesteps, record, _ = inputs
-    ctx.key = (network, timesteps, list(record))
+    tensors, parameters, network, timesteps, record, _, engine = inputs
+    ctx.key = (network, timesteps, list(record), engine)
     ctx.num_outputs, ctx.num_inputs, ctx.num_parameters = len(record), len(tensors), len(parameters)
     ctx.save_for_backward(*tensors, *parameters, *output[len(record) :])
 
 
 def _backward_registered(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = ctx.num_inputs + ctx.num_parameters
+    if len(ctx.saved_tensors) == count:
+        raise RuntimeError("torch.ops.rnndyn.rollout: expected training=True where a gradient is wanted, got training=False")
     tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     needs = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     result = _backward_from(grads[: ctx.num_outputs], tensors, saved, ctx.key, needs)
-    return result[: ctx.num_inputs], result[ctx.num_inputs :], None, None, None, None
+    return result[: ctx.num_inputs], result[ctx.num_inputs :], None, None, None, None, None
 
 
 def _refuse_double_backward(*_: Any) -> None:
     raise RuntimeError(
-        "the native rollout cannot be differentiated twice; build the network with backend=\"reference\" for second derivatives"
+        'the native rollout cannot be differentiated twice; build the network with backend="reference" for second derivatives'
     )
+
+
+class _RolloutBackward(torch.autograd.Function):
+    """The backward op as a node of its own, so that functional transforms see one, and a second derivative is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        network: str,
+        timesteps: int,
+        record: tuple[str, ...],
+        needs: tuple[bool, ...],
+        counts: tuple[int, int, int],
+        engine: str,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        num_grads, num_saved, num_inputs = counts
+        rest = list(tensors)
+        grads, saved = rest[:num_grads], rest[num_grads : num_grads + num_saved]
+        inputs, parameters = rest[num_grads + num_saved :][:num_inputs], rest[num_grads + num_saved + num_inputs :]
+        return tuple(
+            torch.ops.rnndyn.rollout_backward(grads, saved, inputs, parameters, network, timesteps, list(record), list(needs), engine)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _refuse_double_backward()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        _refuse_double_backward()
 
 
 class _Rollout(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(network: str, timesteps: int, record: tuple[str, ...], training: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(network: str, timesteps: int, record: tuple[str, ...], training: bool, engine: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         num_inputs = len(Network.from_json(network).inputs)
         return tuple(
             torch.ops.rnndyn.rollout(
-                list(tensors[:num_inputs]), list(tensors[num_inputs:]), network, timesteps, list(record), training
+                list(tensors[:num_inputs]), list(tensors[num_inputs:]), network, timesteps, list(record), training, engine
             )
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        network, timesteps, record, _, *tensors = inputs
-        ctx.key = (network, timesteps, list(record))
+        network, timesteps, record, _, engine, *tensors = inputs
+        ctx.key = (network, timesteps, list(record), engine)
         ctx.num_tensors = len(tensors)
         ctx.mark_non_differentiable(*output[len(record) :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[len(record) :])
-        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         tensors, saved = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
         record = ctx.key[2]
-        result = _backward_from(grads[: len(record)], tensors, saved, ctx.key, ctx.needs_input_grad[4:])
-        return None, None, None, None, *result
+        result = _backward_from(grads[: len(record)], tensors, saved, ctx.key, ctx.needs_input_grad[5:])
+        return None, None, None, None, None, *result
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        network, timesteps, record = ctx.key
-        spec = Network.from_json(network)
-        primals = ctx.saved_tensors[: ctx.num_tensors]
 
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            parameters = dict(zip(spec.parameter_shapes, tensors[len(spec.inputs) :], strict=True))
-            return tuple(reference_rollout(spec, timesteps, tensors[: len(spec.inputs)], parameters, record))
+@torch.compiler.assume_constant_result  # torch.compile guards on these transforms itself, but cannot trace the question
+def _inside_jvp() -> bool:
+    return any(i.key() == TransformType.Jvp for i in get_interpreter_stack() or ())
 
-        filled = tuple(torch.zeros_like(p) if v is None else v for p, v in zip(primals, tangents[4:], strict=True))
-        _, result = torch.func.jvp(run, primals, filled)
-        num_saved = len(saved_buffers(compile_schedule(spec, timesteps, tuple(record))))
-        return (*result, *[None] * num_saved)
+
+def _forward_mode(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward-mode derivatives are being taken: by a ``torch.func.jvp`` around the call, or of a tensor with a tangent."""
+    if _inside_jvp():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return torch.compiler.is_compiling() or any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
 
 
 # ---------------------------------------------------------------- registration
@@ -216,12 +274,31 @@ torch.library.register_autograd("rnndyn::rollout", _backward_registered, setup_c
 torch.library.register_autograd("rnndyn::rollout_backward", _refuse_double_backward, lib=_LIBRARY)
 
 
+def _one_by_one(op: Callable[..., list[Tensor]]) -> Callable[..., tuple[list[Tensor], list[int]]]:
+    """Batching rule of an op: one call per entry."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+        def entry(arg: Any, dims: Any, i: int) -> Any:
+            if not isinstance(arg, list) or not arg or not isinstance(arg[0], Tensor):
+                return arg
+            dims = dims if isinstance(dims, (list, tuple)) else [dims] * len(arg)
+            return [x if d is None else x.select(d, i) for x, d in zip(arg, dims, strict=True)]
+
+        results = [op(*(entry(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        outputs = [torch.stack(values) for values in zip(*results, strict=True)]
+        return outputs, [0] * len(outputs)
+
+    return rule
+
+
+for _name in ("rollout", "rollout_backward"):
+    torch.library.register_vmap(f"rnndyn::{_name}", _one_by_one(getattr(torch.ops.rnndyn, _name)), lib=_LIBRARY)
+
+
 # ---------------------------------------------------------------- the public function
 
 
-def can_run_native(
-    network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], *, raise_error: bool = False
-) -> bool:
+def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], *, raise_error: bool = False) -> bool:
     """Whether the native engine can run a rollout on these tensors.
 
     Args:
@@ -272,7 +349,8 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
             raise ValueError(f"{name}: expected {list(shape)}, got {list(p.shape)}")
         if p.dtype != example.dtype or p.device != example.device:
             raise TypeError(
-                f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, got {example.dtype} on {example.device}"
+                f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, "
+                f"got {example.dtype} on {example.device}"
             )
 
 
@@ -284,6 +362,7 @@ def rollout(
     record: Sequence[str] | None = None,
     *,
     backend: str | None = None,
+    engine: str = "auto",
 ) -> list[Tensor]:
     """Run a network through time and return the states of some of its areas.
 
@@ -295,6 +374,8 @@ def rollout(
         record: areas to return; the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
             reference with a warning that gives the reason.
+        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
+            (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
 
     Returns: per recorded area its states [T', N, C, H, W] (any strides), T' counted from the first step at which it has a state.
 
@@ -307,9 +388,9 @@ def rollout(
     Source: Thorat, Doerig & Kietzmann, arXiv 2308.12435.
 
     >>> from rnndyn_fast.models import blt_net_64
-    >>> net = blt_net_64(timesteps=3, widths=(2, 3, 4, 5, 6))
+    >>> net = blt_net_64(timesteps=3, widths=(2, 4, 8, 16, 32))
     >>> rollout(net.network, 3, [torch.zeros(1, 3, 64, 64)], dict(net.named_parameters()))[0].shape
-    torch.Size([3, 1, 6, 1, 1])
+    torch.Size([3, 1, 32, 1, 1])
     """
     if record is None:
         if network.readout is None:
@@ -317,8 +398,13 @@ def rollout(
         record = (network.readout.source,)
     if backend not in (None, "native", "reference"):
         raise ValueError(f'backend: expected "native", "reference" or None, got {backend!r}')
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if isinstance(record, str):
+        raise TypeError(f"record: expected a sequence of area names, got the string {record!r}")
     names = tuple(record)
-    compile_schedule(network, timesteps, names)  # raises for bad time steps and names
+    if not torch.compiler.is_compiling():  # (then the op's fake implementation does it)
+        compile_schedule(network, timesteps, names)  # raises for bad time steps and names
     _check(network, inputs, parameters)
     for node, x in zip(network.inputs, inputs, strict=True):
         if node.frames and x.shape[0] != timesteps:
@@ -328,17 +414,17 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            warnings.warn(f'running the slow plain PyTorch rollout: {reason}', stacklevel=2)
+            warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
             backend = "reference"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
-    if backend == "reference":
-        return reference_rollout(network, timesteps, inputs, used, names)
     tensors = [*inputs, *used.values()]
+    if backend == "reference" or _forward_mode(tensors):
+        return reference_rollout(network, timesteps, inputs, used, names)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
         run: Callable[..., Any] = torch.ops.rnndyn.rollout
-        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training)
+        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, engine)
     else:
-        result = _Rollout.apply(network.to_json(), timesteps, names, training, *tensors)
+        result = _Rollout.apply(network.to_json(), timesteps, names, training, engine, *tensors)
     return list(result[: len(names)])

@@ -33,18 +33,13 @@ class SavedBuffer:
 def keeps_value(schedule: Schedule, name: str) -> bool:
     """Additive areas keep the value before norm and relu; multiplicative ones compute it again from drive and modulator."""
     area = schedule.network.area(name)
-    return area.interaction is Interaction.ADDITIVE and (
-        area.norm is not Norm.NONE or area.activation is not Activation.IDENTITY
-    )
+    return area.interaction is Interaction.ADDITIVE and (area.norm is not Norm.NONE or area.activation is not Activation.IDENTITY)
 
 
 def has_modulator(schedule: Schedule, name: str) -> bool:
     """Whether any slot of the area has a modulator term."""
     return any(
-        not is_drive_term(schedule.network, t.connection)
-        for item, terms in schedule.terms.items()
-        if item[0] == name
-        for t in terms
+        not is_drive_term(schedule.network, t.connection) for item, terms in schedule.terms.items() if item[0] == name for t in terms
     )
 
 
@@ -72,7 +67,7 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
     """Every buffer that the backward pass reads, in the order in which the rollout op returns them."""
     network, buffers = schedule.network, []
     multiplied = multiplied_drives(schedule)
-    nodes = [node.name for node in (*network.inputs, *network.areas) if schedule.num_slots[node.name]]
+    nodes = [name for name in network.shapes if schedule.num_slots[name]]
     inputs = {node.name: node for node in network.inputs}
     for name in nodes:
         shape = network.shapes[name]
@@ -81,8 +76,7 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
         readers = [d for d in schedule.drives if d.source == name]
         for pool in Pool:
             wanted = any(
-                d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied)
-                for d in readers
+                d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied) for d in readers
             )
             if wanted and not (name in inputs and pool is Pool.NONE):  # inputs are at hand anyway
                 buffers.append(SavedBuffer(name, POOL_KIND[pool], slots, _hwc(shape, pool)))

@@ -15,6 +15,7 @@ time step, and a state is dropped after its last reader: two time steps of state
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -123,9 +124,7 @@ class Schedule:
             self.first_step[name] = steps[0]
         return terms
 
-    def _drop_unread(
-        self, terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]
-    ) -> dict[AreaSlot, tuple[tuple[Connection, int], ...]]:
+    def _drop_unread(self, terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]) -> dict[AreaSlot, tuple[tuple[Connection, int], ...]]:
         """Keep what the recorded areas need, and number the kept slots without gaps."""
         needed: set[AreaSlot] = set()
         stack = [(name, slot) for name in self.record for slot in self.slot_of[name] if slot >= 0]
@@ -153,8 +152,13 @@ class Schedule:
         first: dict[tuple, Connection] = {}
         used: dict[tuple, set[int]] = defaultdict(set)
 
+        # A term is shared by its readers where it is one and the same map with one bias; a recurrent one (between areas that step
+        # together) is evaluated step by step, and so apart from one of the same weights that leaves the component.
+        component = self._component_numbers(raw_terms)
+
         def key(c: Connection) -> tuple:
-            return c.source, c.operator, c.kernel_size, c.stride, c.padding, c.output_padding, c.pool, c.parameter
+            inside = component.get(c.source) == component[c.target]
+            return c.source, c.operator, c.kernel_size, c.stride, c.padding, c.output_padding, c.pool, c.parameter, c.bias, inside
 
         for entries in raw_terms.values():
             for c, slot in entries:
@@ -163,24 +167,27 @@ class Schedule:
         order = {c: i for i, c in enumerate(self.network.connections)}
         keys = sorted(first, key=lambda k: order[first[k]])
         self.drives = tuple(
-            Drive(i, first[k], first[k].source, tuple(sorted(used[k])), self.network.shapes[first[k].target])
-            for i, k in enumerate(keys)
+            Drive(i, first[k], first[k].source, tuple(sorted(used[k])), self.network.shapes[first[k].target]) for i, k in enumerate(keys)
         )
         index = {k: i for i, k in enumerate(keys)}
         position = [{slot: i for i, slot in enumerate(d.slots)} for d in self.drives]
         self.terms: dict[AreaSlot, tuple[Term, ...]] = {
-            item: tuple(Term(c, index[key(c)], position[index[key(c)]][slot]) for c, slot in entries)
-            for item, entries in raw_terms.items()
+            item: tuple(Term(c, index[key(c)], position[index[key(c)]][slot]) for c, slot in entries) for item, entries in raw_terms.items()
         }
 
     # ---------------------------------------------------------------- order
 
-    def _make_components(self) -> None:
+    def _component_numbers(self, raw_terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]) -> dict[str, int]:
+        """The strongly connected component of each area that is computed."""
         areas = [a.name for a in self.network.areas if self.num_slots[a.name]]
-        reads: dict[str, set[str]] = {name: set() for name in areas}
-        for (name, _), terms in self.terms.items():
-            reads[name] |= {self.drives[t.drive].source for t in terms} & set(areas)
-        self.components = tuple(self._component(members, reads) for members in _strong_components(areas, reads))
+        self.reads: dict[str, set[str]] = {name: set() for name in areas}
+        for (name, _), entries in raw_terms.items():
+            self.reads[name] |= {c.source for c, _ in entries} & set(areas)
+        self.members = _strong_components(areas, self.reads)
+        return {name: i for i, members in enumerate(self.members) for name in members}
+
+    def _make_components(self) -> None:
+        self.components = tuple(self._component(members, self.reads) for members in self.members)
 
     def _component(self, members: tuple[str, ...], reads: dict[str, set[str]]) -> Component:
         recurrent = len(members) > 1 or members[0] in reads[members[0]]
@@ -274,8 +281,7 @@ def _strong_components(nodes: list[str], reads: dict[str, set[str]]) -> list[tup
     return placed
 
 
-@lru_cache(maxsize=256)
-def compile_schedule(network: Network, timesteps: int, record: tuple[str, ...]) -> Schedule:
+def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) -> Schedule:
     """Compile the schedule of a network.
 
     Args:
@@ -284,14 +290,25 @@ def compile_schedule(network: Network, timesteps: int, record: tuple[str, ...]) 
         record: areas whose states are wanted at every time step at which they have one.
 
     Raises:
-        ValueError: timesteps below 1, an unknown area, or an area that has no state within the time steps.
+        ValueError: timesteps below 1, an unknown or repeated area, or an area that has no state within the time steps.
+        TypeError: timesteps is no int, record is a string.
     """
     if isinstance(timesteps, bool) or not isinstance(timesteps, int):
-        raise TypeError(f"timesteps: expected an int, got {type(timesteps).__name__}")
+        raise TypeError(f"timesteps: expected an int, got {type(timesteps).__name__} {timesteps!r}")
     if timesteps < 1:
         raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
-    if not record:
+    if isinstance(record, str):
+        raise TypeError(f"record: expected a sequence of area names, got the string {record!r}")
+    names = tuple(record)
+    if not names:
         raise ValueError("record: expected at least one area")
-    for name in record:
+    for name in names:
         network.area(name)
+        if names.count(name) > 1:
+            raise ValueError(f"record: expected every area once, got {list(names)}")
+    return _compiled(network, timesteps, names)
+
+
+@lru_cache(maxsize=256)
+def _compiled(network: Network, timesteps: int, record: tuple[str, ...]) -> Schedule:
     return Schedule(network, timesteps, record)

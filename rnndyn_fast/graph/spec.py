@@ -1,7 +1,7 @@
 """What a recurrent convolutional network is, as data: inputs, areas, connections, and the order in which time unrolls.
 
-A network is a directed graph. Each *area* holds one map [C, H, W] per time step. Each *connection* applies a linear map (or the identity) to
-the map of its source and feeds its target. One area at one time step computes::
+A network is a directed graph. Each *area* holds one map [C, H, W] per time step. Each *connection* applies a linear map (or the
+identity) to the map of its source and feeds its target. One area at one time step computes::
 
     drive      = sum over bottom-up connections (multiplicative), or over all connections (additive)
     modulator  = 1 + sum over lateral and top-down connections                       (multiplicative only)
@@ -93,7 +93,8 @@ class Input:
 class Area:
     """A population with one map per time step; its height and width follow from its connections.
 
-    ``norm_parameter`` is the prefix of its LayerNorm's parameters (``<prefix>.weight``, ``<prefix>.bias``; shape: :meth:`Network.norm_shape`).
+    ``norm_parameter`` is the prefix of its LayerNorm's parameters (``<prefix>.weight``, ``<prefix>.bias``; shape:
+    :meth:`Network.norm_shape`).
     """
 
     name: str
@@ -142,7 +143,8 @@ class Connection:
     @property
     def geometry(self) -> Geometry:
         """The linear map, as the convolution op takes it."""
-        assert self.padding is not None and self.output_padding is not None
+        assert self.padding is not None
+        assert self.output_padding is not None
         return Geometry(self.operator, self.stride, self.padding, self.output_padding)
 
     @property
@@ -162,7 +164,8 @@ class Readout:
     clamp: float = 1e-10
 
 
-def _pooled(shape: Shape, pool: Pool) -> Shape:
+def pooled_shape(shape: Shape, pool: Pool) -> Shape:
+    """The shape of a map after pooling."""
     channels, height, width = shape
     if pool is Pool.MAX:
         return channels, height // 2, width // 2
@@ -185,7 +188,7 @@ class Network:
     connections: tuple[Connection, ...]
     unroll: Unroll = Unroll.ENGINEERING
     readout: Readout | None = None
-    _json: str = field(default="", repr=False, compare=False)
+    _json: str = field(init=False, default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for attribute in ("inputs", "areas", "connections"):
@@ -201,9 +204,11 @@ class Network:
                 raise ValueError(f"readout: area {self.readout.source!r} must have a 1 x 1 map, has {self.shapes[self.readout.source]}")
             if self.readout.num_classes < 1:
                 raise ValueError(f"readout: expected num_classes >= 1, got {self.readout.num_classes}")
+        # At once, not at first use: torch.compile can read an attribute, but not trace the encoder.
+        object.__setattr__(self, "_json", json.dumps(_plain(self), separators=(",", ":")))
 
     def _check_names(self) -> None:
-        names = [node.name for node in (*self.inputs, *self.areas)]
+        names = [node.name for node in self.inputs] + [area.name for area in self.areas]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"network {self.name!r}: the name {name!r} is used more than once")
@@ -220,6 +225,8 @@ class Network:
                 raise ValueError(f"connection {c.label}: unknown target {c.target!r}; areas are {[a.name for a in self.areas]}")
             if c.kernel_size < 1 or c.stride < 1:
                 raise ValueError(f"connection {c.label}: expected kernel_size and stride >= 1, got {c.kernel_size} and {c.stride}")
+            if c.operator is Operator.IDENTITY and c.bias:
+                raise ValueError(f"connection {c.label}: the identity has no parameters, so expected bias=False")
             if c.delay not in (None, 0, 1):
                 raise ValueError(f"connection {c.label}: expected delay 0, 1 or None, got {c.delay}")
 
@@ -249,9 +256,7 @@ class Network:
         channels = {area.name: area.channels for area in self.areas}
         pending = list(self.areas)
         while pending:
-            ready = [
-                (area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes
-            ]
+            ready = [(area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes]
             if not ready:
                 raise ValueError(f"areas {[a.name for a in pending]} are not reached from any input")
             # Bottom-up first: it gives an area its size, the other terms must then fit.
@@ -263,12 +268,12 @@ class Network:
     @staticmethod
     def output_size(c: Connection, source: Shape) -> tuple[int, int]:
         """Height and width that a connection makes from a source's shape [C, H, W]."""
-        _, *size = _pooled(source, c.pool)
-        assert c.padding is not None and c.output_padding is not None
+        _, *size = pooled_shape(source, c.pool)
+        g = c.geometry
         if c.operator is Operator.CONV:
-            size = [(n + 2 * c.padding - c.kernel_size) // c.stride + 1 for n in size]
+            size = [(n + 2 * g.padding - c.kernel_size) // g.stride + 1 for n in size]
         elif c.operator is Operator.CONV_TRANSPOSE:
-            size = [(n - 1) * c.stride - 2 * c.padding + c.kernel_size + c.output_padding for n in size]
+            size = [(n - 1) * g.stride - 2 * g.padding + c.kernel_size + g.output_padding for n in size]
         elif c.operator is Operator.LINEAR and tuple(size) != (1, 1):
             raise ValueError(f"connection {c.label}: a linear map needs a 1 x 1 map (pool=Pool.MEAN?), got {size[0]} x {size[1]}")
         if min(size) < 1:
@@ -284,7 +289,9 @@ class Network:
             if size != self.shapes[area.name][1:]:
                 raise ValueError(f"connection {c.label}: it makes a map of {size}, but the area has {self.shapes[area.name][1:]}")
             if c.operator is Operator.IDENTITY and self.shapes[c.source][0] != area.channels:
-                raise ValueError(f"connection {c.label}: the identity needs equal channels, got {self.shapes[c.source][0]} and {area.channels}")
+                raise ValueError(
+                    f"connection {c.label}: the identity needs equal channels, got {self.shapes[c.source][0]} and {area.channels}"
+                )
 
     def area(self, name: str) -> Area:
         """The area of that name; ``ValueError`` lists those there are."""
@@ -331,8 +338,6 @@ class Network:
 
     def to_json(self) -> str:
         """The network as JSON, for files and for the rollout op; :meth:`from_json` undoes it."""
-        if not self._json:
-            object.__setattr__(self, "_json", json.dumps(_plain(self), separators=(",", ":")))
         return self._json
 
     @staticmethod

@@ -34,7 +34,8 @@ def accelerate(module: nn.Module, *, backend: str | None = None) -> nn.Module:
         ours = _blt_conv(module, backend)
     else:
         raise TypeError(
-            f"module: {type(module).__name__} is not a published class we know; looked for a BLT_net (attributes {', '.join(_NET_ATTRIBUTES)}) "
+            f"module: {type(module).__name__} is not a published class we know; looked for a BLT_net "
+            f"(attributes {', '.join(_NET_ATTRIBUTES)}) "
             f"or a BLT_Conv (attributes {', '.join(_CONV_ATTRIBUTES)})"
         )
     _share_parameters(module, ours)

@@ -56,9 +56,7 @@ def blt_network(
         if area != "v1" and recurrent_areas and lateral:
             connections.append(Connection(area, area, Role.LATERAL, Operator.CONV, kernel_size, bias=bias))
         if area in ("v2", "v4") and recurrent_areas and topdown:
-            connections.append(
-                Connection(_AREAS[i + 1], area, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, kernel_size, 2, bias=bias)
-            )
+            connections.append(Connection(_AREAS[i + 1], area, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, kernel_size, 2, bias=bias))
         below = area
     areas.append(Area("gap", area_widths[-1], interaction, norm))
     connections.append(Connection("it", "gap", Role.BOTTOM_UP, Operator.IDENTITY, pool=Pool.MEAN))
@@ -125,7 +123,7 @@ class BLTNet(RecurrentNetwork):
             modules["gap"].add_module("lateral", nn.Linear(widths[-1], widths[-1], bias=norm is Norm.NONE))
         modules["gap_ln"] = nn.LayerNorm([widths[-1]]) if norm is Norm.LAYER else nn.Identity()
         modules["readout"] = nn.Linear(widths[-1], options["num_classes"], bias=bool(options["classifier_bias"]))
-        super().__init__(network, options["timesteps"], backend=options["backend"], modules=modules)
+        super().__init__(network, options["timesteps"], backend=options["backend"], engine=options["engine"], modules=modules)
         self.config: dict[str, Any] = {"model": model, **options, "widths": list(widths)}
 
     @staticmethod
@@ -160,6 +158,7 @@ def blt_net_64(
     widths: Sequence[int] = WIDTHS,
     unroll: str = "engineering",
     backend: str | None = None,
+    engine: str = "auto",
 ) -> BLTNet:
     """The published network for 64-pixel images, 3 x 3 kernels.
 
@@ -170,10 +169,11 @@ def blt_net_64(
         LT_position: "all", or "last": only GAP keeps its lateral term.
         classifier_bias: whether the readout has a bias.
         norm_type: "LN", or "None": no norm, and biases in all convolutions.
-        num_classes, in_channels, image_size, widths: for other data and smaller networks; ``widths`` are the channels of retina, V1, V2, V4,
+        num_classes, in_channels, image_size, widths: for other data and smaller networks; ``widths`` are the channels of retina, V1,
+        V2, V4,
             IT (with top-down connections each from V1 on twice the one before).
         unroll: "engineering" (as published) or "biological" (one time step per connection).
-        backend: "native", "reference" or None.
+        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
 
     Returns: a module; ``net(x)`` with x [N, in_channels, S, S] gives log-probabilities [T, N, num_classes].
 
@@ -204,6 +204,7 @@ def blt_net_128(
     widths: Sequence[int] = WIDTHS,
     unroll: str = "engineering",
     backend: str | None = None,
+    engine: str = "auto",
 ) -> BLTNet:
     """The published network for 128-pixel images, 5 x 5 kernels; arguments as for :func:`blt_net_64`.
 

@@ -25,8 +25,8 @@ class BLTConv(nn.Module):
 
     .. math:: z = b + l + d \quad\text{or}\quad z = b\,(1 + l + d)
 
-    with b = conv(pool(b_input), W_b) + beta_b, l = conv(l_input, W_l) + beta_l, d = convT(t_input, W_t) + beta_t; the transposed convolution has
-    stride 2, padding (K-1)/2, output_padding 1. Terms whose input is None, or whose connection is off, are left out.
+    with b = conv(pool(b_input), W_b) + beta_b, l = conv(l_input, W_l) + beta_l, d = convT(t_input, W_t) + beta_t; the transposed
+    convolution has stride 2, padding (K-1)/2, output_padding 1. Terms whose input is None, or whose connection is off, are left out.
 
     Args:
         in_chan, out_chan: channels of the bottom-up input and of the result; the top-down input has ``2 * out_chan``.

@@ -21,23 +21,30 @@ class RecurrentNetwork(nn.Module):
         network: the spec; parameter ``a.b.weight`` becomes attribute ``a.b.weight``. Initialisation is that of ``nn.Conv2d``,
             ``nn.ConvTranspose2d``, ``nn.Linear`` and ``nn.LayerNorm``.
         timesteps: T >= 1; the attribute of that name may be changed later.
-        backend: "native", "reference" or None (see :func:`rnndyn_fast.graph.rollout`).
+        backend, engine: see :func:`rnndyn_fast.graph.rollout`; attributes of those names may be changed later.
         modules: top-level modules to use in place of ones built here, by name.
 
     >>> from rnndyn_fast.models import blt_net_64
-    >>> net = RecurrentNetwork(blt_net_64(widths=(2, 3, 4, 5, 6)).network, timesteps=4)
+    >>> net = RecurrentNetwork(blt_net_64(widths=(2, 4, 8, 16, 32)).network, timesteps=4)
     >>> net(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([4, 2, 100])
     """
 
     def __init__(
-        self, network: Network, timesteps: int, *, backend: str | None = None, modules: Mapping[str, nn.Module] | None = None
+        self,
+        network: Network,
+        timesteps: int,
+        *,
+        backend: str | None = None,
+        engine: str = "auto",
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         compile_schedule(network, timesteps, self._recorded(network, ()))
         self.network = network
         self.timesteps = timesteps
         self.backend = backend
+        self.engine = engine
         for name, module in (modules or {}).items():
             self.add_module(name, module)
         for path, module in _leaf_modules(network):
@@ -64,7 +71,9 @@ class RecurrentNetwork(nn.Module):
         readout = self.network.readout
         if readout is None:
             raise ValueError(f"network {self.network.name!r} has no readout")
-        logits = self.get_submodule(readout.parameter)(representations)
+        module = self.get_submodule(readout.parameter)
+        with torch.autocast(representations.device.type, enabled=False):  # small, and its logarithm needs the precision
+            logits = module(representations.to(next(module.parameters()).dtype))
         return torch.log(torch.clamp(functional.softmax(logits, dim=-1), readout.clamp, 1.0))
 
     def forward(
@@ -93,12 +102,12 @@ class RecurrentNetwork(nn.Module):
             if name not in parameters:
                 owner, _, leaf = name.rpartition(".")
                 parameters[name] = getattr(self.get_submodule(owner), leaf)
-        states = rollout(self.network, self.timesteps, inputs, parameters, names, backend=self.backend)
+        states = rollout(self.network, self.timesteps, inputs, parameters, names, backend=self.backend, engine=self.engine)
         recorded = {name: state for name, state in zip(names, states, strict=True) if name in record}
         if self.network.readout is None:
             return recorded or {names[0]: states[0]}
         representations = states[0].flatten(2)
-        result = [self.log_probabilities(representations)]
+        result: list[Any] = [self.log_probabilities(representations)]
         if return_representations:
             result.append(representations)
         if record:
@@ -107,18 +116,18 @@ class RecurrentNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(net)``."""
-        return f"{self.network.name}, timesteps={self.timesteps}, backend={self.backend!r}"
+        return f"{self.network.name}, timesteps={self.timesteps}, backend={self.backend!r}, engine={self.engine!r}"
 
 
 def connection_module(network: Network, c: Connection) -> nn.Module:
     """The ``torch.nn`` module that holds a connection's parameters."""
     source, target = network.shapes[c.source][0], network.shapes[c.target][0]
-    assert c.padding is not None and c.output_padding is not None
+    g = c.geometry
     if c.operator is Operator.LINEAR:
         return nn.Linear(source, target, bias=c.bias)
     if c.operator is Operator.CONV:
-        return nn.Conv2d(source, target, c.kernel_size, c.stride, c.padding, bias=c.bias)
-    return nn.ConvTranspose2d(source, target, c.kernel_size, c.stride, c.padding, c.output_padding, bias=c.bias)
+        return nn.Conv2d(source, target, c.kernel_size, g.stride, g.padding, bias=c.bias)
+    return nn.ConvTranspose2d(source, target, c.kernel_size, g.stride, g.padding, g.output_padding, bias=c.bias)
 
 
 def _leaf_modules(network: Network) -> Iterable[tuple[str, nn.Module]]:

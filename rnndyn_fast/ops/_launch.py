@@ -5,7 +5,9 @@ Callers hold every tensor in their own frame for the length of the call, so that
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -187,8 +189,99 @@ def readout_zones(
         _address(weight_norm, "weight_norm", (c,), dtype),
         _address(inverse_distance, "inverse_distance", (c, c), dtype),
         _address(cosine, "cosine", (n, c), dtype),
-        *(
-            _address(table, name, (n,), torch.int64 if name == "predicted" else dtype)
-            for table, name in zip(tables, names, strict=True)
-        ),
+        *(_address(table, name, (n,), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
     )
+
+
+_workspaces = threading.local()
+
+
+def _workspace(floats: int) -> tuple[Tensor, int]:
+    """Scratch of at least that many floats, kept from call to call, and its first address that is a multiple of 64."""
+    kept: Tensor | None = getattr(_workspaces, "scratch", None)
+    if kept is None or kept.numel() < floats + 16:
+        _workspaces.scratch = kept = None  # free the old one before taking the new one
+        _workspaces.scratch = kept = torch.empty(floats + 16, dtype=torch.float32)
+    return kept, -(-kept.data_ptr() // 64) * 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pixels [M, H, W] of a map with adjacent channels: all of them, or every second one, from ``first``."""
+
+    tensor: Tensor  # [M, H', W', C], contiguous
+    step: int = 1
+    first: tuple[int, int] = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Samples, height and width of the grid, and channels."""
+        m, h, w, c = self.tensor.shape
+        return m, -(-(h - self.first[0]) // self.step), -(-(w - self.first[1]) // self.step), c
+
+    @property
+    def strides(self) -> list[int]:
+        """In elements, between samples, rows and columns."""
+        _, h, w, c = self.tensor.shape
+        return [h * w * c, self.step * w * c, self.step * c]
+
+    def address(self, name: str) -> int:
+        """Of the first pixel."""
+        _, _, w, c = self.tensor.shape
+        start = _address(self.tensor, name, tuple(self.tensor.shape), torch.float32)
+        return start + 4 * (self.first[0] * w + self.first[1]) * c
+
+
+def winograd_pack_weight(
+    form: tuple[int, int],
+    taps: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    weight: Tensor,  # contiguous, [.., .., K, K]
+) -> Tensor:
+    """Transform and pack a weight; the layout belongs to the instruction set in use."""
+    packed = torch.empty(_core.winograd_packed_size(form, taps, sizes), dtype=torch.float32)
+    address = _address(weight, "weight", tuple(weight.shape), torch.float32)
+    _core.winograd_pack_weight(form, taps, sizes, torch.get_num_threads(), address, packed.data_ptr())
+    return packed
+
+
+def winograd_conv(
+    form: tuple[int, int],
+    pad: int,
+    xs: Sequence[Grid],  # each [M, H, W, C_in]
+    packed: Sequence[Tensor],
+    ys: Sequence[Grid],  # one per phase, [M, H, W, C_out]
+) -> None:
+    """Launch ``winograd_conv``: the grids ys are written."""
+    shape = list(ys[0].shape)
+    for name, grids in (("xs", xs), ("ys", ys)):
+        for i, grid in enumerate(grids):
+            if list(grid.shape[:3]) != shape[:3]:
+                raise ValueError(f"{name}[{i}]: expected a grid {shape[:3]} [M, H, W], got {list(grid.shape[:3])}")
+    terms = [(x.address(f"xs[{i}]"), x.strides, x.shape[3], p.data_ptr()) for i, (x, p) in enumerate(zip(xs, packed, strict=True))]
+    arguments = (form, pad, shape, torch.get_num_threads(), terms, [y.address(f"ys[{i}]") for i, y in enumerate(ys)], ys[0].strides)
+    kept, workspace = _workspace(_core.winograd_conv_workspace(*arguments))
+    _core.winograd_conv(*arguments, workspace)
+    del kept
+
+
+def winograd_weight_grad(
+    form: tuple[int, int],
+    pad: int,
+    taps: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    x: Grid,  # [M, H, W, C_in]
+    grads: Sequence[Grid],  # one per phase, [M, H, W, C_out]
+    grad_weight: Tensor,  # as the parameter, contiguous
+) -> None:
+    """Launch ``winograd_weight_grad``: grad_weight is written."""
+    for i, grid in enumerate(grads):
+        if grid.shape[:3] != x.shape[:3]:
+            raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
+    arguments = (form, pad, taps, list(x.shape[:3]), sizes, torch.get_num_threads())
+    kept, workspace = _workspace(_core.winograd_weight_grad_workspace(*arguments))
+    _core.winograd_weight_grad(
+        *arguments, x.address("x"), x.strides, [g.address(f"grads[{i}]") for i, g in enumerate(grads)], grads[0].strides,
+        _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32), workspace,
+    )  # fmt: skip
+    del kept

@@ -1,0 +1,368 @@
+// winograd_conv: forward (and, with other weights, backward-data) and backward-weights in the Winograd domain.
+// Included inside namespace rnndyn::<isa>; parameters are documented in winograd_conv.h, transforms in winograd_transform_kernel.h.
+//
+// Maths: y_p = sum over terms of x * W_p for each output phase p: per tile, Y = A^T [sum_terms sum_i (B^T d_i B) . (G w_i G^T)] A: for each of
+//   a^2 frequencies one matrix product [tiles x C_in] [C_in x phases C_out], accumulated over terms before the one inverse transform.
+// Precision: float32; relative error against float64 about 1e-6 (a = 5, 6) and 3e-6 (a = 8) in norm.
+// Traffic: a block of B tiles is transformed into V (a^2 B C_in), multiplied into M (a^2 B C_out) and transformed back by one thread. Small
+//   channel counts: B such that V and M stay in L2, and the packed weights stream past them once per block. Large ones: B large, so that the
+//   weights are read seldom. Few tiles (small maps or batches): the threads share one block and split the frequencies, so that each weight is
+//   read by one thread only.
+// Determinism: every product is summed in the same order whatever the number of threads; bitwise repeatable.
+// Limits: the forms of RNNDYN_BY_FORM.
+
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <int Patch, int Kernel>
+struct Winograd {
+  static constexpr int kOutputs = Patch - Kernel + 1;
+  static constexpr int kFrequencies = Patch * Patch;
+
+  int64_t samples, height, width, tiles_h, tiles_w, tiles;
+  int pad;
+
+  Winograd(int64_t n, int64_t h, int64_t w, int padding)
+      : samples(n),
+        height(h),
+        width(w),
+        tiles_h((h + kOutputs - 1) / kOutputs),
+        tiles_w((w + kOutputs - 1) / kOutputs),
+        tiles(n * tiles_h * tiles_w),
+        pad(padding) {}
+
+  struct Tile {
+    int64_t sample, row, column;  // of its first output
+  };
+  Tile tile(int64_t index) const {
+    const int64_t per_sample = tiles_h * tiles_w, within = index % per_sample;
+    return {index / per_sample, within / tiles_w * kOutputs, within % tiles_w * kOutputs};
+  }
+
+  // B^T d B of one tile: out[f * frequency_stride + c].
+  void transform_input(const float* x, const GridStrides& strides, int64_t channels, int64_t index, float* out,
+                       int64_t frequency_stride) const {
+    const Tile t = tile(index);
+    const int64_t top = t.row - pad, left = t.column - pad;
+    const float* corner = x + t.sample * strides.sample + top * strides.row + left * strides.column;
+    const int64_t first_row = top < 0 ? -top : 0, last_row = smaller(Patch, height - top);
+    const int64_t first_col = left < 0 ? -left : 0, last_col = smaller(Patch, width - left);
+    const bool inside = first_row == 0 && first_col == 0 && last_row == Patch && last_col == Patch;
+    for (int64_t c = 0; c < channels; c += kVectorFloats) {
+      const int64_t lanes = channels - c;
+      vec patch[Patch][Patch], half[Patch][Patch];
+      if (inside && lanes >= kVectorFloats) {
+        for (int i = 0; i < Patch; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < Patch; ++j) patch[i][j] = load(corner + i * strides.row + j * strides.column + c);
+      } else {
+        for (int i = 0; i < Patch; ++i)
+          for (int j = 0; j < Patch; ++j)
+            patch[i][j] = i >= first_row && i < last_row && j >= first_col && j < last_col
+                              ? load_part(corner + i * strides.row + j * strides.column + c, lanes)
+                              : vec{};
+      }
+      for (int j = 0; j < Patch; ++j) input_1d<Patch>(&patch[0][j], Patch, &half[0][j], Patch);
+      for (int i = 0; i < Patch; ++i) {
+        vec row[Patch];
+        input_1d<Patch>(&half[i][0], 1, row, 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < Patch; ++j) store(out + (i * Patch + j) * frequency_stride + c, row[j]);
+      }
+    }
+  }
+
+  // A dy A^T of one tile, for the gradient of the weight, in panels of kGemmCols channels; outputs outside the grid count as zero.
+  void transform_gradient(const float* grad, const GridStrides& strides, int64_t channels, int64_t index, float* out,
+                          int64_t frequency_stride, int64_t panel_stride) const {
+    const Tile t = tile(index);
+    const float* corner = grad + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
+    const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
+    for (int64_t c = 0; c < channels; c += kVectorFloats) {
+      vec patch[kOutputs][kOutputs], half[Patch][kOutputs];
+      for (int i = 0; i < kOutputs; ++i)
+        for (int j = 0; j < kOutputs; ++j)
+          patch[i][j] =
+              i < rows && j < cols ? load_part(corner + i * strides.row + j * strides.column + c, channels - c) : vec{};
+      for (int j = 0; j < kOutputs; ++j) gradient_1d<Patch, kOutputs>(&patch[0][j], kOutputs, &half[0][j], kOutputs);
+      float* panel = out + c / kGemmCols * panel_stride + c % kGemmCols;
+      for (int i = 0; i < Patch; ++i) {
+        vec row[Patch];
+        gradient_1d<Patch, kOutputs>(&half[i][0], 1, row, 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < Patch; ++j) store(panel + (i * Patch + j) * frequency_stride, row[j]);
+      }
+    }
+  }
+
+  // A^T m A of one tile into y; m[f * frequency_stride + c].
+  void transform_output(const float* m, int64_t frequency_stride, int64_t channels, int64_t index, float* y,
+                        const GridStrides& strides) const {
+    const Tile t = tile(index);
+    float* corner = y + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
+    const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
+    for (int64_t c = 0; c < channels; c += kVectorFloats) {
+      vec values[Patch][Patch], half[kOutputs][Patch];
+      for (int i = 0; i < Patch; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < Patch; ++j) values[i][j] = load(m + (i * Patch + j) * frequency_stride + c);
+      for (int j = 0; j < Patch; ++j) output_1d<Patch, kOutputs>(&values[0][j], Patch, &half[0][j], Patch);
+      for (int64_t i = 0; i < rows; ++i) {
+        vec row[kOutputs];
+        output_1d<Patch, kOutputs>(&half[i][0], 1, row, 1);
+        for (int64_t j = 0; j < cols; ++j)
+          store_part(corner + i * strides.row + j * strides.column + c, row[j], channels - c);
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------- sizes
+
+struct WinogradBlocking {
+  int64_t block;  // tiles per block
+  bool shared;    // threads share a block and split its frequencies
+};
+
+static inline WinogradBlocking winograd_blocking(int64_t tiles, int64_t frequencies, int64_t channels_in,
+                                                 int64_t channels_out, int threads) {
+  // 1.5 MB of the 2 MB L2 of current server cores; smaller caches still profit, as V and M then come from L3 once each.
+  const int64_t bytes_per_tile = frequencies * 4 * (channels_in + channels_out);
+  const int64_t fit = int64_t(1536 * 1024) / bytes_per_tile / kGemmRows * kGemmRows;
+  const int64_t block = fit >= 2 * kGemmRows ? smaller(fit, 8 * kGemmRows) : 8 * kGemmRows;
+  const int64_t share = (tiles + threads - 1) / threads;
+  const bool shared = threads > 1 && share < (fit >= 2 * kGemmRows ? 2 * kGemmRows : 4 * kGemmRows);
+  if (shared) return {smaller(tiles, 8 * kGemmRows * threads), true};
+  // Blocks of equal size, a whole number per thread.
+  const int64_t per_thread = (share + block - 1) / block;
+  return {(share + per_thread - 1) / per_thread, false};
+}
+
+// Sizes of a call, for its workspace and for itself.
+template <int Patch, int Kernel>
+struct WinogradConvSizes {
+  Winograd<Patch, Kernel> w;
+  int64_t channels_in, phase_channels, channels_out, panels, block, blocks, v_size, m_size;
+  bool shared;
+
+  explicit WinogradConvSizes(const WinogradConvParams& p) : w(p.samples, p.height, p.width, p.pad), channels_in(0) {
+    for (int k = 0; k < p.num_terms; ++k) channels_in += round_up(p.term[k].channels, kVectorFloats);
+    phase_channels = round_up(p.out_channels, kGemmCols);
+    channels_out = phase_channels * p.num_phases;
+    panels = channels_out / kGemmCols;
+    const WinogradBlocking blocking =
+        winograd_blocking(w.tiles, w.kFrequencies, channels_in, channels_out, p.num_threads);
+    block = blocking.block;
+    shared = blocking.shared;
+    blocks = (w.tiles + block - 1) / block;
+    v_size = w.kFrequencies * block * channels_in;
+    m_size = w.kFrequencies * block * channels_out;
+  }
+};
+
+// ---------------------------------------------------------------- forward and backward-data
+
+template <int Patch, int Kernel>
+static void winograd_conv_form(const WinogradConvParams& p) {
+  const WinogradConvSizes<Patch, Kernel> s(p);
+  constexpr int kFrequencies = Patch * Patch;
+
+  auto transform = [&](float* v, int64_t first, int64_t i) {
+    for (int k = 0; k < p.num_terms; ++k) {
+      const WinogradTerm& term = p.term[k];
+      const int64_t padded = round_up(term.channels, kVectorFloats);
+      s.w.transform_input(term.x, term.strides, term.channels, first + i, v + i * padded, s.block * padded);
+      v += kFrequencies * s.block * padded;
+    }
+  };
+  auto multiply = [&](const float* v, float* m, int64_t count, int64_t f, int64_t panel) {
+    float* out = m + f * s.block * s.channels_out + panel * kGemmCols;
+    for (int k = 0; k < p.num_terms; ++k) {
+      const int64_t channels = p.term[k].channels, padded = round_up(channels, kVectorFloats);
+      const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
+      gemm_panel(count, channels, v + f * s.block * padded, padded, 1, weight, kGemmCols, out, s.channels_out, k > 0);
+      v += kFrequencies * s.block * padded;
+    }
+  };
+  auto finish = [&](const float* m, int64_t first, int64_t i) {
+    for (int phase = 0; phase < p.num_phases; ++phase)
+      s.w.transform_output(m + i * s.channels_out + phase * s.phase_channels, s.block * s.channels_out, p.out_channels,
+                           first + i, p.y[phase], p.y_strides);
+  };
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    if (s.shared) {
+      float* v = p.workspace;
+      float* m = v + s.v_size;
+      for (int64_t b = 0; b < s.blocks; ++b) {
+        const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) transform(v, first, i);
+        // (barrier: a frequency needs all tiles)
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t f = 0; f < kFrequencies; ++f)
+          for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, count, f, panel);
+        // (barrier: a tile needs all frequencies)
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) finish(m, first, i);
+        // (barrier: the next block writes v and m again)
+      }
+    } else {
+      float* v = p.workspace + omp_get_thread_num() * (s.v_size + s.m_size);
+      float* m = v + s.v_size;
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < s.blocks; ++b) {
+        const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
+        for (int64_t i = 0; i < count; ++i) transform(v, first, i);
+        for (int64_t f = 0; f < kFrequencies; ++f)
+          for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, count, f, panel);
+        for (int64_t i = 0; i < count; ++i) finish(m, first, i);
+      }
+    }
+  }
+}
+
+template <int Patch, int Kernel>
+static int64_t winograd_conv_workspace_form(const WinogradConvParams& p) {
+  const WinogradConvSizes<Patch, Kernel> s(p);
+  return (s.v_size + s.m_size) * (s.shared ? 1 : p.num_threads);
+}
+
+// ---------------------------------------------------------------- weights
+
+template <int Patch, int Kernel>
+static void winograd_pack_weight_form(const WinogradPackParams& p) {
+  const int64_t phase_panels = round_up(p.out_channels, kGemmCols) / kGemmCols, panels = phase_panels * p.num_phases;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (int64_t i = 0; i < p.in_channels; ++i) {
+      // The kernels of a panel's output channels, one lane each.
+      float lanes[Kernel * Kernel][kGemmCols] = {};
+      const int* tap = p.tap[panel / phase_panels];
+      const int64_t first = panel % phase_panels * kGemmCols, count = smaller(kGemmCols, p.out_channels - first);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const float* kernel = p.weight + (first + lane) * p.out_stride + i * p.in_stride;
+        for (int k = 0; k < Kernel * Kernel; ++k)
+          if (tap[k] >= 0) lanes[k][lane] = kernel[tap[k]];
+      }
+      for (int part = 0; part < kGemmCols; part += kVectorFloats) {
+        vec half[Kernel][Patch];
+        for (int kw = 0; kw < Kernel; ++kw) {
+          vec column[Kernel], out[Patch];
+          for (int kh = 0; kh < Kernel; ++kh) column[kh] = load(&lanes[kh * Kernel + kw][part]);
+          kernel_1d<Patch, Kernel>(column, 1, out, 1);
+          for (int a = 0; a < Patch; ++a) half[kw][a] = out[a];
+        }
+        for (int a = 0; a < Patch; ++a) {
+          vec out[Patch];
+          kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
+          for (int b = 0; b < Patch; ++b)
+            store(p.packed + (((a * Patch + b) * panels + panel) * p.in_channels + i) * kGemmCols + part, out[b]);
+        }
+      }
+    }
+  }
+}
+
+template <int Patch, int Kernel>
+struct WinogradWeightGradSizes {
+  Winograd<Patch, Kernel> w;
+  int64_t in_padded, phase_channels, out_padded, panels, block, blocks, v_size, q_size, sums_size;
+
+  explicit WinogradWeightGradSizes(const WinogradWeightGradParams& p) : w(p.samples, p.height, p.width, p.pad) {
+    in_padded = round_up(p.in_channels, kVectorFloats);
+    phase_channels = round_up(p.out_channels, kGemmCols);
+    out_padded = phase_channels * p.num_phases;
+    panels = out_padded / kGemmCols;
+    block = smaller(w.tiles, 192);  // the sums, in L3, are read and written once per block
+    blocks = (w.tiles + block - 1) / block;
+    v_size = w.kFrequencies * block * in_padded;          // [a^2, block, C_in]
+    q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
+    sums_size = w.kFrequencies * in_padded * out_padded;  // [a^2, C_in, phases C_out]
+  }
+};
+
+// Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
+template <int Patch, int Kernel>
+static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
+  const WinogradWeightGradSizes<Patch, Kernel> s(p);
+  constexpr int kFrequencies = Patch * Patch;
+  float* v = p.workspace;
+  float* q = v + s.v_size;
+  float* sums = q + s.q_size;
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) {
+        s.w.transform_input(p.x, p.x_strides, p.in_channels, first + i, v + i * s.in_padded, s.block * s.in_padded);
+        for (int phase = 0; phase < p.num_phases; ++phase)
+          s.w.transform_gradient(p.grad[phase], p.grad_strides, p.out_channels, first + i,
+                                 q + phase * s.phase_channels * s.block + i * kGemmCols, s.block * s.out_padded,
+                                 s.block * kGemmCols);
+      }
+      // (barrier: a frequency needs all tiles)
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t f = 0; f < kFrequencies; ++f)
+        for (int64_t panel = 0; panel < s.panels; ++panel)
+          gemm_panel(p.in_channels, count, v + f * s.block * s.in_padded, 1, s.in_padded,
+                     q + (f * s.panels + panel) * s.block * kGemmCols, kGemmCols,
+                     sums + f * s.in_padded * s.out_padded + panel * kGemmCols, s.out_padded, b > 0);
+      // (barrier: the next block writes v and q again)
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t first_out = 0; first_out < s.out_padded; first_out += kVectorFloats) {
+      for (int64_t i = 0; i < p.in_channels; ++i) {
+        const int* tap = p.tap[first_out / s.phase_channels];
+        const int64_t channel = first_out % s.phase_channels;
+        vec half[Kernel][Patch];
+        for (int b = 0; b < Patch; ++b) {
+          vec column[Patch], out[Kernel];
+          for (int a = 0; a < Patch; ++a)
+            column[a] = load(sums + ((a * Patch + b) * s.in_padded + i) * s.out_padded + first_out);
+          kernel_transposed_1d<Patch, Kernel>(column, 1, out, 1);
+          for (int kh = 0; kh < Kernel; ++kh) half[kh][b] = out[kh];
+        }
+        for (int kh = 0; kh < Kernel; ++kh) {
+          vec out[Kernel];
+          kernel_transposed_1d<Patch, Kernel>(half[kh], 1, out, 1);
+          for (int64_t lane = 0; lane < smaller(kVectorFloats, p.out_channels - channel); ++lane)
+            for (int kw = 0; kw < Kernel; ++kw)
+              if (tap[kh * Kernel + kw] >= 0)
+                p.grad_weight[(channel + lane) * p.out_stride + i * p.in_stride + tap[kh * Kernel + kw]] =
+                    out[kw][lane];
+        }
+      }
+    }
+  }
+}
+
+template <int Patch, int Kernel>
+static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
+  const WinogradWeightGradSizes<Patch, Kernel> s(p);
+  return s.v_size + s.q_size + s.sums_size;
+}
+
+// ---------------------------------------------------------------- by form
+
+// The caller has checked that the form is one of these.
+#define RNNDYN_BY_FORM(function, p)                                      \
+  if (p.form.patch == 5) return function<5, 2>(p);                       \
+  if (p.form.patch == 6 && p.form.kernel == 3) return function<6, 3>(p); \
+  if (p.form.patch == 8 && p.form.kernel == 3) return function<8, 3>(p); \
+  if (p.form.patch == 6) return function<6, 5>(p);                       \
+  return function<8, 5>(p);
+
+static void winograd_conv(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_form, p) }
+static int64_t winograd_conv_workspace(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_workspace_form, p) }
+static void winograd_pack_weight(const WinogradPackParams& p) { RNNDYN_BY_FORM(winograd_pack_weight_form, p) }
+static void winograd_weight_grad(const WinogradWeightGradParams& p) { RNNDYN_BY_FORM(winograd_weight_grad_form, p) }
+static int64_t winograd_weight_grad_workspace(const WinogradWeightGradParams& p) {
+  RNNDYN_BY_FORM(winograd_weight_grad_workspace_form, p)
+}
+static int64_t winograd_packed_size(const WinogradPackParams& p) {
+  return int64_t(p.form.patch) * p.form.patch * p.num_phases * round_up(p.out_channels, kGemmCols) * p.in_channels;
+}

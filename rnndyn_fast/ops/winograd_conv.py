@@ -1,0 +1,167 @@
+"""``winograd_conv``: convolutions of stride 1 and transposed convolutions of stride 2 in the Winograd domain, float32, on the CPU.
+
+Equations, precision and traffic: ``csrc/cpu/winograd_conv_kernel.h``. Maps are channels-last and contiguous, [M, H, W, C].
+
+A transposed convolution of stride 2 is four convolutions on its source's grid, one for each parity of the output's row and column. With
+K = 3 the even parity has one tap and the odd one two: kernels of 2, F(4x4,2x2). With K = 5 they have three and two: kernels of 3,
+F(4x4,3x3). Its gradient of the data sums the four parities' grids as four terms of one convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops._launch import Grid
+
+Taps = tuple[tuple[int, ...], ...]
+_PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class WinogradForm:
+    """F(m x m, r x r) by its patch a = m + r - 1 and its kernel r; (5, 2), (6, 3), (8, 3), (6, 5) and (8, 5) exist."""
+
+    patch: int
+    kernel: int
+
+    @property
+    def outputs(self) -> int:
+        """m, outputs per tile and direction."""
+        return self.patch - self.kernel + 1
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """As the native core takes it."""
+        return self.patch, self.kernel
+
+    def __str__(self) -> str:
+        return f"F({self.outputs}x{self.outputs},{self.kernel}x{self.kernel})"
+
+    def products(self, height: int, width: int) -> int:
+        """Products per pair of channels and phase on a grid, tiles past the edge included."""
+        tiles = -(-height // self.outputs) * -(-width // self.outputs)
+        return tiles * self.patch**2
+
+
+@dataclass(frozen=True)
+class WinogradMap:
+    """A linear map of connections in the Winograd domain: a 'same' convolution, or a doubling transposed one (``transposed``)."""
+
+    form: WinogradForm
+    kernel_size: int
+    transposed: bool = False
+
+    @property
+    def pad(self) -> int:
+        """Zero pixels above and left of the source's grid."""
+        return (self.form.kernel - 1) // 2
+
+    @property
+    def backward_pad(self) -> int:
+        """The same for the gradient of the data."""
+        return self.form.kernel - 1 - self.pad
+
+
+@lru_cache(maxsize=64)
+def taps(m: WinogradMap) -> Taps:
+    """Which element kh * K + kw of the parameter's kernel stands at tap (u, v) of each phase; -1 where none does.
+
+    Transposed, K = 2 q + 1, padding q, output row 2 i - q + kh: parity a at grid row m gets kernel row kh from source row m + (a + q -
+    kh) / 2, so tap u, which reads source row m - pad + u, is kh = a + q + 2 pad - 2 u.
+    """
+    k, r, pad = m.kernel_size, m.form.kernel, m.pad
+    if not m.transposed:
+        return (tuple(range(k * k)),)
+
+    def rows(parity: int) -> list[int]:
+        wanted = [parity + (k - 1) // 2 + 2 * pad - 2 * u for u in range(r)]
+        return [kh if 0 <= kh < k else -1 for kh in wanted]
+
+    return tuple(tuple(kh * k + kw if kh >= 0 and kw >= 0 else -1 for kh in rows(a) for kw in rows(b)) for a, b in _PARITIES)
+
+
+def _flip(phase: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel turned by 180 degrees."""
+    return phase[::-1]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the Winograd domain, for one direction: one tensor per term, in the layout of the instruction set in use."""
+
+    map: WinogradMap
+    backward: bool
+    data: tuple[Tensor, ...]
+    channels: int  # of the result
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.nbytes for t in self.data)
+
+
+def _sizes(m: WinogradMap, weight: Tensor) -> tuple[int, int, int, int]:
+    """Channels of target and source, and their strides in the parameter."""
+    first, second, k, _ = weight.shape
+    area = k * k
+    # CONV: [C_target, C_source, K, K]; CONV_TRANSPOSE: [C_source, C_target, K, K].
+    return (second, first, area, second * area) if m.transposed else (first, second, second * area, area)
+
+
+def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> PackedWeight:
+    """Transform a parameter's weight; ``backward``: for the gradient of the data (from target to source channels)."""
+    weight = weight.contiguous()
+    target, source, target_stride, source_stride = _sizes(m, weight)
+    data: tuple[Tensor, ...]
+    if not backward:
+        data = (_launch.winograd_pack_weight(m.form.key, taps(m), (target, source, target_stride, source_stride), weight),)
+        return PackedWeight(m, False, data, target)
+    sizes = (source, target, source_stride, target_stride)
+    data = tuple(_launch.winograd_pack_weight(m.form.key, (_flip(phase),), sizes, weight) for phase in taps(m))
+    return PackedWeight(m, True, data, source)
+
+
+def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
+    """The grids of a target's map: itself, or its four parities."""
+    return [Grid(maps, 2, parity) for parity in _PARITIES] if m.transposed else [Grid(maps)]
+
+
+def winograd_conv(
+    xs: Sequence[Tensor],  # each [M, H, W, C_in]
+    weights: Sequence[PackedWeight],
+) -> Tensor:
+    """The sum of the linear maps of several sources, with one inverse transform.
+
+    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous.
+    """
+    m, backward = weights[0].map, weights[0].backward
+    samples, height, width, _ = xs[0].shape
+    if backward:
+        scale = 2 if m.transposed else 1
+        out = torch.empty((samples, height // scale, width // scale, weights[0].channels), dtype=torch.float32)
+        grids = [grid for x in xs for grid in _phases(m, x)]
+        packed = [t for w in weights for t in w.data]
+        _launch.winograd_conv(m.form.key, m.backward_pad, grids, packed, [Grid(out)])
+        return out
+    scale = 2 if m.transposed else 1
+    out = torch.empty((samples, height * scale, width * scale, weights[0].channels), dtype=torch.float32)
+    _launch.winograd_conv(m.form.key, m.pad, [Grid(x) for x in xs], [w.data[0] for w in weights], _phases(m, out))
+    return out
+
+
+def winograd_weight_grad(
+    m: WinogradMap,
+    weight: Tensor,  # the parameter, for its shape
+    x: Tensor,  # [M, H, W, C_in]
+    grad: Tensor,  # [M, H', W', C_out]
+) -> Tensor:
+    """Gradient of the weight over all samples, in the parameter's shape."""
+    out = torch.empty(weight.shape, dtype=torch.float32)
+    _launch.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), out)
+    return out
