@@ -20,9 +20,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:  # [D], [D]
 def trajectory_groups(predicted: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:  # [T, N], [N]
     """Index sets and times of the four groups, one trajectory at a time."""
     names = ("stable_correct", "t_stable_correct", "stable_incorrect", "t_stable_incorrect", "label_stable_incorrect")
-    out: dict[str, list[int]] = {
-        name: [] for name in (*names, "unstable_correct", "t_unstable_correct", "unstable_incorrect")
-    }
+    out: dict[str, list[int]] = {name: [] for name in (*names, "unstable_correct", "t_unstable_correct", "unstable_incorrect")}
     steps = len(predicted)
     for i in range(len(labels)):
         trajectory, label = predicted[:, i], labels[i]

@@ -9,9 +9,7 @@ from rnndyn_fast.analysis import ReadoutZoneResult, readout_zones
 from rnndyn_fast.analysis.results import MEASURES
 
 
-def make(
-    n: int = 60, t: int = 6, c: int = 5, d: int = 8, seed: int = 0, dtype: type = np.float64
-) -> dict[str, np.ndarray]:
+def make(n: int = 60, t: int = 6, c: int = 5, d: int = 8, seed: int = 0, dtype: type = np.float64) -> dict[str, np.ndarray]:
     """Noisy trajectories that drift towards their class: all four groups, several times of stabilisation."""
     rng = np.random.default_rng(seed)
     weight, labels = rng.standard_normal((c, d)), rng.integers(0, c, n)

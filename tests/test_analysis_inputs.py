@@ -77,17 +77,13 @@ def test_kinds_of_input(tmp_path: Path) -> None:
         assert_same_result(readout_zones(**(data | {"labels": data["labels"].astype(dtype)})), expected)
     as_lists = {name: value.astype(float).tolist() for name, value in data.items() if name != "labels"}
     assert readout_zones(**as_lists, labels=data["labels"].tolist()).counts == expected.counts
-    swapped = {
-        name: data[name].astype(data[name].dtype.newbyteorder(">")) for name in ("trajectories", "readout_weight")
-    }
+    swapped = {name: data[name].astype(data[name].dtype.newbyteorder(">")) for name in ("trajectories", "readout_weight")}
     assert_same_result(readout_zones(**(data | swapped)), expected)
     data["trajectories"].setflags(write=False)
     assert_same_result(readout_zones(**data), expected)
     reversed_time = data["trajectories"][::-1].copy()[::-1]
     assert_same_result(readout_zones(**(data | {"trajectories": reversed_time})), expected)
-    half = readout_zones(
-        torch.from_numpy(data["trajectories"].copy()).bfloat16(), data["readout_weight"], data["labels"]
-    )
+    half = readout_zones(torch.from_numpy(data["trajectories"].copy()).bfloat16(), data["readout_weight"], data["labels"])
     assert half.samples["norm"].dtype == np.float64
     grad = torch.from_numpy(data["trajectories"].copy()).requires_grad_()
     assert_same_result(readout_zones(**(data | {"trajectories": grad})), expected)
@@ -192,16 +188,12 @@ def test_a_refused_update_changes_nothing() -> None:
     bad[3, 1, 2] = np.nan
     with pytest.raises(ValueError, match=r"representations: expected finite values, got nan at \[3, 1, 2\]"):
         reducer.update(bad, GOOD["labels"])
-    with pytest.raises(
-        ValueError, match=r"representations: expected shape \[T, N, D\] = \[6, any, 8\], got \[5, 3, 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"representations: expected shape \[T, N, D\] = \[6, any, 8\], got \[5, 3, 8\]"):
         reducer.update(bad[1:], GOOD["labels"])
     assert_same_result(reducer.result(), before)
 
 
-@pytest.mark.parametrize(
-    ("timesteps", "error"), [(None, TypeError), (2.0, TypeError), (True, TypeError), (0, ValueError)]
-)
+@pytest.mark.parametrize(("timesteps", "error"), [(None, TypeError), (2.0, TypeError), (True, TypeError), (0, ValueError)])
 def test_bad_timesteps(timesteps: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="timesteps: expected"):
         ReadoutZoneReducer(np.eye(2), timesteps=timesteps)

@@ -23,9 +23,7 @@ INDICES = (
     *("stable_correct", "t_stable_correct", "stable_incorrect", "t_stable_incorrect", "label_stable_incorrect"),
     *("unstable_correct", "t_unstable_correct", "unstable_incorrect", "max_t_analysed"),
 )
-TABLES = (
-    *("accuracy", "representation_change", "norm_now_vs_later", "cos_current_now_vs_later", "cos_final_vs_other"),
-)
+TABLES = (*("accuracy", "representation_change", "norm_now_vs_later", "cos_current_now_vs_later", "cos_final_vs_other"),)
 
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -99,8 +97,7 @@ def test_pair_table_against_all_pairs() -> None:
             mine = [
                 j
                 for j in later
-                if data["labels"][j] != data["labels"][i]
-                and result.samples["predicted"][j, t] == result.samples["predicted"][i, t]
+                if data["labels"][j] != data["labels"][i] and result.samples["predicted"][j, t] == result.samples["predicted"][i, t]
             ]
             r = data["trajectories"][t, i]
             for j in mine:
@@ -147,9 +144,7 @@ def test_change_after_stable() -> None:
     result = readout_zones(**data)
     change, norm = result.representation_change, result.samples["norm"][result.stable_correct]
     mean = [row[s:].mean() for row, s in zip(change, result.t_stable_correct, strict=True)]
-    relative = [
-        (row[s:] / length[s:-1]).mean() for row, length, s in zip(change, norm, result.t_stable_correct, strict=True)
-    ]
+    relative = [(row[s:] / length[s:-1]).mean() for row, length, s in zip(change, norm, result.t_stable_correct, strict=True)]
     for name, values in (("change_after_stable", mean), ("relative_change_after_stable", relative)):
         summary = result.summary(name)
         assert summary.n == len(values)
@@ -195,8 +190,7 @@ def test_merge_of_any_split_is_one_pass(data: st.DataObject) -> None:
         merged.merge(part)
     assert_same_result(merged.result(), whole)
     results = [
-        readout_zones(**(case | {"trajectories": case["trajectories"][:, a:b], "labels": case["labels"][a:b]}))
-        for a, b in pairwise(cuts)
+        readout_zones(**(case | {"trajectories": case["trajectories"][:, a:b], "labels": case["labels"][a:b]})) for a, b in pairwise(cuts)
     ]
     folded = results[0]
     for other in results[1:]:
@@ -207,9 +201,7 @@ def test_merge_of_any_split_is_one_pass(data: st.DataObject) -> None:
 def test_order_of_samples_does_not_matter() -> None:
     data = make(n=50)
     order = np.random.default_rng(1).permutation(50)
-    shuffled = readout_zones(
-        **(data | {"trajectories": data["trajectories"][:, order], "labels": data["labels"][order]})
-    )
+    shuffled = readout_zones(**(data | {"trajectories": data["trajectories"][:, order], "labels": data["labels"][order]}))
     result = readout_zones(**data)
     np.testing.assert_array_equal(np.sort(order[shuffled.stable_correct]), result.stable_correct)
     shuffled.samples = None
@@ -298,9 +290,7 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(TypeError, match="other: expected a ReadoutZoneReducer, got dict"):
         reducer.merge({})
     assert_same_result(reducer.result(), before)
-    zeros = ReadoutZoneReducer(
-        data["readout_weight"], np.zeros(5), 6
-    )  # no bias and a bias of zero are the same readout
+    zeros = ReadoutZoneReducer(data["readout_weight"], np.zeros(5), 6)  # no bias and a bias of zero are the same readout
     reducer.merge(zeros)
 
 

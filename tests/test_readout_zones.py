@@ -29,9 +29,7 @@ SIZES = [
 SUPPORTED_ISA = _core.build_info()["isa_supported"]
 
 
-def make(
-    size: tuple[int, int, int, int], dtype: torch.dtype = torch.float64, seed: int = 0, extras: bool = True
-) -> dict[str, Any]:
+def make(size: tuple[int, int, int, int], dtype: torch.dtype = torch.float64, seed: int = 0, extras: bool = True) -> dict[str, Any]:
     t, n, c, d = size
     generator = torch.Generator().manual_seed(seed)
 
@@ -250,9 +248,7 @@ def test_opcheck() -> None:
             inputs["labels"],
             inputs.get("bias"),
             inputs.get("log_probs"),
-            inputs.get(
-                "previous", inputs["representations"][0]
-            ),  # without it `change` has NaN, which opcheck holds unequal
+            inputs.get("previous", inputs["representations"][0]),  # without it `change` has NaN, which opcheck holds unequal
         )
         torch.library.opcheck(torch.ops.rnndyn.readout_zones.default, arguments)
 

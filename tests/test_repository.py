@@ -289,9 +289,7 @@ def test_benchmark_tables(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     folder = (ROOT / page).parent
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
@@ -341,9 +339,7 @@ def test_readme_commands_run_one_after_the_other(
     from rnndyn_fast.cli import main
 
     monkeypatch.chdir(tmp_path)
-    commands = [
-        line for block in code_blocks("README.md", "sh") for line in block.splitlines() if line.startswith("rnndyn ")
-    ]
+    commands = [line for block in code_blocks("README.md", "sh") for line in block.splitlines() if line.startswith("rnndyn ")]
     assert {shlex.split(line)[1] for line in commands} == SMALLER.keys()
     for line in commands:
         words = shlex.split(line)[1:]
