@@ -108,9 +108,7 @@ def tables(folder: Path = RESULTS) -> str:
     for (kind, line), rows in found.items():
         columns = list(dict.fromkeys(name for _, cells in rows for name in cells))
         lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [
-            "| " + " | ".join([title, *(cells.get(name, "") for name in columns)]) + " |" for title, cells in rows
-        ]
+        lines += ["| " + " | ".join([title, *(cells.get(name, "") for name in columns)]) + " |" for title, cells in rows]
         parts.append("\n".join([*lines, "", f"{NOTES[kind]} Measured with {line}."]))
     return "\n\n".join(parts)
 

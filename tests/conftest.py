@@ -34,7 +34,8 @@ def golden_module(name: str) -> Any:
     if not path.exists():
         golden(name)  # skips or fails
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -104,9 +104,11 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     _poison()
     grad_x, grad_weight = convolve_backward(prepared, grad, x, need_x=True, need_weight=True)
 
-    assert y.is_contiguous() and y.shape == grad.shape
+    assert y.is_contiguous()
+    assert y.shape == grad.shape
     assert _relative(y, expected.detach().permute(0, 2, 3, 1)) < TOLERANCE
-    assert grad_x is not None and grad_weight is not None
+    assert grad_x is not None
+    assert grad_weight is not None
     assert _relative(grad_x, expected_x.permute(0, 2, 3, 1)) < TOLERANCE
     assert grad_weight.shape == weight.shape
     assert _relative(grad_weight, expected_weight) < TOLERANCE

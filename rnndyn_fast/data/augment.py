@@ -77,9 +77,7 @@ class TrivialAugmentWide:
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"images: expected shape [N, 3, H, W], got {list(images.shape)}")
         count = images.shape[0]
-        operation, bins, negative = (
-            torch.randint(high, (count,), generator=self.generator) for high in (len(OPERATIONS), NUM_BINS, 2)
-        )
+        operation, bins, negative = (torch.randint(high, (count,), generator=self.generator) for high in (len(OPERATIONS), NUM_BINS, 2))
         strength = bins.to(torch.float32) / (NUM_BINS - 1)
         return self.apply(images, operation, strength, 1.0 - 2.0 * negative)
 

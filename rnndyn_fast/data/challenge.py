@@ -76,17 +76,13 @@ class ObjectPool:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         if images.ndim != 3 or images.shape[1] != images.shape[2] or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"images, labels: expected [p, S, S] and [p], got {list(images.shape)} and {list(labels.shape)}"
-            )
+            raise ValueError(f"images, labels: expected [p, S, S] and [p], got {list(images.shape)} and {list(labels.shape)}")
         visible = (images >= OPAQUE_LEVEL).any(axis=(1, 2))
         order = np.flatnonzero(visible)[np.argsort(labels[visible], kind="stable")]
         self.images = images[order]
         self.labels = labels[order]
         if len(np.unique(self.labels)) < 2:
-            raise ValueError(
-                f"labels: clutter and debris need objects of at least 2 categories, got {len(np.unique(self.labels))}"
-            )
+            raise ValueError(f"labels: clutter and debris need objects of at least 2 categories, got {len(np.unique(self.labels))}")
         opaque = self.images >= OPAQUE_LEVEL
         # Bounding boxes: first row and column, height and width of the object's pixels, each [p].
         rows, columns = np.asarray(opaque.any(axis=2)), np.asarray(opaque.any(axis=1))
@@ -156,9 +152,7 @@ def challenge(
     if images.ndim != 3 or images.shape[1:] != pool.images.shape[1:]:
         raise ValueError(f"images: expected [n, S, S] with S = {pool.images.shape[1]}, got {list(images.shape)}")
     if labels.shape != images.shape[:1] or condition.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels, condition: expected [n] with n = {len(images)}, got {labels.shape}, {condition.shape}"
-        )
+        raise ValueError(f"labels, condition: expected [n] with n = {len(images)}, got {labels.shape}, {condition.shape}")
     if len(condition) and not 0 <= condition.min() <= condition.max() < len(CONDITIONS):
         raise ValueError(f"condition: expected 0..{len(CONDITIONS) - 1}, got {condition.min()}..{condition.max()}")
     result = np.empty_like(images)

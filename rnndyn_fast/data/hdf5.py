@@ -133,9 +133,7 @@ class ImageSplit(Dataset[tuple[torch.Tensor, int]]):
     def extra(self, name: str) -> np.ndarray:
         """Array `name` of the split's group (for example `condition`), whole. Raises ValueError if there is none."""
         if name not in self.extras:
-            raise ValueError(
-                f"name: split {self.name!r} of {self._handle.path} has no dataset {name!r}; it has {self.extras}"
-            )
+            raise ValueError(f"name: split {self.name!r} of {self._handle.path} has no dataset {name!r}; it has {self.extras}")
         return np.asarray(self._handle.file()[self.name][name][()])
 
     def _positions(self, indices: slice | Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
@@ -198,8 +196,7 @@ class ImageFile:
             missing = [name for name in required_splits if name not in self.split_names]
             if missing:
                 raise ValueError(
-                    f"{self.path}: group {missing[0]!r} is missing; expected groups {tuple(required_splits)}, "
-                    f"the file holds {tuple(file)}"
+                    f"{self.path}: group {missing[0]!r} is missing; expected groups {tuple(required_splits)}, the file holds {tuple(file)}"
                 )
             self.categories = _read_categories(file, self.path)
             self.num_classes = len(self.categories)
@@ -234,9 +231,7 @@ class ImageFile:
     def __enter__(self) -> ImageFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -296,8 +291,7 @@ def _read_labels(file: h5py.File, split: str, num_classes: int, path: Path) -> n
         raise ValueError(f"{path}: {split}/labels: expected 0..{num_classes - 1}, got the negative label {lowest}")
     if highest >= num_classes:
         raise ValueError(
-            f"{path}: {split}/labels: label {highest} is out of range; there are {num_classes} categories "
-            f"(0..{num_classes - 1})"
+            f"{path}: {split}/labels: label {highest} is out of range; there are {num_classes} categories (0..{num_classes - 1})"
         )
     return np.asarray(labels, dtype=np.int64)
 

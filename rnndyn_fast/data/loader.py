@@ -62,9 +62,7 @@ class BatchLoader:
         self.prefetch = prefetch
         self.epoch = 0
         if len(self) == 0:
-            raise ValueError(
-                f"split: {len(split)} image(s) make no batch of batch_size = {batch_size} with drop_last = {drop_last}"
-            )
+            raise ValueError(f"split: {len(split)} image(s) make no batch of batch_size = {batch_size} with drop_last = {drop_last}")
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -85,9 +83,7 @@ class BatchLoader:
         return _read_ahead(self.split, batches, self.prefetch)
 
 
-def _read_ahead(
-    split: BatchSource, batches: list[np.ndarray], prefetch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _read_ahead(split: BatchSource, batches: list[np.ndarray], prefetch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     ready: queue.Queue[tuple[torch.Tensor, torch.Tensor] | BaseException] = queue.Queue(maxsize=prefetch)
     stop = threading.Event()
 

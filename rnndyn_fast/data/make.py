@@ -141,9 +141,7 @@ def _divide(source: ImageSource, wanted: dict[str, int | None], seed: int) -> di
     return parts
 
 
-def _write(
-    file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, progress: Progress | None
-) -> None:
+def _write(file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, progress: Progress | None) -> None:
     block = max(1, _BLOCK_PIXELS // size**2)
     for split in SPLITS:
         part = parts[split]

@@ -34,7 +34,5 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:  # [n, h, w] -> [n, siz
     if len(images) == 0:
         return np.empty((0, size, size), dtype=np.uint8)
     values = torch.from_numpy(images.astype(np.float32))[:, None]
-    resized = torch.nn.functional.interpolate(
-        values, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-    )
+    resized = torch.nn.functional.interpolate(values, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
     return resized[:, 0].round_().clamp_(0, 255).to(torch.uint8).numpy()

@@ -105,8 +105,7 @@ def load_source(name: str = "auto", *, folder: str | os.PathLike[str] | None = N
         return _load_fashion_mnist(place)
     return _load_digits(
         seed,
-        f"scikit-learn's bundled digits (8 x 8 px), because Fashion-MNIST is not in {place} "
-        "(apt-get install dataset-fashion-mnist)",
+        f"scikit-learn's bundled digits (8 x 8 px), because Fashion-MNIST is not in {place} (apt-get install dataset-fashion-mnist)",
     )
 
 

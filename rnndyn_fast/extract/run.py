@@ -16,6 +16,7 @@ from rnndyn_fast.analysis import ReadoutZoneReducer
 from rnndyn_fast.analysis.files import replaced_atomically
 from rnndyn_fast.data import BatchLoader, ImageFile, normalise
 from rnndyn_fast.extract.trajectories import TrajectoryWriter
+from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.loop import INITIAL, limited
 from rnndyn_fast.train.progress import Reporter, choose_reporter
@@ -84,12 +85,16 @@ def extract(
         if path.is_dir():
             raise ValueError(f"out: expected a file, got the folder {path}")
         if path.exists() and not overwrite:
-            raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite true) to replace it")
+            raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
     used = Path(checkpoint).with_name(INITIAL) if untrained else Path(checkpoint)
     if untrained and not used.exists():
         raise FileNotFoundError(f"untrained: no {INITIAL} beside {checkpoint}")
     net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend)
     areas = _check_areas(net, save)
+    readout = net.network.readout
+    if readout is None:
+        raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
+    parameters = dict(net.named_parameters())
 
     with ImageFile(data, required_splits=(split,)) as file, ExitStack() as outputs:
         _check_fits(file, contents)
@@ -99,19 +104,18 @@ def extract(
             "batch_size": batch_size,
             "save": list(save),
             "dtype": dtype,
-            "timesteps": net.config["timesteps"],
+            "timesteps": net.timesteps,
             "limit": limit,
             "untrained": untrained,
         }
         schedule = net.schedule(areas)
-        first_step = {name: schedule.first_step[name] for name in (*areas, net.network.readout.source)}
-        descriptors = _descriptors(used, contents, net.config, file, len(images), options)
+        first_step = {name: schedule.first_step[name] for name in (*areas, readout.source)}
+        descriptors = _descriptors(used, contents, {**contents["model"], "timesteps": net.timesteps}, file, len(images), options)
         descriptors["first_step"] = first_step  # 0 but in a biological unroll, where later areas start later
-        readout = net.readout
         reducer = ReadoutZoneReducer(
-            readout.weight,
-            readout.bias,
-            timesteps=net.timesteps - first_step[net.network.readout.source],
+            parameters[f"{readout.parameter}.weight"],
+            parameters.get(f"{readout.parameter}.bias"),
+            timesteps=net.timesteps - first_step[readout.source],
             keep_samples=keep_samples,
             backend=backend,
         )
@@ -128,14 +132,17 @@ def extract(
         with torch.inference_mode():
             for pixels, labels in BatchLoader(images, batch_size):
                 log_probs, representations, *rest = net(
-                    normalise(pixels, mean, std), return_representations=True, **({"record": recorded} if recorded else {})
+                    normalise(pixels, mean, std),
+                    return_representations=True,
+                    **({"record": recorded} if recorded else {}),
                 )
                 reducer.update(representations, labels, log_probs)
                 if writer is not None:
                     activations = {REPRESENTATIONS: representations, **(rest[0] if rest else {})}
                     writer.add({area: activations[area] for area in areas}, labels, log_probs.argmax(2))
                 shown.advance(len(labels), "")
-    # After the trajectories have taken their name: a result is never there without the trajectories it was asked to have.
+    # After the trajectories have taken their name: a result is never there without the trajectories it was asked to
+    # have.
     return reducer.result(descriptors).save(out)
 
 
@@ -165,7 +172,7 @@ def _check_options(save: Sequence[str], dtype: str, batch_size: int, limit: int 
             raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _check_areas(net: Any, save: Sequence[str]) -> tuple[str, ...]:
+def _check_areas(net: RecurrentNetwork, save: Sequence[str]) -> tuple[str, ...]:
     """The areas to save, each once, checked against those of the network."""
     known = tuple(area.name for area in net.network.areas)
     unknown = [name for name in save if name not in known]
@@ -178,8 +185,7 @@ def _check_fits(file: ImageFile, contents: dict[str, Any]) -> None:
     trained = contents["data"]
     if file.image_size != trained["image_size"]:
         raise ValueError(
-            f"data: expected images of {trained['image_size']} px, as the network was trained on, {file.path} has "
-            f"{file.image_size} px"
+            f"data: expected images of {trained['image_size']} px, as the network was trained on, {file.path} has {file.image_size} px"
         )
     if list(file.categories) != list(trained["categories"]):
         raise ValueError(

@@ -63,9 +63,7 @@ class TrajectoryWriter:
             sample_bytes = int(np.prod(rest)) * self._dtype.itemsize
             # One step of some samples: an analysis walks through samples or looks at one step, both are cheap then.
             samples = max(1, min(self._count, _CHUNK_BYTES // sample_bytes))
-            self._file.create_dataset(
-                name, (steps, self._count, *rest), dtype=self._dtype, chunks=(1, samples, *rest), track_times=False
-            )
+            self._file.create_dataset(name, (steps, self._count, *rest), dtype=self._dtype, chunks=(1, samples, *rest), track_times=False)
         return self._file[name]
 
     def _table(self, name: str, shape: tuple[int, ...]) -> h5py.Dataset:

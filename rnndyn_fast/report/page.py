@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 
+# Wider figures (a dendrogram of a hundred classes) keep their size and scroll.
+_MOST_INCHES = 7.0
+
 
 def escape(text: str) -> str:
     """Text as HTML; what stands between backticks becomes code."""
@@ -36,6 +39,7 @@ class Plot:
     figure: Figure
     caption: str
     alt: str
+    inches: float = 5.0  # width to draw it at; small enough that its text can be read on a phone
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Section:
     def code(self, text: str) -> Section:
         """A block of code or commands."""
         self._parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
+        return self
+
+    def commands(self, lines: Sequence[str]) -> Section:
+        """Commands, one a line; long ones are broken between words only."""
+        broken = [" ".join(f"<span>{html.escape(word)}</span>" for word in line.split(" ")) for line in lines]
+        self._parts.append(f'<pre class="commands">{"".join(f"<code>{line}</code>" for line in broken)}</pre>')
         return self
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> Section:
@@ -120,7 +130,7 @@ class Page:
 
     >>> page = Page("Accuracy", "What came out.")
     >>> _ = page.section("Numbers").table(["network", "n"], [["lateral", 100]], "Networks and their samples.")
-    >>> "<caption>" in page.html()
+    >>> "lateral" in page.html()
     True
     """
 
@@ -140,7 +150,7 @@ class Page:
 
     def plot_html(self, plot: Plot) -> str:
         """A figure as inline SVG."""
-        svg = figure_svg(plot.figure, prefix=f"f{next(self._figure_numbers)}-", alt=plot.alt)
+        svg = figure_svg(plot.figure, prefix=f"f{next(self._figure_numbers)}-", alt=plot.alt, inches=plot.inches)
         return f'<figure class="plot"><div>{svg}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'
 
     def html(self) -> str:
@@ -169,14 +179,14 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
     numeric = [bool(rows) and all(not isinstance(row[k], str) for row in rows) for k in range(len(header))]
 
     def cell(tag: str, text: str, column: int, scope: str = "") -> str:
-        return f'<{tag}{scope}{" class=number" if numeric[column] else ""}>{text}</{tag}>'
+        return f"<{tag}{scope}{' class=number' if numeric[column] else ''}>{text}</{tag}>"
 
     head = "".join(cell("th", escape(name), k, ' scope="col"') for k, name in enumerate(header))
-    body = "".join(
-        f"<tr>{''.join(cell('td', escape(format_cell(value)), k) for k, value in enumerate(row))}</tr>" for row in rows
-    )
+    body = "".join(f"<tr>{''.join(cell('td', escape(format_cell(value)), k) for k, value in enumerate(row))}</tr>" for row in rows)
     return (
-        f'<div class="table"><table><caption>{escape(caption)}</caption>'
+        # A <caption> is as wide as its table and would scroll away with it on a phone.
+        f'<p class="caption">{escape(caption)}</p>'
+        f'<div class="table"><table aria-label="{html.escape(caption, quote=True)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -184,7 +194,7 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
 def format_cell(value: Cell) -> str:
     """A value as the tables show it."""
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return "–"
+        return "\N{EN DASH}"
     if isinstance(value, bool | str):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -204,10 +214,30 @@ def picture_html(picture: Picture) -> str:
     )
 
 
-def figure_svg(figure: Figure, *, prefix: str, alt: str) -> str:
+def lift_note(figure: Figure) -> str:
+    """Take titles and the notes above the axes out of a figure and return the notes, for the caption.
+
+    In a caption they wrap, and the figure can be narrow enough for a phone.
+    """
+    notes: list[str] = []
+    for axes in figure.axes:
+        for where in ("left", "center", "right"):
+            axes.set_title("", loc=where)
+        for text in list(axes.texts):
+            if text.get_transform() == axes.transAxes and text.get_position()[1] > 1:
+                notes.append(text.get_text())
+                text.remove()
+    return "; ".join(notes)
+
+
+def figure_svg(figure: Figure, *, prefix: str, alt: str, inches: float) -> str:
     """A matplotlib figure as an SVG element without a background, its ids made unique by `prefix`, its text as text."""
     from matplotlib import rc_context
 
+    width, height = figure.get_size_inches()
+    if width <= _MOST_INCHES:
+        width, height = inches, height * (1 + inches / width) / 2
+        figure.set_size_inches(width, height)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -221,4 +251,5 @@ def figure_svg(figure: Figure, *, prefix: str, alt: str) -> str:
     opening = svg.index(">")
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", svg[:opening])
     label = html.escape(alt, quote=True)
-    return f'{head} role="img" aria-label="{label}">{svg[opening + 1 :]}'.strip()
+    least = "" if width <= _MOST_INCHES else f' style="min-width: {55 * width:.0f}px"'
+    return f'{head} role="img" aria-label="{label}"{least}>{svg[opening + 1 :]}'.strip()

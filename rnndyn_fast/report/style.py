@@ -8,8 +8,8 @@ STYLE = """
   /* Figures are drawn in dark ink on nothing: turning lightness round keeps hue and contrast. */
   .plot svg { filter: invert(0.93) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue",
-  "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
+  "Helvetica Neue", "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
 main, header, footer { max-width: 1200px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 36px; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 10px; }
@@ -19,33 +19,37 @@ p { max-width: 76ch; margin: 8px 0; }
 .lead { color: var(--muted); font-size: 1.05rem; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; padding: 0; margin: 14px 0 0; }
 a { color: var(--accent); }
-.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); margin: 14px 0; }
+.grid { display: grid; gap: 18px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); margin: 14px 0; }
 .grid.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 0; padding: 14px;
   min-width: 0; }
 figcaption { color: var(--muted); font-size: 0.88rem; margin-top: 8px; }
 .plot > div { overflow-x: auto; }
-.plot svg { display: block; width: 100%; height: auto; min-width: min(430px, 165%); max-width: 760px; margin: 0 auto; }
+.plot svg { display: block; width: 100%; height: auto; max-width: 760px; margin: 0 auto; }
 .plot svg text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif !important; }
 .gallery { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); margin: 14px 0; }
 .gallery figure { padding: 8px; }
 .gallery img { width: 100%; image-rendering: pixelated; display: block; border-radius: 3px; }
 .gallery figcaption { font-size: 0.78rem; line-height: 1.3; margin-top: 5px; }
-.table { overflow-x: auto; margin: 14px 0; }
+.table { overflow-x: auto; margin: 0 0 14px; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--muted); font-size: 0.88rem; padding-bottom: 6px; }
+p.caption { color: var(--muted); font-size: 0.88rem; margin: 16px 0 6px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto;
-  font-size: 0.85rem; line-height: 1.5; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 0.82rem; line-height: 1.5; }
+.commands code { display: block; padding-left: 3ch; text-indent: -3ch; white-space: normal; }
+.commands span { display: inline-block; max-width: 100%; text-indent: 0; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.92em; }
 .verdict { font-weight: 650; margin: 4px 0; }
 .verdict.yes { color: var(--yes); } .verdict.no { color: var(--no); } .verdict.open { color: var(--open); }
 .card p { font-size: 0.95rem; } .card .small { color: var(--muted); font-size: 0.85rem; }
 .card table { font-size: 0.86rem; }
 footer { color: var(--muted); font-size: 0.85rem; padding-top: 30px; padding-bottom: 40px; }
-@media (max-width: 480px) { main, header, footer { padding: 0 12px; } header { padding-top: 22px; } h1 { font-size: 1.4rem; }
+@media (max-width: 480px) { main, header, footer { padding: 0 12px; }
+  header { padding-top: 22px; } h1 { font-size: 1.4rem; }
   figure, .card { padding: 10px; } }
 @media print { .plot > div, .table { overflow: visible; } figure, .card { break-inside: avoid; } }
 """

@@ -1,6 +1,13 @@
 """Training: configuration, loop, checkpoints, metrics."""
 
-from rnndyn_fast.train.checkpoint import FORMAT, load_checkpoint, load_weights, read_checkpoint, save_checkpoint, versions
+from rnndyn_fast.train.checkpoint import (
+    FORMAT,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    versions,
+)
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.loop import config_yaml, initialise, limited, loss_over_time, train
 from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics

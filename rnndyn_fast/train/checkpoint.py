@@ -13,6 +13,7 @@ from torch import nn
 
 from rnndyn_fast import models
 from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.nn import RecurrentNetwork
 
 FORMAT = "rnndyn_fast.checkpoint/1"
 _REQUIRED = ("model", "state_dict", "epoch", "data")
@@ -73,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def load_checkpoint(
     path: str | os.PathLike[str], *, timesteps: int | None = None, backend: str | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[RecurrentNetwork, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode on the CPU, and the checkpoint's contents.
 
     Args:
@@ -94,7 +95,8 @@ def load_checkpoint(
         options["timesteps"] = timesteps
     net = models.build(options)
     load_weights(net, checkpoint["state_dict"], path)
-    return net.eval(), checkpoint
+    net.eval()
+    return net, checkpoint
 
 
 def load_weights(net: nn.Module, state_dict: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
@@ -108,9 +110,7 @@ def load_weights(net: nn.Module, state_dict: dict[str, torch.Tensor], path: str 
         if name in state_dict and own[name].shape != state_dict[name].shape
     ]
     faults = [
-        f"{what} {_some(names)}"
-        for what, names in (("missing:", missing), ("unexpected:", unexpected), ("other shapes:", shapes))
-        if names
+        f"{what} {_some(names)}" for what, names in (("missing:", missing), ("unexpected:", unexpected), ("other shapes:", shapes)) if names
     ]
     if faults:
         raise ValueError(f"checkpoint: {os.fspath(path)} is of another architecture; {'; '.join(faults)}")

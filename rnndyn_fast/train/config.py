@@ -24,7 +24,7 @@ NETWORK_OPTIONS = (
     "backend",
 )
 # What a resumed run may change: how and how long it runs, not what it computes.
-FREE_ON_RESUME = ("data", "out", "epochs", "threads", "device", "backend", "resume", "overwrite")
+FREE_ON_RESUME = ("data", "out", "epochs", "threads", "backend", "resume", "overwrite")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -35,10 +35,10 @@ def _option(default: Any, text: str) -> Any:
 class TrainConfig:
     """A training run. The defaults are the published recipe for the lateral, additive network (arXiv 2308.12435).
 
-    Recipe: Adam at a constant 1e-3, batches of 1024 (validation 250), 60 epochs, ``loss = sum over time steps of the mean
-    negative log-likelihood`` of the clamped log-probabilities, Xavier-uniform weights, TrivialAugmentWide. What each field
-    means is in its ``metadata["help"]``, which is also what ``rnndyn train --help`` prints. Image size and number of classes
-    are those of the data.
+    Recipe: Adam at a constant 1e-3, batches of 1024 (validation 250), 60 epochs, ``loss = sum over time steps of the
+    mean negative log-likelihood`` of the clamped log-probabilities, Xavier-uniform weights, TrivialAugmentWide. What
+    each field means is in its ``metadata["help"]``, which is also what ``rnndyn train --help`` prints. Image size and
+    number of classes are those of the data.
 
     Raises:
         TypeError: a field has another type than declared.
@@ -69,15 +69,12 @@ class TrainConfig:
     batch_size: int = _option(1024, "images per training step")
     val_batch_size: int = _option(250, "images per validation batch")
     lr: float = _option(1e-3, "learning rate of Adam, constant")
-    init: Literal["xavier", "default"] = _option(
-        "xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default"
-    )
+    init: Literal["xavier", "default"] = _option("xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default")
     augment: Literal["trivialaugmentwide", "none"] = _option("trivialaugmentwide", "augmentation of training images")
     max_train_images: int | None = _option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = _option(None, "validate on that many images, evenly spaced over the split")
     seed: int = _option(0, "of initial weights, order of images and augmentation")
     threads: int | None = _option(None, "CPU threads; default: PyTorch's")
-    device: str = _option("cpu", "device of the network: cpu, cuda, cuda:1, ...")
     resume: bool = _option(False, "go on from the last checkpoint in `out`")
     overwrite: bool = _option(False, "replace a run that is in `out`")
 
@@ -111,7 +108,7 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "widths": list(self.widths)}
 
     def as_new(self) -> TrainConfig:
-        """The same run without `resume` and `overwrite`: what goes on record, so that using it again never replaces a run."""
+        """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""
         return dataclasses.replace(self, resume=False, overwrite=False)
 
     @classmethod
@@ -125,7 +122,7 @@ class TrainConfig:
         return cls(**values)
 
     def check_resumes(self, earlier: TrainConfig) -> None:
-        """Raise ValueError, listing the differences, unless this run computes what `earlier` did, only longer or elsewhere."""
+        """Raise ValueError, listing the differences, unless this is the run `earlier`, only longer or elsewhere."""
         pairs = [
             (item.name, getattr(earlier, item.name), getattr(self, item.name))
             for item in dataclasses.fields(self)

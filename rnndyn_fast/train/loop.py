@@ -47,7 +47,7 @@ def limited(split: BatchSource, count: int | None) -> BatchSource:
 
 
 def initialise(net: nn.Module) -> None:
-    """Xavier-uniform weights of every Conv2d and Linear, in place; transposed convolutions and biases keep their default.
+    """Xavier-uniform weights of every Conv2d and Linear, in place; transposed convolutions and biases stay as they are.
 
     Source: the published training script of arXiv 2308.12435.
     """
@@ -70,8 +70,9 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
     """Train a network.
 
     In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
-    validation accuracy, mean over time steps), ``metrics.csv``, ``metrics.jsonl`` and ``train.yaml`` (this configuration).
-    A resumed run computes what an uninterrupted one would have, bit for bit with the same number of threads on a CPU.
+    validation accuracy, mean over time steps), ``metrics.csv``, ``metrics.jsonl`` and ``train.yaml`` (this
+    configuration). A resumed run computes what an uninterrupted one would have, bit for bit with the same number of
+    threads on a CPU.
 
     Args:
         config: what to do.
@@ -113,16 +114,12 @@ class _Run:
     def __init__(self, config: TrainConfig, data: ImageFile, description: dict[str, Any]) -> None:
         self.config, self.description = config, description
         self.out = Path(config.out)
-        self.device = torch.device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             options = {"model": config.model, **config.network_options()}
-            self.net = models.build(
-                {**options, "num_classes": data.num_classes, "image_size": data.image_size, "in_channels": 3}
-            )
+            self.net = models.build({**options, "num_classes": data.num_classes, "image_size": data.image_size, "in_channels": 3})
             if config.init == "xavier":
                 initialise(self.net)
-        self.net.to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.augment: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -191,13 +188,14 @@ class _Run:
             log_probs, loss = self.forward(images if self.augment is None else self.augment(images), labels)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"loss is {loss.item()} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller lr than "
+                    f"loss is {loss.item()} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller "
+                    "lr than "
                     f"{self.config.lr} may help. The checkpoint of epoch {number - 1} is kept in {self.out}"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
-            total.add(log_probs.detach(), loss.item(), labels.to(self.device))
+            total.add(log_probs.detach(), loss.item(), labels)
             speed = total.images / (time.perf_counter() - start)
             text = f"loss {total.loss():.3f}  % {percent(total.accuracy())}  {speed:.0f} images/s"
             reporter.advance(len(labels), text)
@@ -221,15 +219,15 @@ class _Run:
         with torch.inference_mode():
             for images, labels in self.val_loader:
                 log_probs, loss = self.forward(images, labels)
-                total.add(log_probs, loss.item(), labels.to(self.device))
+                total.add(log_probs, loss.item(), labels)
                 reporter.advance(len(labels), f"loss {total.loss():.3f}  % {percent(total.accuracy())}")
         return total
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [T, N, classes] and loss of raw or augmented images [N, 3, H, W]."""
         mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
-        log_probs = self.net(normalise(images, mean, std).to(self.device))
-        return log_probs, loss_over_time(log_probs, labels.to(self.device))
+        log_probs = self.net(normalise(images, mean, std))
+        return log_probs, loss_over_time(log_probs, labels)
 
 
 class _Totals:
@@ -244,7 +242,7 @@ class _Totals:
         self.images += len(labels)
         self._loss += loss * len(labels)
         # In a biological unroll the first outputs come after some steps: fewer than `timesteps` of them.
-        self._correct = self._correct + (log_probs.argmax(2) == labels).sum(1).cpu()
+        self._correct = self._correct + (log_probs.argmax(2) == labels).sum(1)
 
     def loss(self) -> float:
         return self._loss / self.images
@@ -281,7 +279,7 @@ def _resume_from(config: TrainConfig, out: Path) -> Path | None:
             raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}")
         return found[0]
     if out.exists() and any(out.iterdir()) and not config.overwrite:
-        raise FileExistsError(f"out: {out} is not empty; use --resume true to go on or --overwrite true to replace the run")
+        raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the run")
     return None
 
 

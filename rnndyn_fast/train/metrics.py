@@ -18,7 +18,7 @@ CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One epoch. Losses are sums over time steps of the mean negative log-likelihood (nats); accuracies are fractions [T]."""
+    """One epoch. Losses are sums over time of the mean negative log-likelihood (nats); accuracies are fractions [T]."""
 
     epoch: int
     train_loss: float
@@ -47,7 +47,8 @@ class EpochMetrics:
 def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) -> None:
     """Write all rows to metrics.csv and metrics.jsonl in `folder`, each whole or not at all.
 
-    The files are written anew each epoch from the rows that the checkpoint also keeps: a resumed run leaves no duplicates.
+    The files are written anew each epoch from the rows that the checkpoint also keeps: a resumed run leaves no
+    duplicates.
     """
     folder = Path(folder)
     text = "".join(json.dumps(row.to_dict()) + "\n" for row in rows)
@@ -60,7 +61,15 @@ def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) 
             names = [f"{kind}_accuracy_t{t}" for kind in ("train", "val") for t in steps]
             writer.writerow(["epoch", "train_loss", "val_loss", "images_per_s", "seconds", *names])
         writer.writerow(
-            [row.epoch, row.train_loss, row.val_loss, row.images_per_s, row.seconds, *row.train_accuracy, *row.val_accuracy]
+            [
+                row.epoch,
+                row.train_loss,
+                row.val_loss,
+                row.images_per_s,
+                row.seconds,
+                *row.train_accuracy,
+                *row.val_accuracy,
+            ]
         )
     write_text(folder / CSV_NAME, table.getvalue())
 

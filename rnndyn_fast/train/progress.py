@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,9 +16,7 @@ class Reporter(Protocol):
 
     def __enter__(self) -> Reporter: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def start(self, text: str, total: int) -> None:
         """A stretch of `total` images begins."""
@@ -36,9 +34,7 @@ class QuietReporter:
     def __enter__(self) -> QuietReporter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
 
     def start(self, text: str, total: int) -> None:
@@ -94,9 +90,7 @@ class RichReporter(QuietReporter):
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
@@ -141,3 +135,18 @@ def epoch_line(row: EpochMetrics, epochs: int) -> str:
         f"train % {percent(row.train_accuracy)}  val % {percent(row.val_accuracy)}  "
         f"{row.images_per_s:.0f} images/s  {row.seconds:.0f} s"
     )
+
+
+def split_progress(reporter: Reporter) -> Callable[[str, int, int], None]:
+    """The progress callback of `rnndyn_fast.data.make_dataset` that shows on `reporter`: a stretch per split."""
+    current, shown = "", 0
+
+    def progress(split: str, done: int, total: int) -> None:
+        nonlocal current, shown
+        if split != current:
+            reporter.start(split, total)
+            current, shown = split, 0
+        reporter.advance(done - shown, "")
+        shown = done
+
+    return progress

@@ -1,0 +1,93 @@
+"""What runs on this machine, and what does not and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+# Package and what it is for, of the extra "cli".
+_OPTIONAL = {
+    "h5py": "image files, results, trajectories",
+    "jsonargparse": "the command line",
+    "kornia": "augmentation in training",
+    "matplotlib": "figures",
+    "rich": "progress bars",
+    "scipy": "the dendrogram of readout vectors",
+    "scikit-learn": "the bundled digits (rnndyn data make --source digits)",
+    "PyYAML": "configuration files",
+}
+
+
+def report() -> str:
+    """Versions, processor, threads, engines (tried on a small network), optional packages; one fact per line."""
+    import rnndyn_fast
+    from rnndyn_fast.analysis import ReadoutZoneReducer
+    from rnndyn_fast.models import blt_net_64
+
+    lines = ["versions"]
+    lines += _rows({"rnndyn_fast": rnndyn_fast.__version__, "python": f"{platform.python_version()} ({sys.executable})"})
+    lines += _rows({"torch": torch.__version__, "system": f"{platform.system()} {platform.release()} {platform.machine()}"})
+    lines += ["threads", *_rows({"torch": torch.get_num_threads(), "processors": os.cpu_count()})]
+    lines += _rows({name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ})
+    lines += ["native core"]
+    try:
+        info: dict[str, Any] = dict(rnndyn_fast.build_info())
+    except ImportError as error:
+        info = {"not there": str(error)}
+    lines += _rows({name: ", ".join(value) if isinstance(value, list | tuple) else value for name, value in info.items()})
+
+    lines += ["engines"]
+    images = torch.zeros(1, 3, 16, 16)
+    readout = torch.eye(3)
+
+    def network(backend: str) -> None:
+        net = blt_net_64(timesteps=2, image_size=16, widths=(2, 4, 8, 16, 32), backend=backend)
+        net(images).sum().backward()
+
+    def reducer(backend: str) -> None:
+        one = ReadoutZoneReducer(readout, timesteps=2, backend=backend)
+        one.update(torch.ones(2, 1, 3), torch.zeros(1, dtype=torch.int64))
+
+    for backend in ("native", "reference"):
+        lines += _rows(
+            {
+                f"networks, {backend}": _attempt(network, backend),
+                f"readout zones, {backend}": _attempt(reducer, backend),
+            }
+        )
+    lines += ["accelerators"]
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        built = "with CUDA kernels" if info.get("cuda") else "without CUDA kernels: networks run on the reference there"
+        lines += _rows({"CUDA": f"{names}; native core built {built}"})
+    else:
+        lines += _rows({"CUDA": "no device that torch can use"})
+    lines += ["optional packages"]
+    for package, purpose in _OPTIONAL.items():
+        lines += _rows({package: _version(package, purpose)})
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, Any]) -> list[str]:
+    return [f"  {name:<24} {value}" for name, value in values.items()]
+
+
+def _attempt(function: Any, backend: str) -> str:
+    """ "runs", or why it does not."""
+    try:
+        function(backend)
+    except Exception as error:  # whatever it is, it is what the user wants to read
+        return f"does not run: {type(error).__name__}: {error}"
+    return "runs"
+
+
+def _version(package: str, purpose: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f'missing, needed for {purpose}: pip install "rnndyn-fast[cli]"'

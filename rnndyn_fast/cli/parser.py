@@ -1,0 +1,199 @@
+"""The arguments of every command. What a command needs is imported when that command is asked for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import typing
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, Literal, Union
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from rnndyn_fast.cli import commands
+
+Command = Callable[..., None]
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "data make": ("Write an HDF5 image file from real images.", commands.data_make),
+    "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
+    "train": ("Train a network.", commands.train),
+    "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
+    "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
+    "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
+}
+
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
+
+
+def normalise(argv: list[str]) -> list[str]:
+    """Options may be written with dashes (--batch-size), lists of numbers without brackets (--widths 4,6,8,10,12), and
+    switches without a value, whatever follows them (--overwrite)."""
+    out: list[str] = []
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
+                equals, value = "=", "true"
+            word = name + equals + (_bracketed(value) if name == "--widths" else value)
+        elif out and out[-1] == "--widths":
+            word = _bracketed(word)
+        out.append(word)
+    return out
+
+
+def _bracketed(value: str) -> str:
+    return f"[{value}]" if re.fullmatch(r"\d+(,\d+)*", value) else value
+
+
+def tidy(message: str) -> str:
+    """A message of the argument parser in one line, without Python's names for types."""
+    message = re.sub(r"(?:Expected a )?<class '(\w+)'>", r"expected \1", " ".join(message.split()))
+    message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
+    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+
+
+def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
+    """The parser, and the function of every command. Only the command that `argv` begins with gets its arguments."""
+    from rnndyn_fast import __version__
+
+    parser = ArgumentParser(
+        prog="rnndyn",
+        description="Fast convolutional recurrent networks: train them, run images through them, and see how their representations move.",
+        epilog="rnndyn COMMAND --help tells the options of a command. RNNDYN_DEBUG=1 shows tracebacks.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(required=True)
+    data_subcommands = None
+    for name, (text, _) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        one = ArgumentParser(description=text, exit_on_error=False)
+        if argv[: len(name.split())] == name.split():
+            _ARGUMENTS[name](one)
+        if group == "data":
+            if data_subcommands is None:
+                data = ArgumentParser(description="Image files.", exit_on_error=False)
+                subcommands.add_subcommand("data", data, help="Image files: data make.")
+                data_subcommands = data.add_subcommands(required=True)
+            data_subcommands.add_subcommand(last, one, help=text)
+        else:
+            subcommands.add_subcommand(name, one, help=text)
+    return parser, {name: command for name, (_, command) in COMMANDS.items()}
+
+
+def _add(parser: ArgumentParser, name: str, hint: Any, text: str, *default: Any) -> None:
+    """An option --name of the type `hint`, required unless a default is given."""
+    options: dict[str, Any] = {"type": hint, "help": text}
+    if default:
+        options["default"] = default[0]
+    else:
+        options["required"] = True
+    if hint is bool:
+        options |= {"nargs": "?", "const": True}  # --overwrite and --overwrite true are the same
+    choices = _literals(hint)
+    if choices:
+        # As a plain string here; the function that takes it says what it expected.
+        options["type"] = str | None if type(None) in typing.get_args(hint) else str
+        options["metavar"] = "{" + ",".join(choices) + "}"
+    parser.add_argument(f"--{name}", **options)
+
+
+def _literals(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    if typing.get_origin(hint) in (Union, UnionType):
+        return [choice for argument in typing.get_args(hint) for choice in _literals(argument)]
+    return []
+
+
+def _data_make(parser: ArgumentParser) -> None:
+    _add(parser, "out", str, "file to write")
+    _add(parser, "source", Literal["auto", "fashion-mnist", "digits"], "where the images come from", "auto")
+    _add(parser, "size", int, "height and width in pixels", 64)
+    _add(parser, "seed", int, "of the splits and the conditions of testplus", 0)
+    for split in ("train", "val", "test", "testplus"):
+        _add(parser, f"num_{split}", int | None, f"images in {split}; default: all that is left", None)
+    _add(parser, "overwrite", bool, "replace the file if it exists", False)
+
+
+def _plan(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="blt_net_64 or blt_net_128")
+    _add_network_options(parser)
+    _add(parser, "num_classes", int, "classes of the readout", 100)
+    _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
+
+
+def _add_network_options(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.config import NETWORK_OPTIONS, TrainConfig
+
+    for name in NETWORK_OPTIONS:
+        if name != "backend":
+            _add_field(parser, TrainConfig, name)
+
+
+def _train(parser: ArgumentParser) -> None:
+    import dataclasses
+
+    from rnndyn_fast.train.config import TrainConfig
+
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
+    for item in dataclasses.fields(TrainConfig):
+        _add_field(parser, TrainConfig, item.name)
+
+
+def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
+    """An option for a field of a dataclass whose metadata holds its help."""
+    import dataclasses
+
+    item = {field.name: field for field in dataclasses.fields(kind)}[name]
+    default = () if item.default is dataclasses.MISSING else (item.default,)
+    _add(parser, name, typing.get_type_hints(kind)[name], item.metadata["help"], *default)
+
+
+def _extract(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
+    parser.add_argument("data", help="HDF5 image file")
+    _add(parser, "out", str, "result file to write")
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "testplus")
+    _add(parser, "save", str, "areas whose trajectories are kept, as gap,it; gap is the pooled representations", "")
+    _add(parser, "dtype", Literal["float32", "float16"], "of the kept trajectories", "float32")
+    _add(parser, "batch_size", int, "images at a time", 250)
+    _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
+    _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
+    _add(parser, "untrained", bool, "the network as it was before training", False)
+    _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
+    _add(parser, "overwrite", bool, "replace files that exist", False)
+
+
+def _analyse(parser: ArgumentParser) -> None:
+    parser.add_argument("result", help="file of rnndyn extract")
+    _add(parser, "out", str, "folder for tables and figures; files of the same names are replaced")
+    _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
+
+
+def _doctor(parser: ArgumentParser) -> None:
+    """No options."""
+
+
+def _demo(parser: ArgumentParser) -> None:
+    import dataclasses
+
+    from rnndyn_fast.report.demo import DemoConfig
+
+    for item in dataclasses.fields(DemoConfig):
+        _add_field(parser, DemoConfig, item.name)
+
+
+_ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
+    "data make": _data_make,
+    "plan": _plan,
+    "train": _train,
+    "extract": _extract,
+    "analyse": _analyse,
+    "doctor": _doctor,
+    "demo": _demo,
+}

@@ -1,0 +1,251 @@
+"""The command rnndyn: options, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rnndyn_fast import __version__
+from rnndyn_fast.cli import main
+from rnndyn_fast.cli.parser import COMMANDS, normalise
+from rnndyn_fast.data import ImageFile, make_dataset
+from rnndyn_fast.train import TrainConfig, read_checkpoint, read_metrics
+
+RNNDYN = [sys.executable, "-c", "import sys; from rnndyn_fast.cli import main; sys.exit(main())"]
+QUICK = [
+    "--widths",
+    "4,6,8,10,12",
+    "--timesteps",
+    "3",
+    "--batch-size",
+    "32",
+    "--backend",
+    "reference",
+    "--threads",
+    "1",
+]
+
+
+def rnndyn(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([*RNNDYN, *map(str, words)], capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "digits.h5"
+    return make_dataset(path, source="digits", size=16, num_train=96, num_val=40, num_test=20, num_testplus=40)
+
+
+def test_every_command_of_the_main_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a newcomer types them, one after another."""
+    data, runs, result, untrained = (tmp_path / name for name in ("i.h5", "run", "r.h5", "u.h5"))
+    sizes = ["--num-train", "96", "--num-val", "40", "--num_test", "20", "--num_testplus=40"]
+    assert main(["data", "make", "--source", "digits", "--size", "16", "--out", str(data), *sizes]) == 0
+    assert "train 96, val 40, test 20, testplus 40" in capfd.readouterr().out
+    assert main(["train", "--data", str(data), "--out", str(runs), "--epochs", "1", *QUICK]) == 0
+    assert "epoch 1/1" in capfd.readouterr().out
+    checkpoint = str(runs / "last.pt")
+    words = ["extract", checkpoint, str(data), "--split", "testplus", "--backend", "reference"]
+    assert main([*words, "--out", str(result), "--save", "gap,it"]) == 0
+    told = capfd.readouterr().out
+    assert "40 trajectories" in told
+    assert str(tmp_path / "r_trajectories.h5") in told
+    assert main([*words, "--out", str(untrained), "--untrained"]) == 0
+    assert main(["analyse", str(result), "--compare", str(untrained), "--out", str(tmp_path / "analysis")]) == 0
+    assert "Representations keep changing after stable correct classification:" in capfd.readouterr().out
+    assert (tmp_path / "analysis" / "groups.csv").exists()
+    assert (tmp_path / "analysis" / "accuracy.svg").exists()
+
+
+def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out.strip() == f"rnndyn {__version__}"
+    assert main([]) == 0
+    text = capfd.readouterr().out
+    assert all(name.split()[0] in text for name in COMMANDS)
+    for name in COMMANDS:
+        assert main([*name.split(), "--help"]) == 0
+        assert "usage: rnndyn" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bogus"], "invalid choice: 'bogus'"),
+        (["train"], "the following arguments are required: data, out"),
+        (["train", "--data", "d", "--out", "o", "--epochs", "many"], "epochs: expected int. Got value: many"),
+        (["train", "--data", "d", "--out", "o", "--backend", "fast"], "backend: expected one of"),
+        (["train", "--data", "d", "--out", "o", "--depth", "3"], "--depth"),
+        (["train", "--data", "absent.h5", "--out", "o"], "no such file"),
+        (["train", "--config", "absent.yaml"], "File does not exist"),
+        (["data", "make"], "required: out"),
+        (["data", "make", "--out", "i.h5", "--size", "3"], "size: expected 8..512, got 3"),
+        (["plan", "blt_net_65"], "model: unknown model 'blt_net_65'"),
+        (["plan", "blt_net_64", "--image-size", "20"], "image_size: expected a multiple of 8"),
+        (["extract", "absent.pt", "i.h5", "--out", "r.h5"], "checkpoint: no such file: absent.pt"),
+        (["analyse", "absent.h5", "--out", "a"], "absent.h5"),
+        (["demo", "--epochs", "0"], "epochs: expected at least 1"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("rnndyn: error: ")
+    assert told.err.count("\n") == 1
+    assert message in told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_of_a_process_and_its_traceback_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["analyse", str(tmp_path / "absent.h5"), "--out", str(tmp_path / "a")]
+    plain = rnndyn(*words, RNNDYN_DEBUG="0")
+    assert plain.returncode == 2
+    assert plain.stderr.startswith("rnndyn: error: ")
+    assert "Traceback" not in plain.stderr
+    monkeypatch.setenv("RNNDYN_DEBUG", "1")
+    with pytest.raises(FileNotFoundError, match=r"absent.h5"):
+        main(words)
+
+
+def test_truncated_files_are_told_in_one_line(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    half = tmp_path / "half.h5"
+    half.write_bytes(images.read_bytes()[:4000])
+    assert main(["train", "--data", str(half), "--out", str(tmp_path / "run")]) == 2
+    assert "truncated" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_configuration_round_trip(images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", str(images), "--out", str(tmp_path / "run"), "--epochs", "1", *QUICK]
+    assert main(["train", *given, "--print-config"]) == 0
+    printed = capfd.readouterr().out
+    config = TrainConfig.from_dict(yaml.safe_load(printed))
+    assert config.widths == (4, 6, 8, 10, 12)
+    assert config.batch_size == 32
+    path = tmp_path / "train.yaml"
+    path.write_text(printed)
+    # An option on the command line wins over the file.
+    assert main(["train", "--config", str(path), "--seed", "3"]) == 0
+    assert TrainConfig.from_dict(read_checkpoint(tmp_path / "run" / "last.pt")["config"]).seed == 3
+    # The configuration that a run leaves behind goes on with it.
+    saved = str(tmp_path / "run" / "train.yaml")
+    assert main(["train", "--config", saved]) == 2
+    assert "is not empty" in capfd.readouterr().err
+    assert main(["train", "--config", saved, "--epochs", "2", "--resume"]) == 0
+    assert [row.epoch for row in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_configuration_with_an_unknown_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("data: d\nout: o\ndepth: 3\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "depth" in capfd.readouterr().err
+
+
+def test_plan_prints_the_schedule(capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "plan",
+        "blt_net_64",
+        "--timesteps",
+        "4",
+        "--topdown-connections",
+        "true",
+        "--LT_interaction",
+        "multiplicative",
+    ]
+    assert main(words) == 0
+    text = capfd.readouterr().out
+    assert "4 time steps" in text
+    assert "once" in text
+    assert main(["plan", "blt_net_128", "--num-classes", "10"]) == 0
+    assert "5 time steps" not in capfd.readouterr().out
+
+
+def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capfd.readouterr().out
+    for name in (
+        "versions",
+        "threads",
+        "native core",
+        "isa",
+        "networks, native",
+        "networks, reference",
+        "h5py",
+        "CUDA",
+    ):
+        assert name in text
+    reference = next(line for line in text.splitlines() if "networks, reference" in line)
+    assert reference.endswith("runs")
+
+
+def test_dashes_and_lists_are_normalised() -> None:
+    assert normalise(["extract", "--overwrite", "a.pt", "--resume", "no", "--untrained"]) == [
+        "extract", "--overwrite=true", "a.pt", "--resume", "no", "--untrained=true",
+    ]  # fmt: skip
+    assert normalise(["train", "--batch-size", "3", "--widths=1,2", "--widths", "3,4", "--out", "a-b"]) == [
+        "train", "--batch_size", "3", "--widths=[1,2]", "--widths", "[3,4]", "--out", "a-b",
+    ]  # fmt: skip
+
+
+def test_interrupt_exits_130_and_keeps_what_is_complete(images: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", str(images), "--out", str(tmp_path / "run"), "--epochs", "100000", *QUICK]
+    process = subprocess.Popen(
+        [*RNNDYN, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "last.pt").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "rnndyn: interrupted" in err
+    assert "--resume" in out
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
+
+
+def test_output_into_a_closed_pipe_is_no_error() -> None:
+    command = " ".join(f"'{word}'" for word in [*RNNDYN, "plan", "blt_net_64"])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("blt_net_64")
+
+
+def test_missing_optional_package_names_the_extra() -> None:
+    code = "import sys; sys.modules['jsonargparse'] = None\nfrom rnndyn_fast.cli import main\nsys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert 'pip install "rnndyn-fast[cli]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_make_keeps_an_existing_file(images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = images.read_bytes()
+    assert main(["data", "make", "--source", "digits", "--size", "16", "--out", str(images)]) == 2
+    assert "exists" in capfd.readouterr().err
+    assert images.read_bytes() == before
+    with ImageFile(images) as file:
+        assert file.image_size == 16
