@@ -148,11 +148,14 @@ void fill_taps(int (&out)[kMaxPhases][kMaxTaps], const Taps& taps, int kernel) {
   }
 }
 
-// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address each.
-using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address>;
+// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address and vanishing frequencies
+// each; phases: address and vanishing frequencies.
+using Pair = std::array<int, 2>;
+using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair>;
+using Phase = std::tuple<Address, Pair>;
 
 WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                                        const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                                        const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
                                         const std::array<int64_t, 3>& y_strides) {
   if (terms.empty() || terms.size() > kMaxConvTerms || y.empty() || y.size() > kMaxPhases)
     throw std::invalid_argument("terms: expected 1 to 8 terms and 1 to 4 phases, got " + std::to_string(terms.size()) +
@@ -163,22 +166,29 @@ WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad,
   p.num_threads = num_threads;
   p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
   for (size_t k = 0; k < terms.size(); ++k) {
-    const auto& [x, strides, channels, packed] = terms[k];
-    p.term[k] = {pointer<const float>(x), grid_strides(strides), channels, pointer<const float>(packed)};
+    const auto& [x, strides, channels, packed, vanishing] = terms[k];
+    p.term[k] = {pointer<const float>(x),
+                 grid_strides(strides),
+                 channels,
+                 pointer<const float>(packed),
+                 {vanishing[0], vanishing[1]}};
   }
-  for (size_t k = 0; k < y.size(); ++k) p.y[k] = pointer<float>(y[k]);
+  for (size_t k = 0; k < y.size(); ++k) {
+    const auto& [address, vanishing] = y[k];
+    p.y[k] = pointer<float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};
+  }
   p.y_strides = grid_strides(y_strides);
   return p;
 }
 
 int64_t winograd_conv_workspace(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                                const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                                const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
                                 const std::array<int64_t, 3>& y_strides) {
   return kernels().winograd_conv_workspace(winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides));
 }
 
 void winograd_conv(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                   const std::vector<ConvTerm>& terms, const std::vector<Address>& y,
+                   const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
                    const std::array<int64_t, 3>& y_strides, Address workspace) {
   WinogradConvParams p = winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides);
   p.workspace = pointer<float>(workspace);
@@ -232,12 +242,15 @@ int64_t winograd_weight_grad_workspace(const std::array<int, 2>& form, int pad, 
 
 void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& taps, const std::array<int64_t, 3>& grid,
                           const std::array<int64_t, 4>& sizes, int num_threads, Address x,
-                          const std::array<int64_t, 3>& x_strides, const std::vector<Address>& grad,
+                          const std::array<int64_t, 3>& x_strides, const std::vector<Phase>& grad,
                           const std::array<int64_t, 3>& grad_strides, Address grad_weight, Address workspace) {
   WinogradWeightGradParams p = winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads);
   if (grad.size() != taps.size()) throw std::invalid_argument("grad: expected one grid per phase");
   p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides);
-  for (size_t k = 0; k < grad.size(); ++k) p.grad[k] = pointer<const float>(grad[k]);
+  for (size_t k = 0; k < grad.size(); ++k) {
+    const auto& [address, vanishing] = grad[k];
+    p.grad[k] = pointer<const float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};
+  }
   p.grad_strides = grid_strides(grad_strides);
   p.grad_weight = pointer<float>(grad_weight), p.workspace = pointer<float>(workspace);
   py::gil_scoped_release release;

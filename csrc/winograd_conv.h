@@ -25,12 +25,18 @@ struct GridStrides {
   int64_t sample, row, column;
 };
 
+// The frequencies, by row and by column of the patch, at which a transformed kernel is zero because its first or last taps are missing; -1: none.
+struct Vanishing {
+  int row, column;
+};
+
 // One summand: the convolution of a grid. Several summands share the inverse transform.
 struct WinogradTerm {
   const float* x;  // grid [M, H, W, channels]
   GridStrides strides;
   int64_t channels;
   const float* packed;  // from winograd_pack_weight, [a^2, phases * ceil(C_out / NR), channels, NR]
+  Vanishing vanishing;  // with one phase
 };
 
 struct WinogradConvParams {
@@ -40,7 +46,8 @@ struct WinogradConvParams {
   int num_threads;
   int num_terms, num_phases;
   WinogradTerm term[kMaxConvTerms];
-  float* y[kMaxPhases];  // one grid [M, H, W, C_out] per phase, written
+  float* y[kMaxPhases];             // one grid [M, H, W, C_out] per phase, written
+  Vanishing vanishing[kMaxPhases];  // with several phases
   GridStrides y_strides;
   float* workspace;  // winograd_conv_workspace(...) floats, scratch, 64-byte aligned
 };
@@ -70,6 +77,7 @@ struct WinogradWeightGradParams {
   float* grad_weight;  // as the parameter; every tap of it belongs to one phase, and is written
   int64_t out_stride, in_stride;
   int tap[kMaxPhases][kMaxTaps];
+  Vanishing vanishing[kMaxPhases];
   float* workspace;  // winograd_weight_grad_workspace(...) floats, scratch, 64-byte aligned
 };
 

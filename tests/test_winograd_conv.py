@@ -187,6 +187,8 @@ def test_rule() -> None:
     assert choice(conv, (32, 3, 3, 3), 64, "winograd") == "winograd F(6x6,3x3)"
     assert choice(conv, (64, 64, 3, 3), 1) == "direct"
     assert choice(conv, (64, 64, 3, 3), 32, "direct") == "direct"
+    assert str(choose_engine(conv, (512, 512, 3, 3), 8, 8, torch.float32, samples=1)) == "direct"
+    assert str(choose_engine(conv, (512, 512, 3, 3), 8, 8, torch.float32, samples=2)) == "winograd F(4x4,3x3)"
     assert choice(conv, (64, 64, 3, 3), 32, dtype=torch.float64) == "direct"
     assert choice(Geometry(Operator.CONV, 2, 1), (64, 64, 3, 3), 32) == "direct"
     assert choice(Geometry(Operator.LINEAR), (64, 64), 1) == "direct"

@@ -48,8 +48,16 @@ struct Winograd {
     const int64_t first_row = top < 0 ? -top : 0, last_row = smaller(Patch, height - top);
     const int64_t first_col = left < 0 ? -left : 0, last_col = smaller(Patch, width - left);
     const bool inside = first_row == 0 && first_col == 0 && last_row == Patch && last_col == Patch;
+    const Tile after = tile(index + 1);
+    const float* next =
+        x + after.sample * strides.sample + (after.row - pad) * strides.row + (after.column - pad) * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
       const int64_t lanes = channels - c;
+      // The next tile's pixels, but those that this one shares with it. (A prefetch past the map's end is harmless.)
+      for (int i = 0; i < Patch; ++i)
+#pragma GCC unroll 8
+        for (int j = Patch - kOutputs; j < Patch; ++j)
+          __builtin_prefetch(next + i * strides.row + j * strides.column + c, 0, 3);
       vec patch[Patch][Patch], half[Patch][Patch];
       if (inside && lanes >= kVectorFloats) {
         for (int i = 0; i < Patch; ++i)
@@ -78,7 +86,12 @@ struct Winograd {
     const Tile t = tile(index);
     const float* corner = grad + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
     const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
+    const Tile after = tile(index + 1);
+    const float* next = grad + after.sample * strides.sample + after.row * strides.row + after.column * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
+      for (int i = 0; i < kOutputs; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(next + i * strides.row + j * strides.column + c, 0, 3);
       vec patch[kOutputs][kOutputs], half[Patch][kOutputs];
       for (int i = 0; i < kOutputs; ++i)
         for (int j = 0; j < kOutputs; ++j)
@@ -101,7 +114,13 @@ struct Winograd {
     const Tile t = tile(index);
     float* corner = y + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
     const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
+    const Tile after = tile(index + 1);
+    float* next = y + after.sample * strides.sample + after.row * strides.row + after.column * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
+      // Stores to lines that are in no cache wait for them one by one (measured: 4x); so ask for the next tile's now.
+      for (int i = 0; i < kOutputs; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(next + i * strides.row + j * strides.column + c, 1, 3);
       vec values[Patch][Patch], half[kOutputs][Patch];
       for (int i = 0; i < Patch; ++i)
 #pragma GCC unroll 8
@@ -136,6 +155,13 @@ static inline WinogradBlocking winograd_blocking(int64_t tiles, int64_t frequenc
   // Blocks of equal size, a whole number per thread.
   const int64_t per_thread = (share + block - 1) / block;
   return {(share + per_thread - 1) / per_thread, false};
+}
+
+// Whether a kernel with a missing first or last row or column has the weight zero at frequency f: such a row is the only one that the point 0,
+// or infinity, sees.
+template <int Patch>
+static inline bool vanishes(const Vanishing& v, int64_t f) {
+  return f / Patch == v.row || f % Patch == v.column;
 }
 
 // Sizes of a call, for its workspace and for itself.
@@ -177,11 +203,21 @@ static void winograd_conv_form(const WinogradConvParams& p) {
   };
   auto multiply = [&](const float* v, float* m, int64_t count, int64_t f, int64_t panel) {
     float* out = m + f * s.block * s.channels_out + panel * kGemmCols;
+    const int phase = static_cast<int>(panel * kGemmCols / s.phase_channels);
+    bool written = false;
     for (int k = 0; k < p.num_terms; ++k) {
       const int64_t channels = p.term[k].channels, padded = round_up(channels, kVectorFloats);
-      const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
-      gemm_panel(count, channels, v + f * s.block * padded, padded, 1, weight, kGemmCols, out, s.channels_out, k > 0);
+      if (!vanishes<Patch>(p.num_phases > 1 ? p.vanishing[phase] : p.term[k].vanishing, f)) {
+        const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
+        gemm_panel(count, channels, v + f * s.block * padded, padded, 1, weight, kGemmCols, out, s.channels_out,
+                   written);
+        written = true;
+      }
       v += kFrequencies * s.block * padded;
+    }
+    if (!written) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < kGemmCols; c += kVectorFloats) store(out + i * s.channels_out + c, vec{});
     }
   };
   auto finish = [&](const float* m, int64_t first, int64_t i) {
@@ -275,7 +311,8 @@ struct WinogradWeightGradSizes {
     phase_channels = round_up(p.out_channels, kGemmCols);
     out_padded = phase_channels * p.num_phases;
     panels = out_padded / kGemmCols;
-    block = smaller(w.tiles, 192);  // the sums, in L3, are read and written once per block
+    // Measured: with many channels the strips of V that a product reads fall on few sets of the L1 cache, so they are kept short.
+    block = smaller(w.tiles, p.num_phases == 1 && p.in_channels >= 512 ? 56 : 192);
     blocks = (w.tiles + block - 1) / block;
     v_size = w.kFrequencies * block * in_padded;          // [a^2, block, C_in]
     q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
@@ -308,9 +345,11 @@ static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
 #pragma omp for collapse(2) schedule(static)
       for (int64_t f = 0; f < kFrequencies; ++f)
         for (int64_t panel = 0; panel < s.panels; ++panel)
-          gemm_panel(p.in_channels, count, v + f * s.block * s.in_padded, 1, s.in_padded,
-                     q + (f * s.panels + panel) * s.block * kGemmCols, kGemmCols,
-                     sums + f * s.in_padded * s.out_padded + panel * kGemmCols, s.out_padded, b > 0);
+          // (What the sums lack where a kernel vanishes is not read below: it belongs to taps that do not exist.)
+          if (!vanishes<Patch>(p.vanishing[panel * kGemmCols / s.phase_channels], f))
+            gemm_panel(p.in_channels, count, v + f * s.block * s.in_padded, 1, s.in_padded,
+                       q + (f * s.panels + panel) * s.block * kGemmCols, kGemmCols,
+                       sums + f * s.in_padded * s.out_padded + panel * kGemmCols, s.out_padded, b > 0);
       // (barrier: the next block writes v and q again)
     }
 #pragma omp for collapse(2) schedule(static)

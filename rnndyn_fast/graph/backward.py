@@ -19,6 +19,7 @@ from rnndyn_fast.graph.saved import POOL_KIND, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import convolve_backward
 
 FormSlot = tuple[str, Pool, int]
@@ -123,7 +124,7 @@ class _Backward:
         used = {t.drive for s in range(schedule.num_slots[name]) for t in schedule.terms[name, s]}
         kinds = {self.where[d].kind for d in used if self.where[d].aligned and self.where[d].area == name}
         for kind in kinds:
-            self.area_grads[name, kind] = torch.empty((schedule.num_slots[name], *shape), dtype=operands.dtype)
+            self.area_grads[name, kind] = empty((schedule.num_slots[name], *shape), operands.dtype)
         for d in used:
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
@@ -157,10 +158,10 @@ class _Backward:
         sums_modulator = [t for t in modulators if not self.where[t.drive].aligned]
         grad_drive = own("drive")
         if grad_drive is None and (area.gamma is not None or len(sums) > 1):
-            grad_drive = torch.empty(shape, dtype=operands.dtype)
+            grad_drive = empty(shape, operands.dtype)
         grad_modulator = own("modulator") if modulators else None
         if grad_modulator is None and sums_modulator:
-            grad_modulator = torch.empty(shape, dtype=operands.dtype)
+            grad_modulator = empty(shape, operands.dtype)
         max_pooled, mean_pooled = self._take(name, Pool.MAX, slot), self._take(name, Pool.MEAN, slot)
         _launch.area_step_backward(
             shape,

@@ -16,6 +16,7 @@ from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
 from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
+from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve, convolve_sum
 
 
@@ -28,7 +29,7 @@ def _outputs(operands: Operands) -> list[Tensor]:
     """Buffers [T', N, H, W, C] for the recorded areas."""
     schedule = operands.schedule
     return [
-        torch.empty((schedule.timesteps - schedule.first_step[name], operands.samples, *_hwc(schedule, name)), dtype=operands.dtype)
+        empty((schedule.timesteps - schedule.first_step[name], operands.samples, *_hwc(schedule, name)), operands.dtype)
         for name in schedule.record
     ]
 
@@ -98,20 +99,20 @@ class _Training:
             if argmax is not None:
                 self.buffers[name, "argmax"] = argmax
         if schedule.network.area(name).norm is Norm.LAYER:
-            self.buffers[name, "centre"] = torch.empty((slots, samples), dtype=dtype)
-            self.buffers[name, "rstd"] = torch.empty((slots, samples), dtype=dtype)
+            self.buffers[name, "centre"] = empty((slots, samples), dtype)
+            self.buffers[name, "rstd"] = empty((slots, samples), dtype)
         if keeps_value(schedule, name):
             in_place = self._private_drive(name, component)
             if in_place is None:
-                self.buffers[name, "value"] = torch.empty((slots, samples, *shape), dtype=dtype)
+                self.buffers[name, "value"] = empty((slots, samples, *shape), dtype)
             else:
                 self.in_place[name] = in_place
                 self.buffers[name, "value"] = self.drives[in_place]
         elif schedule.network.area(name).norm is Norm.LAYER:
             scratch = slots if component.batched else 1
-            self.buffers[name, "scratch"] = torch.empty((scratch, samples, *shape), dtype=dtype)
+            self.buffers[name, "scratch"] = empty((scratch, samples, *shape), dtype)
         if has_modulator(schedule, name):
-            self.buffers[name, "modulator"] = torch.empty((slots, samples, *shape), dtype=dtype)
+            self.buffers[name, "modulator"] = empty((slots, samples, *shape), dtype)
 
     def _private_drive(self, name: str, component: Component) -> int | None:
         """A convolution that only this area reads, position k at slot k: the area's value may take its place in memory."""
@@ -134,7 +135,7 @@ class _Training:
             key = (f"drive{drive.index}", "drive")
             if key in self.kept:  # a drive of a product, from within the component
                 if key not in self.buffers:
-                    self.buffers[key] = torch.empty((len(drive.slots), *value.shape[1:]), dtype=value.dtype)
+                    self.buffers[key] = empty((len(drive.slots), *value.shape[1:]), value.dtype)
                 self.buffers[key][term.position] = value[0]
         self.reads_left[use] -= 1
         if self.reads_left[use]:
@@ -218,7 +219,7 @@ class _Inference:
 
     def _map(self, shape: tuple[int, ...]) -> Tensor:
         pool = self.free.get(shape)
-        return pool.pop() if pool else torch.empty(shape, dtype=self.operands.dtype)
+        return pool.pop() if pool else empty(shape, self.operands.dtype)
 
     def _release(self, tensor: Tensor) -> None:
         self.free.setdefault(tuple(tensor.shape), []).append(tensor)
@@ -309,8 +310,8 @@ class _Inference:
             eps=area.eps,
             rectify=area.rectify,
             value=value,
-            mean=torch.empty(shape[0], dtype=operands.dtype) if area.gamma is not None else None,
-            rstd=torch.empty(shape[0], dtype=operands.dtype) if area.gamma is not None else None,
+            mean=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
+            rstd=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
             **outputs,
         )
         if value is not None and not in_place:

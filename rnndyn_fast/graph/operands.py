@@ -11,6 +11,7 @@ from torch import Tensor
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
 
 
@@ -46,7 +47,7 @@ class Operands:
         if c.operator is Operator.IDENTITY:
             return None
         weight = self.parameters[f"{c.parameter}.weight"]
-        return Weight(c.geometry, weight, drive_engine(self.schedule, drive, self.dtype, engine), keep=keep)
+        return Weight(c.geometry, weight, drive_engine(self.schedule, drive, self.dtype, engine, self.samples), keep=keep)
 
     def _area(self, name: str) -> AreaOperands:
         area = self.schedule.network.area(name)
@@ -84,11 +85,11 @@ class Operands:
         return pooled, argmax
 
 
-def drive_engine(schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: str = "auto") -> EngineChoice:
+def drive_engine(schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: str = "auto", samples: int = 16) -> EngineChoice:
     """The engine that computes a drive, and why."""
     c = drive.connection
     _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
-    return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine)
+    return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples)
 
 
 def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -96,8 +97,8 @@ def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Te
     *lead, h, w, c = shape
     if pool is Pool.MAX:
         size = (*lead, h // 2, w // 2, c)
-        return torch.empty(size, dtype=dtype), torch.empty(size, dtype=torch.uint8)
-    return torch.empty((*lead, 1, 1, c) if pool is Pool.MEAN else (*lead, h, w, c), dtype=dtype), None
+        return empty(size, dtype), empty(size, torch.uint8)
+    return empty((*lead, 1, 1, c) if pool is Pool.MEAN else (*lead, h, w, c), dtype), None
 
 
 def area_step_forward(

@@ -115,7 +115,7 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
         "  weight gradients: one call per connection, over all its steps",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
-        f"  engine of each connection (float32 on the CPU, engine={engine!r}):",
+        f"  engine of each connection (float32 on the CPU, batches of 16, engine={engine!r}):",
         *_engines(schedule, engine),
         "",
         "  saved for backward, per image (float32):",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnndyn_fast.ops.buffers import empty
+
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
     from rnndyn_fast import _core
@@ -201,7 +203,7 @@ def _workspace(floats: int) -> tuple[Tensor, int]:
     kept: Tensor | None = getattr(_workspaces, "scratch", None)
     if kept is None or kept.numel() < floats + 16:
         _workspaces.scratch = kept = None  # free the old one before taking the new one
-        _workspaces.scratch = kept = torch.empty(floats + 16, dtype=torch.float32)
+        _workspaces.scratch = kept = empty((floats + 16,), torch.float32)
     return kept, -(-kept.data_ptr() // 64) * 64
 
 
@@ -239,7 +241,7 @@ def winograd_pack_weight(
     weight: Tensor,  # contiguous, [.., .., K, K]
 ) -> Tensor:
     """Transform and pack a weight; the layout belongs to the instruction set in use."""
-    packed = torch.empty(_core.winograd_packed_size(form, taps, sizes), dtype=torch.float32)
+    packed = empty((_core.winograd_packed_size(form, taps, sizes),), torch.float32)
     address = _address(weight, "weight", tuple(weight.shape), torch.float32)
     _core.winograd_pack_weight(form, taps, sizes, torch.get_num_threads(), address, packed.data_ptr())
     return packed
@@ -250,7 +252,9 @@ def winograd_conv(
     pad: int,
     xs: Sequence[Grid],  # each [M, H, W, C_in]
     packed: Sequence[Tensor],
+    x_vanishing: Sequence[tuple[int, int]],
     ys: Sequence[Grid],  # one per phase, [M, H, W, C_out]
+    y_vanishing: Sequence[tuple[int, int]],
 ) -> None:
     """Launch ``winograd_conv``: the grids ys are written."""
     shape = list(ys[0].shape)
@@ -258,8 +262,12 @@ def winograd_conv(
         for i, grid in enumerate(grids):
             if list(grid.shape[:3]) != shape[:3]:
                 raise ValueError(f"{name}[{i}]: expected a grid {shape[:3]} [M, H, W], got {list(grid.shape[:3])}")
-    terms = [(x.address(f"xs[{i}]"), x.strides, x.shape[3], p.data_ptr()) for i, (x, p) in enumerate(zip(xs, packed, strict=True))]
-    arguments = (form, pad, shape, torch.get_num_threads(), terms, [y.address(f"ys[{i}]") for i, y in enumerate(ys)], ys[0].strides)
+    terms = [
+        (x.address(f"xs[{i}]"), x.strides, x.shape[3], p.data_ptr(), v)
+        for i, (x, p, v) in enumerate(zip(xs, packed, x_vanishing, strict=True))
+    ]
+    phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
+    arguments = (form, pad, shape, torch.get_num_threads(), terms, phases, ys[0].strides)
     kept, workspace = _workspace(_core.winograd_conv_workspace(*arguments))
     _core.winograd_conv(*arguments, workspace)
     del kept
@@ -272,6 +280,7 @@ def winograd_weight_grad(
     sizes: Sequence[int],
     x: Grid,  # [M, H, W, C_in]
     grads: Sequence[Grid],  # one per phase, [M, H, W, C_out]
+    vanishing: Sequence[tuple[int, int]],
     grad_weight: Tensor,  # as the parameter, contiguous
 ) -> None:
     """Launch ``winograd_weight_grad``: grad_weight is written."""
@@ -279,9 +288,8 @@ def winograd_weight_grad(
         if grid.shape[:3] != x.shape[:3]:
             raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
     arguments = (form, pad, taps, list(x.shape[:3]), sizes, torch.get_num_threads())
+    phases = [(g.address(f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))]
     kept, workspace = _workspace(_core.winograd_weight_grad_workspace(*arguments))
-    _core.winograd_weight_grad(
-        *arguments, x.address("x"), x.strides, [g.address(f"grads[{i}]") for i, g in enumerate(grads)], grads[0].strides,
-        _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32), workspace,
-    )  # fmt: skip
+    address = _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
+    _core.winograd_weight_grad(*arguments, x.address("x"), x.strides, phases, grads[0].strides, address, workspace)
     del kept

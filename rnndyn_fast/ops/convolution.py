@@ -88,17 +88,25 @@ def _best_map(geometry: Geometry, kernel: int, height: int, width: int) -> Winog
 
 @lru_cache(maxsize=1024)
 def choose_engine(
-    geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str = "auto"
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    samples: int = 16,
 ) -> EngineChoice:
     """Choose how a linear map is computed.
 
-    The rule of ``engine="auto"``, from the measurements in docs/kernels.md: Winograd wherever it can run with at least 16 channels on
-    both sides and saves a quarter of the products, tiles past the map's edge counted.
+    The rule of ``engine="auto"``, from the measurements in docs/kernels.md: Winograd wherever it can run, with at least 16 channels on
+    both sides, where it saves a quarter of the products (tiles past the map's edge counted), and where there are at least 8 tiles: its
+    weights are up to four times as large, and fewer tiles do not pay for reading them.
 
     Args:
         weight_shape: of the parameter.
         height, width: of the source map (after pooling).
         engine: "auto", "direct", or "winograd" (wherever it can run at all).
+        samples: of a time step.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
@@ -110,12 +118,16 @@ def choose_engine(
         return EngineChoice(None, str(error).split(": ", 1)[1])
     kernel = weight_shape[-1]
     chosen = _best_map(geometry, kernel, height, width)
-    saving = height * width * kernel**2 / (chosen.form.products(height, width) * (4 if chosen.transposed else 1))
+    products = chosen.form.products(height, width)
+    saving = height * width * kernel**2 / (products * (4 if chosen.transposed else 1))
     if engine == "auto":
+        tiles = samples * products // chosen.form.patch**2
         if min(weight_shape[:2]) < 16:
             return EngineChoice(None, f"only {min(weight_shape[:2])} channels: the transforms would cost more than they save")
         if saving < 4 / 3:
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
+        if tiles < 8:
+            return EngineChoice(None, f"only {tiles} tiles: reading the larger transformed weights would cost more than is saved")
     return EngineChoice(chosen, f"{saving:.3g}x fewer products on a {height} x {width} map")
 
 

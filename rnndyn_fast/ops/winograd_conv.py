@@ -18,9 +18,11 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops._launch import Grid
+from rnndyn_fast.ops.buffers import empty
 
 Taps = tuple[tuple[int, ...], ...]
 _PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
+_NONE = (-1, -1)  # a kernel that vanishes at no frequency
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,25 @@ def _flip(phase: tuple[int, ...]) -> tuple[int, ...]:
     return phase[::-1]
 
 
+@lru_cache(maxsize=64)
+def _vanishing(m: WinogradMap) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Per phase, the row and column of frequencies at which its transformed kernel is zero; and the same for the turned kernel.
+
+    Only the first tap reaches the point 0 and only the last one infinity, so a kernel without that tap is zero there.
+    """
+    r, last = m.form.kernel, m.form.patch - 1
+
+    def missing(present: Sequence[bool]) -> int:
+        return 0 if not present[0] else last if not present[-1] else -1
+
+    def phase(flat: tuple[int, ...]) -> tuple[int, int]:
+        rows = [any(t >= 0 for t in flat[u * r : (u + 1) * r]) for u in range(r)]
+        columns = [any(t >= 0 for t in flat[v::r]) for v in range(r)]
+        return missing(rows), missing(columns)
+
+    return tuple(phase(flat) for flat in taps(m)), tuple(phase(_flip(flat)) for flat in taps(m))
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight in the Winograd domain, for one direction: one tensor per term, in the layout of the instruction set in use."""
@@ -144,14 +165,15 @@ def winograd_conv(
     samples, height, width, _ = xs[0].shape
     if backward:
         scale = 2 if m.transposed else 1
-        out = torch.empty((samples, height // scale, width // scale, weights[0].channels), dtype=torch.float32)
+        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
         grids = [grid for x in xs for grid in _phases(m, x)]
         packed = [t for w in weights for t in w.data]
-        _launch.winograd_conv(m.form.key, m.backward_pad, grids, packed, [Grid(out)])
+        _launch.winograd_conv(m.form.key, m.backward_pad, grids, packed, _vanishing(m)[1] * len(xs), [Grid(out)], [_NONE])
         return out
     scale = 2 if m.transposed else 1
-    out = torch.empty((samples, height * scale, width * scale, weights[0].channels), dtype=torch.float32)
-    _launch.winograd_conv(m.form.key, m.pad, [Grid(x) for x in xs], [w.data[0] for w in weights], _phases(m, out))
+    out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
+    forms = [w.data[0] for w in weights]
+    _launch.winograd_conv(m.form.key, m.pad, [Grid(x) for x in xs], forms, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0])
     return out
 
 
@@ -162,6 +184,6 @@ def winograd_weight_grad(
     grad: Tensor,  # [M, H', W', C_out]
 ) -> Tensor:
     """Gradient of the weight over all samples, in the parameter's shape."""
-    out = torch.empty(weight.shape, dtype=torch.float32)
-    _launch.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), out)
+    out = empty(weight.shape, torch.float32)
+    _launch.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), _vanishing(m)[0], out)
     return out

@@ -1,0 +1,73 @@
+"""Large buffers that are used again.
+
+A rollout writes hundreds of megabytes that live for one training step. Taken from the system anew each time, their first touch costs more
+than the arithmetic (a page fault per 4 KiB, and on virtual machines one to the host besides). So large buffers come from here: a storage
+that no tensor uses any more is handed out again. torch's allocator for GPUs does the same.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 20  # bytes; smaller ones the C library reuses by itself
+_PATIENCE = 4096  # large buffers handed out, after which one that was not among them is given back to the system
+
+
+@dataclass
+class _Kept:
+    storage: torch.UntypedStorage
+    last_use: int
+
+    @property
+    def free(self) -> bool:
+        return torch._C._storage_Use_Count(self.storage._cdata) == 1  # nobody but us
+
+
+_lock = threading.Lock()
+_kept: list[_Kept] = []
+_clock = 0
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous CPU tensor, like ``torch.empty``; a large one takes a storage that nothing uses any more."""
+    size = torch.Size(shape)
+    nbytes = math.prod(size) * dtype.itemsize
+    if nbytes < _LARGE:
+        return torch.empty(size, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(_take(nbytes), 0, size, _strides(size))
+
+
+def _strides(size: torch.Size) -> list[int]:
+    """Of a contiguous tensor."""
+    return [math.prod(size[i + 1 :]) for i in range(len(size))]
+
+
+def _take(nbytes: int) -> torch.UntypedStorage:
+    global _clock
+    with _lock:
+        _clock += 1
+        fitting = [k for k in _kept if nbytes <= k.storage.nbytes() <= nbytes + nbytes // 8 and k.free]
+        if fitting:
+            best = min(fitting, key=lambda k: (k.storage.nbytes(), -k.last_use))
+            best.last_use = _clock
+            return best.storage
+        # Nothing fits: the moment to part with what has not been wanted for long.
+        _kept[:] = [k for k in _kept if not k.free or _clock - k.last_use < _PATIENCE]
+        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        _kept.append(_Kept(storage, _clock))
+        return storage
+
+
+def release_buffers() -> int:
+    """Give the buffers that no tensor uses back to the system. Returns the bytes given back."""
+    with _lock:
+        free = [k for k in _kept if k.free]
+        released = sum(k.storage.nbytes() for k in free)
+        _kept[:] = [k for k in _kept if k not in free]
+        return released

@@ -1,0 +1,69 @@
+"""Large buffers are used again once nothing uses them, and never before."""
+
+from __future__ import annotations
+
+import torch
+
+from rnndyn_fast.models import blt_net_64
+from rnndyn_fast.ops import buffers
+from rnndyn_fast.ops.buffers import empty, release_buffers
+
+LARGE = (1 << 20,)  # 4 MiB of float32
+
+
+def test_a_free_storage_is_handed_out_again() -> None:
+    release_buffers()
+    first = empty(LARGE, torch.float32)
+    address = first.data_ptr()
+    second = empty(LARGE, torch.float32)
+    assert second.data_ptr() != address
+    view = first[10:20]
+    del first
+    third = empty(LARGE, torch.float32)
+    assert third.data_ptr() not in (address, second.data_ptr())  # the view still uses it
+    del view
+    assert empty(LARGE, torch.float32).data_ptr() == address
+
+
+def test_shape_and_dtype() -> None:
+    tensor = empty((3, 1000, 200), torch.float64)
+    assert tensor.shape == (3, 1000, 200)
+    assert tensor.dtype == torch.float64
+    assert tensor.is_contiguous()
+    small = empty((2, 3), torch.uint8)
+    assert small.shape == (2, 3)
+
+
+def test_release_gives_all_free_ones_back() -> None:
+    release_buffers()
+    kept = empty(LARGE, torch.float32)
+    empty((2 << 20,), torch.float32)
+    assert release_buffers() >= 8 << 20
+    assert kept.fill_(1).sum() == LARGE[0]
+    assert kept.untyped_storage().data_ptr() in [k.storage.data_ptr() for k in buffers._kept]
+    assert not any(k.free for k in buffers._kept)
+
+
+def test_buffers_unused_for_long_are_given_back() -> None:
+    release_buffers()
+    empty(LARGE, torch.float32)
+    buffers._kept[0].last_use -= buffers._PATIENCE
+    empty((3 << 20,), torch.float32)
+    assert all(k.storage.nbytes() != 4 << 20 for k in buffers._kept)
+
+
+def test_results_of_two_rollouts_stay_apart() -> None:
+    """Outputs and saved maps of a rollout must survive the next one; its graph is still needed."""
+    net = blt_net_64(timesteps=3, widths=(8, 16, 32, 64, 128))
+    x = torch.randn(4, 3, 64, 64)
+    first, recorded = net(x, record=("v2",))
+    kept = first.detach().clone(), recorded["v2"].detach().clone()
+    net(torch.randn(4, 3, 64, 64), record=("v2",))[0].sum().backward()
+    net.zero_grad()
+    torch.testing.assert_close(first, kept[0], rtol=0, atol=0)
+    torch.testing.assert_close(recorded["v2"], kept[1], rtol=0, atol=0)
+    first.sum().backward()
+    again = net.v2.lateral.weight.grad.clone()
+    net.zero_grad()
+    net(x)[:].sum().backward()
+    torch.testing.assert_close(net.v2.lateral.weight.grad, again, rtol=1e-5, atol=1e-6)
