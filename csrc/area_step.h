@@ -23,6 +23,7 @@ struct AreaStepForwardParams {
   int num_modulator;
   const Real* modulator[kMaxTerms];  // [N, H, W, C] each
   const Real* modulator_bias;        // [C] or null
+  bool modulator_complete;           // modulator[0] is 1 + sum already, as a forward pass kept it
   // LayerNorm over (H, W, C) with an affine value per element; gamma == null: no norm.
   const Real* gamma;  // [H, W, C] or null
   const Real* beta;   // [H, W, C] or null

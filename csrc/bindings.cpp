@@ -38,7 +38,7 @@ int fill_terms(const Real* (&out)[kMaxTerms], const std::vector<Address>& terms,
 
 template <typename Real>
 void area_step_forward(const Shape& shape, int num_threads, const std::vector<Address>& drive, Address drive_bias,
-                       const std::vector<Address>& modulator, Address modulator_bias, Address gamma, Address beta,
+                       const std::vector<Address>& modulator, Address modulator_bias, bool modulator_complete, Address gamma, Address beta,
                        double eps, bool rectify, Address value, Address modulator_sum, Address state,
                        Address max_pooled, Address argmax, Address mean_pooled, Address mean, Address rstd) {
   AreaStepForwardParams<Real> p{};
@@ -47,7 +47,7 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
   p.num_drive = fill_terms(p.drive, drive, "drive");
   p.drive_bias = pointer<const Real>(drive_bias);
   p.num_modulator = fill_terms(p.modulator, modulator, "modulator");
-  p.modulator_bias = pointer<const Real>(modulator_bias);
+  p.modulator_bias = pointer<const Real>(modulator_bias), p.modulator_complete = modulator_complete;
   p.gamma = pointer<const Real>(gamma), p.beta = pointer<const Real>(beta);
   p.eps = eps, p.rectify = rectify;
   p.value = pointer<Real>(value), p.modulator_sum = pointer<Real>(modulator_sum), p.state = pointer<Real>(state);

@@ -247,6 +247,8 @@ def _accumulate_pairs(sums: Accumulators, batch: Trajectories, chosen: np.ndarra
         np.add.at(sums.pair_count[t], (current, label), 1)
         np.add.at(sums.pair_own[t], (current, label), own)
         np.add.at(sums.pair_own_squares[t], (current, label), np.square(own))
-        index = torch.from_numpy(current)
-        torch.from_numpy(sums.pair_cos[t]).index_add_(0, index, cosine)
-        torch.from_numpy(sums.pair_cos_squares[t]).index_add_(0, index, cosine.square())
+        # Rows summed by current class: as a matrix product, which is many times faster than an indexed sum.
+        members = torch.zeros(sums.pair_cos.shape[1], later.size, dtype=torch.float64)
+        members[torch.from_numpy(current), torch.arange(later.size)] = 1.0
+        torch.from_numpy(sums.pair_cos[t]).addmm_(members, cosine)
+        torch.from_numpy(sums.pair_cos_squares[t]).addmm_(members, cosine.square())

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.forward import stacked
-from rnndyn_fast.graph.operands import Operands, at_most
+from rnndyn_fast.graph.operands import Operands, area_step_forward, at_most
 from rnndyn_fast.graph.saved import POOL_KIND, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule, Term, is_drive_term
-from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool
+from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import Arena, empty
 from rnndyn_fast.ops.convolution import convolve_backward
 
 FormSlot = tuple[str, Pool, int]
@@ -50,6 +50,7 @@ class _Backward:
         self.grads: dict[str, Tensor] = {}  # of parameters
         self.forms: defaultdict[FormSlot, list[Tensor]] = defaultdict(list)  # gradients of maps, [N, H, W, C] each
         self.area_grads: dict[tuple[str, str], Tensor] = {}  # (area, drive | modulator) -> [slots, N, H, W, C]
+        self.recomputed: dict[str, Tensor] = {}  # states that forward did not keep, [slots, N, H, W, C]
         self.drive_sums: dict[int, Tensor] = {}  # [positions, N, H, W, C], for drives that are not aligned
         self.where = [_GradientOf(self.schedule, d.index) for d in self.schedule.drives]
         self.uses_left = Counter((t.drive, t.position) for terms in self.schedule.terms.values() for t in terms)
@@ -86,10 +87,42 @@ class _Backward:
     def _form(self, name: str, pool: Pool, slots: Sequence[int]) -> Tensor:
         """Some slots of a form of a map: [slots, N, H, W, C]."""
         key = (name, POOL_KIND[pool])
+        if key not in self.saved and name not in self.inputs:
+            return stacked(self._states_again(name), slots)
         if key not in self.saved:  # an input's own map
             node = self.inputs[name]
             return torch.stack([self.operands.ingest(node, pool, slot)[0] for slot in slots])
         return stacked(self.saved[key], slots)
+
+    def _states_again(self, name: str) -> Tensor:
+        """The states of an area that forward did not keep, until those of another are asked for: [slots, N, H, W, C]."""
+        if name not in self.recomputed:
+            schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
+            read, *shape = self._read_states(name)
+            self.recomputed.clear()
+            self.state_room.reset()
+            states = self.state_room.take((read, *shape), operands.dtype)
+            statistics = empty((2, operands.samples), operands.dtype)
+            kept, factors = self.saved.get((name, "value")), self.saved.get((name, "modulator"))
+            scratch = empty(shape, operands.dtype) if kept is None else None
+            for slot in range(read):
+                drives, modulators = operands.split_terms(schedule.terms[name, slot])
+                area_step_forward(
+                    [kept[slot]] if kept is not None else at_most([self._drive_value(t) for t in drives]),
+                    [factors[slot]] if factors is not None and modulators else [],
+                    drive_bias=None if kept is not None else operands.bias(drives),
+                    modulator_complete=True,
+                    gamma=area.gamma,
+                    beta=area.beta,
+                    eps=area.eps,
+                    rectify=area.rectify,
+                    value=kept[slot] if kept is not None else scratch,  # (it is its own drive, and not written)
+                    state=states[slot],
+                    mean=statistics[0],
+                    rstd=statistics[1],
+                )
+            self.recomputed[name] = states
+        return self.recomputed[name]
 
     def _drive_value(self, term: Term) -> Tensor:
         """A drive term that a modulator multiplied: [N, H, W, C]."""
@@ -101,14 +134,16 @@ class _Backward:
     # ---------------------------------------------------------------- one component
 
     def run(self) -> None:
-        for component in reversed(self.schedule.components):
-            if not self.reaches.intersection(component.areas):
-                continue
+        components = [c for c in reversed(self.schedule.components) if self.reaches.intersection(c.areas)]
+        # Gradients of one component at a time, and states of one area at a time, each in the room of those before.
+        self.grad_room = Arena(max((self._grad_bytes(c) for c in components), default=0))
+        self.state_room = Arena(max((self._state_bytes(a.name) for a in self.schedule.network.areas), default=0))
+        for component in components:
             for name in component.areas:
                 self._allocate(name)
             for name, slot in reversed(component.updates):
                 self._update(name, slot, component)
-            for d in component.drives_within:
+            for d in sorted(component.drives_within, key=lambda d: self.schedule.drives[d].source):
                 self._finish_drive(d, within=True)
             for d in component.drives_in:
                 if self.total_left[d] == 0:
@@ -116,16 +151,41 @@ class _Backward:
             for name in component.areas:
                 self.area_grads.pop((name, "drive"), None)
                 self.area_grads.pop((name, "modulator"), None)
+            self.grad_room.reset()
+
+    def _drives_into(self, name: str) -> set[int]:
+        return {t.drive for s in range(self.schedule.num_slots[name]) for t in self.schedule.terms[name, s]}
+
+    def _grad_kinds(self, name: str) -> list[str]:
+        """Of its drive and its modulator, those whose gradients are kept for all slots."""
+        return sorted({self.where[d].kind for d in self._drives_into(name) if self.where[d].aligned and self.where[d].area == name})
+
+    def _grad_bytes(self, component: Component) -> int:
+        total = 0
+        for name in component.areas:
+            channels, height, width = self.schedule.network.shapes[name]
+            shape = (self.schedule.num_slots[name], self.operands.samples, height, width, channels)
+            total += len(self._grad_kinds(name)) * Arena.size(shape, self.operands.dtype)
+        return total
+
+    def _read_states(self, name: str) -> tuple[int, ...]:
+        """Shape of the states that within-component drives read: [slots, N, H, W, C]."""
+        channels, height, width = self.schedule.network.shapes[name]
+        drives = [d for d in self.schedule.drives if d.source == name and d.connection.pool is Pool.NONE]
+        slots = 1 + max((d.slots[-1] for d in drives), default=-1)
+        return slots, self.operands.samples, height, width, channels
+
+    def _state_bytes(self, name: str) -> int:
+        known = (name, "state") in self.saved or not self.schedule.num_slots[name]
+        return 0 if known else Arena.size(self._read_states(name), self.operands.dtype)
 
     def _allocate(self, name: str) -> None:
         schedule, operands = self.schedule, self.operands
         channels, height, width = schedule.network.shapes[name]
         shape = (operands.samples, height, width, channels)
-        used = {t.drive for s in range(schedule.num_slots[name]) for t in schedule.terms[name, s]}
-        kinds = {self.where[d].kind for d in used if self.where[d].aligned and self.where[d].area == name}
-        for kind in kinds:
-            self.area_grads[name, kind] = empty((schedule.num_slots[name], *shape), operands.dtype)
-        for d in used:
+        for kind in self._grad_kinds(name):
+            self.area_grads[name, kind] = self.grad_room.take((schedule.num_slots[name], *shape), operands.dtype)
+        for d in self._drives_into(name):
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
                 self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.dtype)
@@ -213,12 +273,17 @@ class _Backward:
         slots = drive.slots[first:last]
         need_x = drive.source in self.reaches
         grad = self._drive_grad(index, first, last)
-        grad_x: Tensor | None = grad
+        # (A copy for another component, which will use the room that holds it now.)
+        grad_x: Tensor | None = grad.clone() if c.operator is Operator.IDENTITY else None
         if c.operator is not Operator.IDENTITY and (need_x or need_weight):
             weight = self.operands.weights[index]
             assert weight is not None
-            x = self._form(drive.source, c.pool, slots)
-            grad_x, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=need_x, need_weight=need_weight)
+            if need_weight:
+                x: Tensor | torch.Size = self._form(drive.source, c.pool, slots).flatten(0, 1)
+            else:
+                channels, height, width = pooled_shape(self.schedule.network.shapes[drive.source], c.pool)
+                x = torch.Size((len(slots) * self.operands.samples, height, width, channels))
+            grad_x, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x, need_x=need_x, need_weight=need_weight)
             if grad_weight is not None:
                 self._add(f"{c.parameter}.weight", grad_weight)
             grad_x = grad_x.unflatten(0, (len(slots), -1)) if grad_x is not None else None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
-from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, saved_buffers
-from rnndyn_fast.graph.schedule import Component, Drive, Schedule, Term
+from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, recomputes_state, saved_buffers
+from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve, convolve_sum
@@ -49,6 +50,8 @@ class _Training:
         self.kept = {b.key for b in saved_buffers(self.schedule)}
         self.buffers: dict[tuple[str, str], Tensor] = {}
         self.drives: dict[int, Tensor] = {}  # [positions, N, H, W, C]
+        self.states: dict[AreaSlot, Tensor] = {}  # those that backward computes again, [N, H, W, C]
+        self.passing: dict[AreaSlot, int] = {}  # their readers still to come
         self.in_place: dict[str, int] = {}  # area -> the drive in whose memory its value is written
         self.uses = Counter(t.drive for terms in self.schedule.terms.values() for t in terms)
         self.within: dict[tuple[int, int], Tensor] = {}  # terms from within a component that are still to be read again
@@ -81,8 +84,10 @@ class _Training:
 
     def _evaluate(self, drive: Drive, first: int, last: int) -> Tensor:
         """Positions first..last-1 of a drive: [positions, N, H, W, C]."""
-        form = self.buffers[drive.source, POOL_KIND[drive.connection.pool]]
-        x = stacked(form, drive.slots[first:last])
+        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
+            x = self._passing_state(drive.source, drive.slots[first])[None]
+        else:
+            x = stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last])
         if drive.connection.operator is Operator.IDENTITY:
             return x
         weight = self.operands.weights[drive.index]
@@ -94,6 +99,9 @@ class _Training:
         schedule, dtype, samples = self.schedule, self.operands.dtype, self.operands.samples
         slots, shape = schedule.num_slots[name], _hwc(schedule, name)
         for pool in schedule.pools_read(name):
+            if pool is Pool.NONE and recomputes_state(schedule, name):
+                self.passing.update({(name, slot): n for slot in range(slots) if (n := self._readers_within(name, slot))})
+                continue
             form, argmax = empty_form((slots, samples, *shape), pool, dtype)
             self.buffers[name, POOL_KIND[pool]] = form
             if argmax is not None:
@@ -113,6 +121,17 @@ class _Training:
             self.buffers[name, "scratch"] = empty((scratch, samples, *shape), dtype)
         if has_modulator(schedule, name):
             self.buffers[name, "modulator"] = empty((slots, samples, *shape), dtype)
+
+    def _readers_within(self, name: str, slot: int) -> int:
+        return sum(d.source == name and d.connection.pool is Pool.NONE and slot in d.slots for d in self.schedule.drives)
+
+    def _passing_state(self, name: str, slot: int) -> Tensor:
+        """A state that backward computes again: [N, H, W, C]. It goes with its last reader."""
+        state = self.states[name, slot]
+        self.passing[name, slot] -= 1
+        if not self.passing[name, slot]:
+            del self.states[name, slot]
+        return state
 
     def _private_drive(self, name: str, component: Component) -> int | None:
         """A convolution that only this area reads, position k at slot k: the area's value may take its place in memory."""
@@ -154,6 +173,9 @@ class _Training:
         scratch = buffer("scratch", slice(0, last - first))
         drives.sort(key=lambda t: t.drive != self.in_place.get(name))  # the term whose memory the value takes must be the first
         values = [self._term_value(t, slots) for t in drives]
+        state = buffer("state")
+        if (name, first) in self.passing:
+            state = self.states[name, first] = empty((operands.samples, *_hwc(self.schedule, name)), operands.dtype)
         modulator_sum = buffer("modulator")
         if modulator_sum is not None and not modulators:
             modulator_sum.fill_(1)
@@ -168,7 +190,7 @@ class _Training:
             rectify=area.rectify,
             value=value if value is not None else scratch,
             modulator_sum=modulator_sum if modulators else None,
-            state=buffer("state"),
+            state=state,
             max_pooled=buffer("max"),
             argmax=buffer("argmax"),
             mean_pooled=buffer("mean"),
@@ -290,7 +312,7 @@ class _Inference:
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
         values, in_place = self._drive_values(drives)
         value = None if area.gamma is None else values[0] if in_place else self._map(shape)
-        outputs: dict[str, Tensor | None] = {"state": state}
+        outputs: dict[str, Any] = {"state": state}
         for pool in schedule.pools_read(name):
             form = (name, slot, pool)
             if self.form_uses[form] == 0:

@@ -54,6 +54,22 @@ def multiplied_drives(schedule: Schedule) -> set[int]:
     }
 
 
+def recomputes_state(schedule: Schedule, name: str) -> bool:
+    """Whether backward computes an area's state again, from its value or from drive and modulator, rather than have it kept.
+
+    So where only its own component reads the state (at the next step): then forward holds two time steps of it and no more.
+    """
+    members = next(c.areas for c in schedule.components if name in c.areas)
+    readers = [d for d in schedule.drives if d.source == name and d.connection.pool is Pool.NONE]
+    inside = all(d.connection.operator is not Operator.IDENTITY and all(n in members for n in _targets(schedule, d.index)) for d in readers)
+    component = next(c for c in schedule.components if name in c.areas)
+    return component.recurrent and inside and name not in schedule.record and schedule.network.area(name).norm is not Norm.NONE
+
+
+def _targets(schedule: Schedule, drive: int) -> set[str]:
+    return {name for (name, _), terms in schedule.terms.items() for t in terms if t.drive == drive}
+
+
 def _hwc(shape: tuple[int, int, int], pool: Pool) -> tuple[int, int, int]:
     channels, height, width = shape
     if pool is Pool.MAX:
@@ -78,7 +94,8 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
             wanted = any(
                 d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied) for d in readers
             )
-            if wanted and not (name in inputs and pool is Pool.NONE):  # inputs are at hand anyway
+            at_hand = pool is Pool.NONE and (name in inputs or recomputes_state(schedule, name))
+            if wanted and not at_hand:
                 buffers.append(SavedBuffer(name, POOL_KIND[pool], slots, _hwc(shape, pool)))
         if any(d.connection.pool is Pool.MAX for d in readers):
             buffers.append(SavedBuffer(name, "argmax", slots, _hwc(shape, Pool.MAX), byte=True))

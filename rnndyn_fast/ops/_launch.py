@@ -58,6 +58,7 @@ def area_step_forward(
     modulators: Sequence[Tensor],  # each [N, H, W, C]
     drive_bias: Tensor | None,  # [C]
     modulator_bias: Tensor | None,  # [C]
+    modulator_complete: bool,
     gamma: Tensor | None,  # [H, W, C]
     beta: Tensor | None,  # [H, W, C]
     eps: float,
@@ -83,6 +84,7 @@ def area_step_forward(
         _address(drive_bias, "drive_bias", (c,), dtype),
         _addresses(modulators, "modulators", full, dtype),
         _address(modulator_bias, "modulator_bias", (c,), dtype),
+        modulator_complete,
         _address(gamma, "gamma", (h, w, c), dtype),
         _address(beta, "beta", (h, w, c), dtype),
         eps,

@@ -43,6 +43,29 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(_take(nbytes), 0, size, _strides(size))
 
 
+class Arena:
+    """Room for tensors that are needed together and given up together, taken once and used for one group after another."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._room = empty((max(nbytes, 1),), torch.uint8)
+        self._used = 0
+
+    @staticmethod
+    def size(shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes that a tensor takes in an arena."""
+        return -(-math.prod(shape) * dtype.itemsize // 64) * 64
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        first, self._used = self._used, self._used + self.size(shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        return self._room[first : first + nbytes].view(dtype).view(*shape)
+
+    def reset(self) -> None:
+        """Everything taken is given up; the caller uses none of it any more."""
+        self._used = 0
+
+
 def _strides(size: torch.Size) -> list[int]:
     """Of a contiguous tensor."""
     return [math.prod(size[i + 1 :]) for i in range(len(size))]

@@ -222,7 +222,7 @@ def convolve_sum(
 def convolve_backward(
     weight: Weight,
     grad: Tensor,  # [M, H', W', C']
-    x: Tensor,  # [M, H, W, C]
+    x: Tensor | torch.Size,  # [M, H, W, C]; its shape is enough where need_weight is False
     *,
     need_x: bool,
     need_weight: bool,
@@ -231,7 +231,9 @@ def convolve_backward(
     geometry, m = weight.geometry, weight.choice.winograd
     if m is not None:
         grad_x = winograd_conv([grad], [weight.packed_backward]) if need_x else None
-        return grad_x, winograd_weight_grad(m, weight.weight, x, grad) if need_weight else None
+        return grad_x, winograd_weight_grad(m, weight.weight, x, grad) if need_weight and isinstance(x, Tensor) else None
+    if not isinstance(x, Tensor):
+        x = grad.new_empty(x)  # nobody reads its values
     if geometry.operator is Operator.LINEAR:
         flat = grad.flatten(1)
         grad_x = torch.mm(flat, weight.direct).reshape(x.shape) if need_x else None
