@@ -22,7 +22,6 @@ from rnndyn_fast.analysis import (
     write_tables,
 )
 from rnndyn_fast.analysis.figures import FIGURES, figure_representation_change, write_figures
-from rnndyn_fast.analysis.files import replaced_atomically
 from rnndyn_fast.analysis.results import MEASURES
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
@@ -113,33 +112,6 @@ def test_failed_writes_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         result.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["result.h5"]
-
-
-def test_replaced_atomically(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b.txt"
-    with replaced_atomically(path) as temporary:
-        temporary.write_text("one")
-        assert temporary.parent == path.parent
-        assert not path.exists()
-    assert path.read_text() == "one"
-    assert path.stat().st_mode & 0o444 == 0o444 & ~_umask()
-    with pytest.raises(KeyError), replaced_atomically(path) as temporary:
-        _write_and_fail(temporary)
-    assert path.read_text() == "one"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def _write_and_fail(path: Path) -> None:
-    path.write_text("two")
-    raise KeyError(path.name)
-
-
-def _umask() -> int:
-    import os
-
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_tables(tmp_path: Path) -> None:

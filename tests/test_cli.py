@@ -91,9 +91,17 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["data", "make", "--out", "i.h5", "--size", "3"], "size: expected 8..512, got 3"),
         (["plan", "blt_net_65"], "model: unknown model 'blt_net_65'"),
         (["plan", "blt_net_64", "--image-size", "20"], "image_size: expected a multiple of 8"),
+        (["plan", "blt_net_64", "--unroll", "sideways"], "unroll: expected one of ['engineering', 'biological'], got 'sideways'"),
+        (["plan", "blt_net_64", "--engine", "fft"], "engine: expected one of"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5"], "checkpoint: no such file: absent.pt"),
         (["analyse", "absent.h5", "--out", "a"], "absent.h5"),
         (["demo", "--epochs", "0"], "epochs: expected at least 1"),
+        (["demo", "--size", "20"], "size: expected a multiple of 8, got 20"),
+        (["demo", "--backend", "cuda"], "backend: expected one of"),
+        (["data", "make", "--out", "i.h5", "--source", "imagenet"], "source: expected 'fashion-mnist'"),
+        (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--split", "all"], "split: expected one of"),
+        (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--limit", "two"], "limit: expected int. Got value: two"),
+        (["train", "--data", "d", "--out", "o", "--widths", "4,a"], "widths: expected numbers with commas between them"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(
@@ -171,6 +179,8 @@ def test_plan_prints_the_schedule(capfd: pytest.CaptureFixture[str]) -> None:
     assert "once" in text
     assert main(["plan", "blt_net_128", "--num-classes", "10"]) == 0
     assert "5 time steps" not in capfd.readouterr().out
+    assert main(["plan", "blt_net_64", "--engine", "direct"]) == 0
+    assert "winograd" not in capfd.readouterr().out
 
 
 def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +199,9 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
         assert name in text
     reference = next(line for line in text.splitlines() if "networks, reference" in line)
     assert reference.endswith("runs")
+    for engine in ("auto", "direct", "winograd"):
+        line = next(line for line in text.splitlines() if f"convolutions, {engine}" in line)
+        assert " runs; " in line, line
 
 
 def test_dashes_and_lists_are_normalised() -> None:

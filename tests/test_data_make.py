@@ -155,7 +155,7 @@ def test_progress_reaches_the_end_of_every_split(tmp_path: Path) -> None:
         ({"num_train": 1070}, ValueError, r"num_train, num_val: digits has 1078 images.*asked for 1070 \+ 20"),
         ({"num_testplus": 719, "num_test": None}, ValueError, "num_testplus, num_test: digits has 719"),
         ({"num_testplus": 1}, ValueError, "at least 2 categories"),
-        ({"source": "cifar"}, ValueError, "name: expected 'fashion-mnist'"),
+        ({"source": "cifar"}, ValueError, "source: expected 'fashion-mnist'"),
     ],
 )
 def test_refuses_and_leaves_nothing(tmp_path: Path, options: dict, error: type[Exception], message: str) -> None:

@@ -166,3 +166,11 @@ def test_biological_unroll_counts_from_its_first_output(images: Path, tmp_path: 
     assert result.timesteps == 8 - first["gap"]
     with h5py.File(trajectories_path(out)) as file:
         assert file["trajectories/v1"].shape[0] == 8 - first["v1"]
+
+
+def test_output_never_replaces_what_it_is_made_from(checkpoint: Path, images: Path) -> None:
+    for path, name in ((checkpoint, "checkpoint"), (images, "data")):
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=f"out: expected another file than {name}"):
+            run(checkpoint, images, path, overwrite=True)
+        assert path.read_bytes() == before

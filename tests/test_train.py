@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from rnndyn_fast.data import ImageFile, make_dataset
+from rnndyn_fast.graph.plan import describe
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.train import (
     QuietReporter,
@@ -85,6 +86,7 @@ def test_defaults_are_the_published_recipe() -> None:
         ({"widths": (1, 2)}, ValueError, "widths: expected 5 positive numbers"),
         ({"widths": "12345"}, TypeError, "widths: expected"),
         ({"backend": "fast"}, ValueError, "backend: expected one of"),
+        ({"engine": "fft"}, ValueError, "engine: expected one of"),
         ({"LT_interaction": "divisive"}, ValueError, "LT_interaction: expected one of"),
         ({"max_train_images": 0}, ValueError, "max_train_images: expected at least 1"),
         ({"resume": True, "overwrite": True}, ValueError, "resume, overwrite"),
@@ -302,6 +304,11 @@ def test_damaged_and_foreign_checkpoints_are_told_apart(trained: Path, tmp_path:
     torch.save({"format": "other/1"}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"found 'other/1'"):
         load_checkpoint(tmp_path / "other.pt")
+    contents = read_checkpoint(trained)
+    for changed, message in (({"data": {}}, r"data lacks the entries \['path'"), ({"model": [1]}, "model: expected a dict, got list")):
+        save_checkpoint(tmp_path / "changed.pt", {**contents, **changed})
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path / "changed.pt")
 
 
 def test_checkpoint_of_another_architecture_lists_what_does_not_fit(trained: Path, tmp_path: Path) -> None:
@@ -330,6 +337,31 @@ def test_load_checkpoint_can_unroll_longer(trained: Path) -> None:
 def test_biological_unroll_trains(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "run", unroll="biological", timesteps=8, epochs=1, max_train_images=32)
     assert len(read_metrics(tmp_path / "run")[0].val_accuracy) < 8
+
+
+def test_engines_train_alike(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "digits.h5", source="digits", size=16, num_train=800, num_val=200, num_test=20, num_testplus=20)
+    accuracy, losses = {}, {}
+    for engine in ("direct", "auto"):
+        options: dict[str, Any] = {"widths": (16,) * 5, "epochs": 4, "augment": "none", "lr": 2e-3, "backend": "native"}
+        last = run(data, tmp_path / engine, engine=engine, **options)
+        assert read_checkpoint(last)["model"]["engine"] == engine
+        rows = read_metrics(last.parent)
+        accuracy[engine], losses[engine] = rows[-1].mean_val_accuracy, rows[0].train_loss
+    # The same weights and order of images: apart only by rounding, which many steps of Adam make larger.
+    net, _ = load_checkpoint(tmp_path / "auto" / "last.pt")
+    assert "winograd" in describe(net.schedule())
+    assert losses["auto"] != losses["direct"]
+    assert losses["auto"] == pytest.approx(losses["direct"], rel=1e-2)
+    assert min(accuracy.values()) > 0.6
+    # Two runs of 200 validation images: 0.05 is three binomial standard errors at 0.95.
+    assert accuracy["auto"] == pytest.approx(accuracy["direct"], abs=0.05)
+
+
+def test_engine_may_change_on_resume(trained: Path, images: Path) -> None:
+    assert run(images, trained.parent, resume=True, engine="direct") == trained
+    net, contents = load_checkpoint(trained, engine="winograd")
+    assert (net.engine, contents["model"]["engine"]) == ("winograd", "auto")
 
 
 def test_damaged_metrics_name_file_and_line(trained: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Summary
-from rnndyn_fast.analysis.files import replaced_atomically
 from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.files import replaced_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

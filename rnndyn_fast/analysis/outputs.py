@@ -12,8 +12,8 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS
 from rnndyn_fast.analysis.claims import check_claims
-from rnndyn_fast.analysis.files import replaced_atomically
 from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.files import replaced_atomically
 
 Row = dict[str, Any]
 
@@ -128,6 +128,8 @@ def analyse(
     """
     from rnndyn_fast.analysis.figures import write_figures
 
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise FileExistsError(f"out: expected a folder, {os.fspath(out_dir)} is a file")
     result = ReadoutZoneResult.load(result_path)
     other = None if compare is None else ReadoutZoneResult.load(compare)
     if other is not None and other.timesteps != result.timesteps:

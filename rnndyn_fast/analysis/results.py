@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
-from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.files import replaced_atomically
 
 FORMAT = "rnndyn_fast.readout_zones"
 FORMAT_VERSION = 1

@@ -21,10 +21,11 @@ def data_make(**options: Any) -> None:
 def plan(model: str, **options: Any) -> None:
     """`rnndyn plan`"""
     from rnndyn_fast import models
+    from rnndyn_fast.graph.plan import describe
 
     if options["image_size"] is None:
         del options["image_size"]
-    print(models.build({"model": model, **options}).schedule())
+    print(describe(models.build({"model": model, **options}).schedule(), options["engine"]))
 
 
 def train(**options: Any) -> None:

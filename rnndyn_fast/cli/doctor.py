@@ -23,17 +23,26 @@ _OPTIONAL = {
 }
 
 
+# What each engine of the native backend computes.
+_CONVOLUTIONS = {
+    "auto": "winograd where it can run and saves work, direct elsewhere",
+    "direct": "every linear map, by PyTorch",
+    "winograd": "float32: 3 x 3 and 5 x 5 of stride 1, transposed of stride 2; other maps run direct",
+}
+
+
 def report() -> str:
     """Versions, processor, threads, engines (tried on a small network), optional packages; one fact per line."""
     import rnndyn_fast
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
+    from rnndyn_fast.ops.convolution import ENGINES
 
     lines = ["versions"]
     lines += _rows({"rnndyn_fast": rnndyn_fast.__version__, "python": f"{platform.python_version()} ({sys.executable})"})
     lines += _rows({"torch": torch.__version__, "system": f"{platform.system()} {platform.release()} {platform.machine()}"})
     lines += ["threads", *_rows({"torch": torch.get_num_threads(), "processors": os.cpu_count()})]
-    lines += _rows({name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ})
+    lines += _rows({name: os.environ[name] for name in ("OMP_NUM_THREADS", "RNNDYN_ISA") if name in os.environ})
     lines += ["native core"]
     try:
         info: dict[str, Any] = dict(rnndyn_fast.build_info())
@@ -53,6 +62,10 @@ def report() -> str:
         one = ReadoutZoneReducer(readout, timesteps=2, backend=backend)
         one.update(torch.ones(2, 1, 3), torch.zeros(1, dtype=torch.int64))
 
+    def convolutions(engine: str) -> None:
+        net = blt_net_64(timesteps=2, image_size=16, widths=(16,) * 5, topdown_connections=False, backend="native", engine=engine)
+        net(torch.zeros(8, 3, 16, 16)).sum().backward()
+
     for backend in ("native", "reference"):
         lines += _rows(
             {
@@ -60,6 +73,7 @@ def report() -> str:
                 f"readout zones, {backend}": _attempt(reducer, backend),
             }
         )
+    lines += _rows({f"convolutions, {engine}": f"{_attempt(convolutions, engine)}; {_CONVOLUTIONS[engine]}" for engine in ENGINES})
     lines += ["accelerators"]
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
@@ -77,10 +91,10 @@ def _rows(values: dict[str, Any]) -> list[str]:
     return [f"  {name:<24} {value}" for name, value in values.items()]
 
 
-def _attempt(function: Any, backend: str) -> str:
-    """ "runs", or why it does not."""
+def _attempt(function: Any, name: str) -> str:
+    """What `function(name)` does: "runs", or why it does not."""
     try:
-        function(backend)
+        function(name)
     except Exception as error:  # whatever it is, it is what the user wants to read
         return f"does not run: {type(error).__name__}: {error}"
     return "runs"

@@ -51,6 +51,13 @@ def _bracketed(value: str) -> str:
 def tidy(message: str) -> str:
     """A message of the argument parser in one line, without Python's names for types."""
     message = re.sub(r"(?:Expected a )?<class '(\w+)'>", r"expected \1", " ".join(message.split()))
+    # A number that may be left out: the parser tells of every type it tried.
+    message = re.sub(
+        r"Does not validate against any .* - expected (\w+) - expected NoneType .* Given value: (.*)",
+        r"expected \1. Got value: \2",
+        message,
+    )
+    message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
     return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
 
@@ -166,6 +173,13 @@ def _extract(parser: ArgumentParser) -> None:
     _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
     _add(parser, "untrained", bool, "the network as it was before training", False)
     _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
+    _add(
+        parser,
+        "engine",
+        Literal["auto", "direct", "winograd"],
+        "convolutions: ours where they save work, PyTorch's, or ours wherever they can run",
+        "auto",
+    )
     _add(parser, "overwrite", bool, "replace files that exist", False)
 
 

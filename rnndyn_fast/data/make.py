@@ -16,6 +16,7 @@ from rnndyn_fast.data.challenge import CONDITIONS, OPAQUE_LEVEL, ObjectPool, ass
 from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
+from rnndyn_fast.files import replaced_atomically
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,17 +93,8 @@ def make_dataset(
         raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
     images = load_source(source, folder=folder, seed=seed)
     parts = _divide(images, wanted, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(unfinished, "w") as file:
-            _write(file, images, parts, size, seed, progress)
-        with open(unfinished, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replaced_atomically(path) as unfinished, h5py.File(unfinished, "w") as file:
+        _write(file, images, parts, size, seed, progress)
     return path
 
 

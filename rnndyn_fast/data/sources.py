@@ -76,11 +76,11 @@ def stratified_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return shuffled[np.lexsort((rng.random(len(labels)), keys))]
 
 
-def load_source(name: str = "auto", *, folder: str | os.PathLike[str] | None = None, seed: int = 0) -> ImageSource:
+def load_source(source: str = "auto", *, folder: str | os.PathLike[str] | None = None, seed: int = 0) -> ImageSource:
     """Load real images.
 
     Args:
-        name: "fashion-mnist", "digits", or "auto" (Fashion-MNIST where it is installed, otherwise digits).
+        source: "fashion-mnist", "digits", or "auto" (Fashion-MNIST where it is installed, otherwise digits).
         folder: folder of the four Fashion-MNIST files; None is where the Debian package puts them.
         seed: for digits, which have no test set of their own: a stratified permutation gives 40% to the test images.
 
@@ -88,19 +88,19 @@ def load_source(name: str = "auto", *, folder: str | os.PathLike[str] | None = N
         ImageSource; its `note` says what was taken.
 
     Raises:
-        ValueError: unknown `name`, or a damaged file (names it).
+        ValueError: unknown `source`, or a damaged file (names it).
         FileNotFoundError: Fashion-MNIST asked for but not there; says how to get it.
         ImportError: digits without scikit-learn.
 
     Deterministic: yes. Memory: all images (Fashion-MNIST 55 MB).
     """
     place = FASHION_MNIST_FOLDER if folder is None else Path(folder)
-    if name == "fashion-mnist":
+    if source == "fashion-mnist":
         return _load_fashion_mnist(place)
-    if name == "digits":
+    if source == "digits":
         return _load_digits(seed, "scikit-learn's bundled digits (8 x 8 px)")
-    if name != "auto":
-        raise ValueError(f"name: expected 'fashion-mnist', 'digits' or 'auto', got {name!r}")
+    if source != "auto":
+        raise ValueError(f"source: expected 'fashion-mnist', 'digits' or 'auto', got {source!r}")
     if not _missing(place):
         return _load_fashion_mnist(place)
     return _load_digits(

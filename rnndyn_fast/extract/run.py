@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from rnndyn_fast.analysis import ReadoutZoneReducer
-from rnndyn_fast.analysis.files import replaced_atomically
-from rnndyn_fast.data import BatchLoader, ImageFile, normalise
+from rnndyn_fast.data import SPLITS, BatchLoader, ImageFile, normalise
 from rnndyn_fast.extract.trajectories import TrajectoryWriter
+from rnndyn_fast.files import replaced_atomically
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.loop import INITIAL, limited
@@ -39,6 +39,7 @@ def extract(
     keep_samples: bool = False,
     untrained: bool = False,
     backend: str | None = None,
+    engine: str = "auto",
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
@@ -62,6 +63,7 @@ def extract(
         keep_samples: keep every sample's group and scalars in the result.
         untrained: use the network as it was before training (``initial.pt`` beside `checkpoint`).
         backend: "native", "reference" or None.
+        engine: how the native backend convolves: "auto", "direct" or "winograd".
         overwrite: replace files that exist.
         reporter: shows progress; None chooses a bar or lines.
 
@@ -70,7 +72,8 @@ def extract(
 
     Raises:
         TypeError: `save` is a single string, or a number is not an int.
-        ValueError: unknown area or dtype; image size or classes of `data` are not those of the network; damaged files.
+        ValueError: unknown split, area or dtype; `out` is the checkpoint or the data;
+            image size or classes of `data` are not those of the network; damaged files.
         FileNotFoundError: no checkpoint, data, or (with `untrained`) no initial checkpoint.
         FileExistsError: an output exists and `overwrite` is False.
 
@@ -79,17 +82,20 @@ def extract(
     >>> extract("runs/lateral/last.pt", "images.h5", out="lateral.h5", save=("gap",))  # doctest: +SKIP
     """
     out = Path(out)
-    _check_options(save, dtype, batch_size, limit)
+    _check_options(split, save, dtype, batch_size, limit)
     trajectories = trajectories_path(out) if save else None
     for path in filter(None, (out, trajectories)):
         if path.is_dir():
             raise ValueError(f"out: expected a file, got the folder {path}")
+        for name, read in (("checkpoint", checkpoint), ("data", data)):
+            if path.exists() and os.path.exists(read) and path.samefile(read):
+                raise ValueError(f"out: expected another file than {name}, got {path}")
         if path.exists() and not overwrite:
             raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
     used = Path(checkpoint).with_name(INITIAL) if untrained else Path(checkpoint)
     if untrained and not used.exists():
         raise FileNotFoundError(f"untrained: no {INITIAL} beside {checkpoint}")
-    net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend)
+    net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend, engine=engine)
     areas = _check_areas(net, save)
     readout = net.network.readout
     if readout is None:
@@ -158,7 +164,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_options(save: Sequence[str], dtype: str, batch_size: int, limit: int | None) -> None:
+def _check_options(split: str, save: Sequence[str], dtype: str, batch_size: int, limit: int | None) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     if isinstance(save, str):
         raise TypeError(f"save: expected a sequence of areas, got the string {save!r}")
     if dtype not in DTYPES:

@@ -128,11 +128,19 @@ class BLTNet(RecurrentNetwork):
 
     @staticmethod
     def _check(options: dict[str, Any]) -> None:
-        widths = options["widths"] = tuple(int(w) for w in options["widths"])
+        for name in ("image_size", "in_channels", "num_classes"):
+            if isinstance(options[name], bool) or not isinstance(options[name], int):
+                raise TypeError(f"{name}: expected an int, got {type(options[name]).__name__} {options[name]!r}")
+        widths = options["widths"] = tuple(options["widths"])
+        if any(isinstance(w, bool) or not isinstance(w, int) for w in widths):
+            raise TypeError(f"widths: expected ints, got {list(widths)}")
         if len(widths) != 5 or min(widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {list(widths)}")
         if options["image_size"] < 8 or options["image_size"] % 8:
             raise ValueError(f"image_size: expected a multiple of 8, got {options['image_size']}")
+        unrolls = [unroll.value for unroll in Unroll]
+        if options["unroll"] not in unrolls:
+            raise ValueError(f"unroll: expected one of {unrolls}, got {options['unroll']!r}")
         for name in ("in_channels", "num_classes"):
             if options[name] < 1:
                 raise ValueError(f"{name}: expected at least 1, got {options[name]}")

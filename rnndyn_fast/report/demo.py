@@ -14,8 +14,8 @@ from typing import Any
 from rnndyn_fast.analysis import ReadoutZoneResult, analyse
 from rnndyn_fast.data import SPLITS, ImageFile, load_source, make_dataset
 from rnndyn_fast.extract import extract
+from rnndyn_fast.files import write_text
 from rnndyn_fast.train import Reporter, TrainConfig, choose_reporter, read_metrics, train
-from rnndyn_fast.train.files import write_text
 from rnndyn_fast.train.loop import INITIAL, LAST
 from rnndyn_fast.train.progress import split_progress
 
@@ -56,6 +56,11 @@ class DemoConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.size < 8 or self.size % 8:
+            raise ValueError(f"size: expected a multiple of 8, got {self.size}")
+        # What training would refuse is refused now, not after the data are made.
+        names = ("out", "timesteps", "widths", "batch_size", "seed", "threads", "backend")
+        TrainConfig.from_dict({"data": "", **{name: getattr(self, name) for name in names}})
 
 
 @dataclass(frozen=True)

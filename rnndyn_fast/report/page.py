@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rnndyn_fast.files import write_text
 from rnndyn_fast.report.style import STYLE
-from rnndyn_fast.train.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from rnndyn_fast import models
-from rnndyn_fast.analysis.files import replaced_atomically
+from rnndyn_fast.files import replaced_atomically
 from rnndyn_fast.nn import RecurrentNetwork
 
 FORMAT = "rnndyn_fast.checkpoint/1"
 _REQUIRED = ("model", "state_dict", "epoch", "data")
+_OF_DATA = ("path", "image_size", "categories", "mean", "std")
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> Path:
@@ -58,7 +59,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... by kind of damage
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The first sentence: torch goes on with advice, among it to run code from the file.
+        reason = str(error).strip().split(". ")[0].splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"checkpoint: {path} is truncated or not a PyTorch file: {reason}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
@@ -69,28 +71,34 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [name for name in _REQUIRED if name not in contents]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks the entries {missing}")
+    for name in ("model", "state_dict", "data"):
+        if not isinstance(contents[name], dict):
+            raise ValueError(f"checkpoint: {path}: {name}: expected a dict, got {type(contents[name]).__name__}")
+    missing = [name for name in _OF_DATA if name not in contents["data"]]
+    if missing:
+        raise ValueError(f"checkpoint: {path}: data lacks the entries {missing}")
     return contents
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], *, timesteps: int | None = None, backend: str | None = None
+    path: str | os.PathLike[str], *, timesteps: int | None = None, backend: str | None = None, engine: str = "auto"
 ) -> tuple[RecurrentNetwork, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode on the CPU, and the checkpoint's contents.
 
     Args:
         path: file written by `save_checkpoint`.
         timesteps: unroll that many steps instead of as many as in training.
-        backend: "native" or "reference"; None takes whichever can run.
+        backend, engine: how it runs, see `rnndyn_fast.graph.rollout`; what it was trained with does not matter.
 
     Returns:
         The network and the contents.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, truncated, or its weights do not fit its network (lists what does not).
+        ValueError: not a checkpoint, truncated, its weights do not fit its network (lists what does not), or no such backend or engine.
     """
     checkpoint = read_checkpoint(path)
-    options = {**checkpoint["model"], "backend": backend}
+    options = {**checkpoint["model"], "backend": backend, "engine": engine}
     if timesteps is not None:
         options["timesteps"] = timesteps
     net = models.build(options)

@@ -22,9 +22,10 @@ NETWORK_OPTIONS = (
     "widths",
     "unroll",
     "backend",
+    "engine",
 )
 # What a resumed run may change: how and how long it runs, not what it computes.
-FREE_ON_RESUME = ("data", "out", "epochs", "threads", "backend", "resume", "overwrite")
+FREE_ON_RESUME = ("data", "out", "epochs", "threads", "backend", "engine", "resume", "overwrite")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -65,6 +66,9 @@ class TrainConfig:
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
     backend: Literal["native", "reference"] | None = _option(None, "native kernels, plain PyTorch, or whichever can run")
+    engine: Literal["auto", "direct", "winograd"] = _option(
+        "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
+    )
     epochs: int = _option(60, "epochs in all, those before a resume included")
     batch_size: int = _option(1024, "images per training step")
     val_batch_size: int = _option(250, "images per validation batch")

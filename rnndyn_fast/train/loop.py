@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from rnndyn_fast import models
 from rnndyn_fast.data import BatchLoader, BatchSource, ImageFile, TrivialAugmentWide, normalise
+from rnndyn_fast.files import write_text
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.files import write_text
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
 from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent
 

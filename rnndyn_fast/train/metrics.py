@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnndyn_fast.train.files import write_text
+from rnndyn_fast.files import write_text
 
 CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
 

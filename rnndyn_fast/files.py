@@ -31,3 +31,10 @@ def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` (UTF-8) to `path` whole or not at all; returns the path."""
+    with replaced_atomically(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return Path(path)
