@@ -56,7 +56,7 @@ format: $(STAMPS)/test
 # The machine should have nothing else to do meanwhile.
 bench: $(STAMPS)/test
 	sh scripts/bench.sh $(BIN)/python
-	$(BIN)/python scripts/benchmark_tables.py --update README.md
+	$(BIN)/python scripts/benchmark_tables.py --update README.md docs/kernels.md docs/benchmarks.md
 
 clean:
 	rm -rf build $(VENV)

@@ -38,9 +38,10 @@ int fill_terms(const Real* (&out)[kMaxTerms], const std::vector<Address>& terms,
 
 template <typename Real>
 void area_step_forward(const Shape& shape, int num_threads, const std::vector<Address>& drive, Address drive_bias,
-                       const std::vector<Address>& modulator, Address modulator_bias, bool modulator_complete, Address gamma, Address beta,
-                       double eps, bool rectify, Address value, Address modulator_sum, Address state,
-                       Address max_pooled, Address argmax, Address mean_pooled, Address mean, Address rstd) {
+                       const std::vector<Address>& modulator, Address modulator_bias, bool modulator_complete,
+                       Address gamma, Address beta, double eps, bool rectify, Address value, Address modulator_sum,
+                       Address state, Address max_pooled, Address argmax, Address mean_pooled, Address mean,
+                       Address rstd) {
   AreaStepForwardParams<Real> p{};
   p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.channels = shape[3];
   p.num_threads = num_threads;

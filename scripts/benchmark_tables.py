@@ -4,8 +4,8 @@
     python scripts/benchmark_tables.py --update README.md   put them between the page's marks
     python scripts/benchmark_tables.py --check README.md    fail where the page says something else
 
-Two kinds of file are read: of benchmarks that alternate their contenders (write_result in benchmarks/measure.py),
-and pytest-benchmark's own.
+Several pages may be named. A page that begins with GENERATED is made anew as a whole. Two kinds of file are read: of benchmarks
+that alternate their contenders (write_result in benchmarks/measure.py), and pytest-benchmark's own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+KERNELS = ("<!-- benchmarks:kernels:start -->", "<!-- benchmarks:kernels:end -->")  # where the convolutions stand
+GENERATED = "<!-- Generated from benchmarks/results by scripts/benchmark_tables.py: `make bench` makes it anew. -->"
+NOT_YET = "Not yet measured: `make bench` fills this in."
 OURS = ("rnndyn", "native")  # the contender that the others are compared with, by either kind of file
 
 Json = Mapping[str, Any]
@@ -86,24 +89,62 @@ def pytest_benchmark(results: Json) -> dict[tuple[str, str], list[tuple[str, dic
     return found
 
 
+def convolutions(results: Json) -> list[tuple[str, dict[str, str]]]:
+    """Rows of one network, a column per pass: time, rates, and how many times faster than the vendor's better layout and its bfloat16."""
+    rows = []
+    for one in results["convolutions"]:
+        cells = {"map": f"{one['map']} x {one['map']}", "channels": f"{one['source']} to {one['target']}", "engine": one["engine"]}
+        for name, contenders in one["passes"].items():
+            mine = contenders["rnndyn"]["median_s"]
+            vendor = min(contenders[layout]["ours_is_faster_by"] for layout in ("contiguous", "channels_last"))
+            rates = f"{one['direct_gflop'] / mine:.0f}, done {one['done_gflop'] / mine:.0f}"
+            cells[name] = f"{seconds(mine)}, {rates}, {times(vendor)}, bf16 {times(contenders['bf16']['ours_is_faster_by'])}"
+        cells["packing"] = " + ".join(seconds(value) for value in one["packing_s"].values())
+        rows.append((f"{results['what']} {one['name']}", cells))
+    return rows
+
+
 NOTES = {
     "time": "Median (least - most) of the rounds; x: how many times the time of the first column.",
     "memory": "Peak resident size above that of the imports; %: the first column as a share of it.",
+    "convolutions": (
+        "Median time; GFLOP/s of the direct convolution that it stands for, and of the products that it does; x: how many times faster "
+        "than PyTorch's convolution in the better of its two layouts, and than its bfloat16 one. Packing (forward + backward) is done once "
+        "per rollout and is in none of these times; the transforms of the maps are in all of them."
+    ),
 }
+TITLES = {
+    "rollout": "Networks: time",
+    "memory": "Networks: memory",
+    "analysis": "Analysis",
+    "convolutions": "Convolutions",
+}
+OVERVIEW = ("rollout", "memory", "analysis")
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """All results of a folder as Markdown, empty where there are none. Rows of equal conditions share a table."""
+def section_of(results: Json) -> str:
+    """Which of TITLES a file belongs to."""
+    kinds = {"benchmarks": "analysis", "convolutions": "convolutions", "peak_bytes": "memory"}
+    return next((section for key, section in kinds.items() if key in results), "rollout")
+
+
+def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, commands: bool = False) -> str:
+    """Results of a folder as Markdown, empty where there are none. Rows of equal conditions share a table."""
     found: dict[tuple[str, str], list[tuple[str, dict[str, str]]]] = {}
     for path in sorted(folder.glob("[!.]*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        if "benchmarks" in results:
-            for key, rows in pytest_benchmark(results).items():
-                found.setdefault(key, []).extend(rows)
-        else:
-            kind = "time" if "contenders" in results else "memory"
-            facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
-            found.setdefault((kind, conditions(results["machine"], facts)), []).append(alternated(results))
+        section = section_of(results)
+        if section not in sections:
+            continue
+        machine = results["machine_info"]["rnndyn"] if section == "analysis" else results["machine"]
+        command = f": `{machine['command']}`" if commands and "command" in machine else ""
+        if section == "analysis":
+            for (kind, line), rows in pytest_benchmark(results).items():
+                found.setdefault((kind, line + command), []).extend(rows)
+            continue
+        facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
+        key = {"rollout": "time"}.get(section, section), conditions(machine, facts) + command
+        found.setdefault(key, []).extend(convolutions(results) if section == "convolutions" else [alternated(results)])
     parts = []
     for (kind, line), rows in found.items():
         columns = list(dict.fromkeys(name for _, cells in rows for name in cells))
@@ -113,35 +154,57 @@ def tables(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def replaced(page: str, text: str) -> str:
+def replaced(page: str, text: str, marks: tuple[str, str] = (START, END)) -> str:
     """A page with `text` between its marks. Raises ValueError where it has not one of each."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
-        raise ValueError(f"page: expected one {START} and after it one {END}")
-    before, _, rest = page.partition(START)
-    after = rest.partition(END)[2]
-    return f"{before}{START}\n{text}\n{END}{after}" if text else f"{before}{START}\n{END}{after}"
+    start, end = marks
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise ValueError(f"page: expected one {start} and after it one {end}")
+    before, _, rest = page.partition(start)
+    after = rest.partition(end)[2]
+    return f"{before}{start}\n{text}\n{end}{after}" if text else f"{before}{start}\n{end}{after}"
+
+
+def whole_page(folder: Path = RESULTS) -> str:
+    """All results, with the commands that gave them."""
+    parts = [GENERATED, "# Benchmarks"]
+    parts.append(
+        "Contenders of a row ran in one process, alternating, and their results were checked against float64 there. Losses are listed like "
+        "wins. [kernels.md](kernels.md) explains the kernels."
+    )
+    for section, title in TITLES.items():
+        parts += [f"## {title}", tables(folder, (section,), commands=True) or NOT_YET]
+    return "\n\n".join(parts) + "\n"
+
+
+def renewed(page: str, folder: Path = RESULTS) -> str:
+    """A page with the results that its marks, or its first line, ask for. Raises ValueError where it has none."""
+    if page.startswith(GENERATED):
+        return whole_page(folder)
+    if KERNELS[0] in page:
+        return replaced(page, tables(folder, ("convolutions",)) or NOT_YET, KERNELS)
+    return replaced(page, tables(folder))
 
 
 def main() -> int:
     """Run as a script; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--update", type=Path, metavar="PAGE")
-    mode.add_argument("--check", type=Path, metavar="PAGE")
+    mode.add_argument("--update", type=Path, metavar="PAGE", nargs="+", default=[])
+    mode.add_argument("--check", type=Path, metavar="PAGE", nargs="+", default=[])
     options = parser.parse_args()
-    page: Path | None = options.update or options.check
-    if page is None:
-        print(tables())
-        return 0
-    old = page.read_text(encoding="utf-8")
-    new = replaced(old, tables())
-    if options.check:
-        print(f"{page}: {'up to date' if old == new else 'differs; run scripts/benchmark_tables.py --update'}")
-        return int(old != new)
-    unfinished = page.with_name(f".{page.name}.new")
-    unfinished.write_text(new, encoding="utf-8")
-    os.replace(unfinished, page)
-    return 0
+    if not options.update and not options.check:
+        print(tables(sections=tuple(TITLES)))
+    differing = 0
+    for page in options.check:
+        old = page.read_text(encoding="utf-8")
+        same = old == renewed(old)
+        differing += not same
+        print(f"{page}: {'up to date' if same else 'differs; run scripts/benchmark_tables.py --update'}")
+    for page in options.update:
+        unfinished = page.with_name(f".{page.name}.new")
+        unfinished.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        os.replace(unfinished, page)
+    return int(differing > 0)
 
 
 if __name__ == "__main__":

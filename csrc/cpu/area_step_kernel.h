@@ -111,7 +111,8 @@ struct ForwardRows {
     row_sum_terms(out, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
     if (p.num_modulator > 0) {
       Real* m = p.modulator_sum != nullptr ? p.modulator_sum + offset : scratch;
-      row_sum_terms(m, p.modulator, p.num_modulator, p.modulator_bias, Real(p.modulator_complete ? 0 : 1), offset, p.width, p.channels);
+      row_sum_terms(m, p.modulator, p.num_modulator, p.modulator_bias, Real(p.modulator_complete ? 0 : 1), offset,
+                    p.width, p.channels);
 #pragma omp simd
       for (int64_t i = 0; i < row_size; ++i) out[i] *= m[i];
     }

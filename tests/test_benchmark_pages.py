@@ -1,0 +1,93 @@
+"""Pages with benchmark results say what the results say, and results name no machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/kernels.md", "docs/benchmarks.md")
+
+
+@pytest.fixture
+def benchmark_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_tables
+
+    return benchmark_tables
+
+
+def _results(folder: Path) -> None:
+    """A file of convolutions and one of a network."""
+    machine = {"processor": "A processor", "threads": 2, "python": "3.11", "torch": "2.13", "commit": "abc", "command": "pytest b.py"}
+    times = {"median_s": 0.002, "min_s": 0.001, "max_s": 0.003, "rounds": 15, "relative_error": 1e-6}
+    ratios = {"rnndyn": 1.0, "contiguous": 4.0, "channels_last": 3.0, "bf16": 1.5}
+    one = {"name": "v2 lateral", "map": 32, "source": 128, "target": 128, "engine": "winograd F(4x4,3x3)", "direct_gflop": 4.8}
+    one |= {"done_gflop": 1.2, "packing_s": {"forward": 1e-4, "backward": 2e-4}}
+    one |= {"passes": {"forward": {name: {**times, "ours_is_faster_by": ratio} for name, ratio in ratios.items()}}}
+    convolutions = {"machine": machine, "what": "blt_net_64", "kernel": 3, "batch": 16, "convolutions": [one]}
+    (folder / "convolutions.json").write_text(json.dumps(convolutions), encoding="utf-8")
+    contenders = {name: {**times, "ours_is_faster_by": ratio} for name, ratio in (("rnndyn", 1.0), ("eager", 5.0))}
+    rollout = {"machine": machine, "what": "forward", "contenders": contenders}
+    (folder / "rollout.json").write_text(json.dumps(rollout), encoding="utf-8")
+
+
+def test_convolutions_and_networks_stand_in_their_sections(benchmark_tables: Any, tmp_path: Path) -> None:
+    _results(tmp_path)
+    row = "| blt_net_64 v2 lateral | 32 x 32 | 128 to 128 | winograd F(4x4,3x3) | 2 ms, 2400, done 600, x 3, bf16 x 1.5 | 100 us + 200 us |"
+    page = benchmark_tables.renewed(f"before\n{benchmark_tables.KERNELS[0]}\nold\n{benchmark_tables.KERNELS[1]}\nafter", tmp_path)
+    assert row in page.splitlines()
+    assert "kernel 3, batch 16, A processor" in page
+    assert "old" not in page
+    assert "eager" not in page
+    whole = benchmark_tables.renewed(f"{benchmark_tables.GENERATED}\nold", tmp_path)
+    assert row in whole.splitlines()
+    assert "| forward | 2 ms (1 ms - 3 ms) | 2 ms (1 ms - 3 ms), x 5 |" in whole.splitlines()
+    assert "commit abc: `pytest b.py`." in whole
+    assert whole.count(benchmark_tables.NOT_YET) == 2  # memory and analysis
+    assert "v2 lateral" not in benchmark_tables.tables(tmp_path)
+
+
+def test_pages_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_tables.py"), "--check", *PAGES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("up to date") == len(PAGES)
+
+
+def test_a_page_that_differs_is_reported(benchmark_tables: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(benchmark_tables.GENERATED + "\nsomething else\n", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_tables.py")]
+    done = subprocess.run([*command, "--check", str(page)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "differs" in done.stdout
+    subprocess.run([*command, "--update", str(page)], check=True, timeout=60)
+    assert page.read_text(encoding="utf-8") == benchmark_tables.whole_page()
+
+
+def _nodes(value: Any) -> list[str]:
+    """Every non-empty host name in a result."""
+    if isinstance(value, dict):
+        return [v for k, v in value.items() if k in ("node", "hostname") and v] + [n for v in value.values() for n in _nodes(v)]
+    return [n for v in value for n in _nodes(v)] if isinstance(value, list) else []
+
+
+def test_results_name_no_machine(tmp_path: Path) -> None:
+    """Those that are committed, and those that pytest-benchmark writes with benchmarks/conftest.py."""
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert _nodes(json.loads(path.read_text(encoding="utf-8"))) == [], path.name
+    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "measure.py").write_text((ROOT / "benchmarks" / "measure.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "bench_one.py").write_text("def test_one(benchmark):\n    benchmark.pedantic(int)\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "bench_one.py", "-q", "-p", "no:cacheprovider", "--benchmark-json=one.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
+    assert _nodes(result) == []
+    assert "processor" in result["machine_info"]["rnndyn"]

@@ -1,0 +1,85 @@
+"""The op tests again, on a native core built with AddressSanitizer and UBSan; and that those find what they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Kept, so that only what has changed is built again.
+BUILD = ROOT / "build" / f"sanitized-{sys.implementation.cache_tag}"
+OP_TESTS = ("tests/test_area_step.py", "tests/test_readout_zones.py", "tests/test_winograd_conv.py")
+
+
+def sanitize(*arguments: str, core: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Build, and run tests where there are arguments."""
+    environment = {k: v for k, v in os.environ.items() if k != "RNNDYN_ISA"}
+    # Two at least: with one, nothing runs beside anything. Not more: the shapes are small.
+    environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"} | ({"RNNDYN_SANITIZED_CORE": str(core)} if core else {})
+    command = ["sh", str(ROOT / "scripts" / "sanitize.sh"), sys.executable, str(BUILD), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """The folder of a finished build."""
+    BUILD.parent.mkdir(exist_ok=True)
+    done = sanitize()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return BUILD
+
+
+def test_op_tests_pass_on_the_sanitised_core(build: Path) -> None:
+    done = sanitize("-x", *OP_TESTS)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
+    assert "Sanitizer" not in done.stderr
+    assert " passed" in done.stdout
+
+
+FAULTS = {
+    "a write past the end": (
+        "for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];",
+        "for (int64_t i = 0; i <= count; ++i) p[i] = lanes[i];",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a misaligned read": (
+        "reinterpret_cast<const vec_unaligned*>(p)",
+        "reinterpret_cast<const vec*>(p)",
+        "runtime error: load of misaligned address",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(build: Path, tmp_path: Path, fault: str) -> None:
+    """In a copy of the portable kernels, linked with the rest of the sanitised build."""
+    right, wrong, report = FAULTS[fault]
+    sources = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    header = sources / "cpu" / "winograd_transform_kernel.h"
+    text = header.read_text(encoding="utf-8")
+    assert text.count(right) == 1, "the kernels have changed: plant the fault elsewhere"
+    header.write_text(text.replace(right, wrong), encoding="utf-8")
+
+    commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
+    words = next(words for words in (shlex.split(c["command"]) for c in commands) if "-DRNNDYN_ISA=portable" in words)
+    compiler, flags = words[0], [str(sources) if str(ROOT / "csrc") in w else w for w in words[1 : words.index("-o")]]
+    flags = [f"-I{word}" if word == str(sources) else word for word in flags]
+    planted, core = tmp_path / "planted.o", tmp_path / "_core.so"
+    subprocess.run([compiler, *flags, "-O0", "-c", sources / "cpu" / "kernels.cpp", "-o", planted], check=True, timeout=300)
+    others = [path for path in build.rglob("*.o") if "portable" not in str(path)]
+    sanitizers = ["-fsanitize=address,undefined", "-fopenmp"]
+    subprocess.run([compiler, "-shared", *sanitizers, *others, planted, "-o", core], check=True, timeout=300)
+
+    tests = ("tests/test_winograd_conv.py", "-x", "-s", "-k", "test_forward_and_gradients and portable and not avx")
+    done = sanitize(*tests, core=core)
+    assert done.returncode != 0
+    assert report in done.stderr, (done.stdout + done.stderr)[-20000:]
+    assert "winograd_transform_kernel.h" in done.stderr
