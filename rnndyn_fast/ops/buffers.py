@@ -75,7 +75,7 @@ def _take(nbytes: int) -> torch.UntypedStorage:
     global _clock
     with _lock:
         _clock += 1
-        fitting = [k for k in _kept if nbytes <= k.storage.nbytes() <= nbytes + nbytes // 8 and k.free]
+        fitting = [k for k in _kept if nbytes <= k.storage.nbytes() <= 2 * nbytes and k.free]
         if fitting:
             best = min(fitting, key=lambda k: (k.storage.nbytes(), -k.last_use))
             best.last_use = _clock
