@@ -46,10 +46,13 @@ def test_release_gives_all_free_ones_back() -> None:
 
 def test_buffers_unused_for_long_are_given_back() -> None:
     release_buffers()
-    empty(LARGE, torch.float32)
-    buffers._kept[0].last_use -= buffers._PATIENCE
-    empty((3 << 20,), torch.float32)
-    assert all(k.storage.nbytes() != 4 << 20 for k in buffers._kept)
+    tensor = empty(LARGE, torch.float32)
+    entry = next(k for k in buffers._kept if k.storage.data_ptr() == tensor.data_ptr())
+    del tensor
+    entry.last_use -= buffers._PATIENCE
+    empty((64 << 20,), torch.float32)  # larger than anything kept: nothing fits
+    assert all(k is not entry for k in buffers._kept)
+    release_buffers()
 
 
 def test_results_of_two_rollouts_stay_apart() -> None:

@@ -303,7 +303,8 @@ def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) ->
     if not names:
         raise ValueError("record: expected at least one area")
     for name in names:
-        network.area(name)
+        if name not in [area.name for area in network.areas]:
+            raise ValueError(f"record: unknown area {name!r}; areas are {[area.name for area in network.areas]}")
         if names.count(name) > 1:
             raise ValueError(f"record: expected every area once, got {list(names)}")
     return _compiled(network, timesteps, names)
