@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from rnndyn_fast import release_memory
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import buffers
+from rnndyn_fast.ops import buffers, convolution
 from rnndyn_fast.ops.buffers import empty, release_buffers
 
 LARGE = (1 << 20,)  # 4 MiB of float32
@@ -42,6 +43,18 @@ def test_release_gives_all_free_ones_back() -> None:
     assert kept.fill_(1).sum() == LARGE[0]
     assert kept.untyped_storage().data_ptr() in [k.storage.data_ptr() for k in buffers._kept]
     assert not any(k.free for k in buffers._kept)
+
+
+def test_memory_of_rollouts_can_be_released() -> None:
+    net = blt_net_64(timesteps=2, widths=(16, 32, 64, 128, 256))
+    x = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        before = net(x)
+        assert convolution._kept
+        assert release_memory() > 1 << 20
+        assert not convolution._kept
+        assert not any(k.free for k in buffers._kept)
+        torch.testing.assert_close(net(x), before, rtol=0, atol=0)
 
 
 def test_buffers_unused_for_long_are_given_back() -> None:

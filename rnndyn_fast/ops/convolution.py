@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import release_buffers
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
 ENGINES = ("auto", "direct", "winograd")
@@ -180,6 +181,17 @@ def _kept_pack(m: WinogradMap, weight: Tensor) -> PackedWeight:
         while len(_kept) > 1 and sum(w.nbytes + p.nbytes for w, p in _kept.values()) > _KEPT_BYTES:
             _kept.popitem(last=False)
         return packed
+
+
+def release_memory() -> int:
+    """Give back to the system what rollouts keep for the next one: packed weights, and buffers that no tensor uses.
+
+    Returns: the bytes given back. The next rollout takes and makes them anew.
+    """
+    with _kept_lock:
+        packed = sum(w.nbytes for w, _ in _kept.values())  # (the packed forms lie in the buffers)
+        _kept.clear()
+    return packed + release_buffers()
 
 
 def convolve(
