@@ -258,12 +258,87 @@ void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& t
   kernels().winograd_weight_grad(p);
 }
 
+// ---------------------------------------------------------------- amx_conv
+
+using AmxTaps = std::vector<std::array<int, 3>>;  // row, column, index
+
+int fill_amx_taps(AmxTap* tap, const AmxTaps& taps) {
+  if (taps.empty() || taps.size() > kAmxMaxTaps)
+    throw std::invalid_argument("taps: expected 1 to 128 of them, got " + std::to_string(taps.size()));
+  for (size_t t = 0; t < taps.size(); ++t) tap[t] = {taps[t][0], taps[t][1], taps[t][2]};
+  return static_cast<int>(taps.size());
+}
+
+// input: samples, height, width, channels. phases: taps, height and width of the grid, addresses of packed weights and of y each.
+using AmxPhaseTuple = std::tuple<AmxTaps, int64_t, int64_t, Address, Address>;
+
+void amx_conv(const Shape& input, int64_t out_channels, int in_step, int parts, bool accumulate, int num_threads,
+              Address x, const std::vector<AmxPhaseTuple>& phases, const std::array<int64_t, 3>& y_strides,
+              const py::function& workspace) {
+  if (phases.empty() || phases.size() > kAmxMaxPhases)
+    throw std::invalid_argument("phases: expected 1 to 16 of them, got " + std::to_string(phases.size()));
+  std::vector<AmxPhase> grids(phases.size());
+  for (size_t k = 0; k < phases.size(); ++k) {
+    const auto& [taps, height, width, packed, y] = phases[k];
+    grids[k].num_taps = fill_amx_taps(grids[k].tap, taps);
+    grids[k].height = height, grids[k].width = width;
+    grids[k].packed = pointer<const uint16_t>(packed), grids[k].y = pointer<float>(y);
+  }
+  AmxConvParams p{};
+  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3],
+  p.out_channels = out_channels;
+  p.in_step = in_step, p.parts = parts, p.accumulate = accumulate, p.num_threads = num_threads;
+  p.x = pointer<const float>(x), p.y_strides = grid_strides(y_strides);
+  p.phase = grids.data(), p.num_phases = static_cast<int>(grids.size());
+  p.workspace = pointer<void>(workspace(kernels().amx_conv_workspace(p)).cast<Address>());
+  py::gil_scoped_release release;
+  kernels().amx_conv(p);
+}
+
+// sizes: output and input channels, and the strides of both in the parameter.
+AmxPackParams amx_pack_params(const AmxTap* tap, int num_taps, const std::array<int64_t, 4>& sizes, int parts) {
+  AmxPackParams p{};
+  p.tap = tap, p.num_taps = num_taps, p.parts = parts;
+  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  return p;
+}
+
+int64_t amx_packed_size(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts) {
+  return kernels().amx_packed_size(amx_pack_params(nullptr, static_cast<int>(taps.size()), sizes, parts));
+}
+
+void amx_pack_weight(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts, int num_threads,
+                     Address weight, Address packed) {
+  AmxTap tap[kAmxMaxTaps];
+  AmxPackParams p = amx_pack_params(tap, fill_amx_taps(tap, taps), sizes, parts);
+  p.num_threads = num_threads, p.weight = pointer<const float>(weight), p.packed = pointer<uint16_t>(packed);
+  py::gil_scoped_release release;
+  kernels().amx_pack_weight(p);
+}
+
+// input: of x, as above. grid: height and width of grad. sizes: as above.
+void amx_weight_grad(const Shape& input, const std::array<int64_t, 2>& grid, const AmxTaps& taps,
+                     const std::array<int64_t, 4>& sizes, int in_step, int parts, int num_threads, Address x,
+                     Address grad, Address grad_weight, const py::function& workspace) {
+  AmxTap tap[kAmxMaxTaps];
+  AmxWeightGradParams p{};
+  p.tap = tap, p.num_taps = fill_amx_taps(tap, taps);
+  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3];
+  p.height = grid[0], p.width = grid[1];
+  p.out_channels = sizes[0], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  p.in_step = in_step, p.parts = parts, p.num_threads = num_threads;
+  p.x = pointer<const float>(x), p.grad = pointer<const float>(grad), p.grad_weight = pointer<float>(grad_weight);
+  p.workspace = pointer<void>(workspace(kernels().amx_weight_grad_workspace(p)).cast<Address>());
+  py::gil_scoped_release release;
+  kernels().amx_weight_grad(p);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = RNNDYN_VERSION;
   info["isa"] = kernels().isa;
   py::list supported;
-  for (const char* isa : {"portable", "avx2", "avx512"})
+  for (const char* isa : {"portable", "avx2", "avx512", "amx"})
     if (isa_supported(isa)) supported.append(isa);
   info["isa_supported"] = supported;
   info["compiler"] = __VERSION__;
@@ -292,6 +367,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("winograd_packed_size", &winograd_packed_size);
   m.def("winograd_weight_grad", &winograd_weight_grad);
   m.def("winograd_weight_grad_workspace", &winograd_weight_grad_workspace);
+  m.def("amx_conv", &amx_conv);
+  m.def("amx_packed_size", &amx_packed_size);
+  m.def("amx_pack_weight", &amx_pack_weight);
+  m.def("amx_weight_grad", &amx_weight_grad);
   m.def("area_step_forward_float32", &area_step_forward<float>);
   m.def("area_step_forward_float64", &area_step_forward<double>);
   m.def("area_step_backward_float32", &area_step_backward<float>);

@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set, as plain function pointers. kernels.cpp is compiled once per instruction set and
 // each build exports one table; dispatch.cpp chooses among them at run time.
 #pragma once
+#include "amx_conv.h"
 #include "area_step.h"
 #include "readout_zones.h"
 #include "winograd_conv.h"
@@ -21,13 +22,20 @@ struct KernelTable {
   int64_t (*winograd_packed_size)(const WinogradPackParams&);  // floats
   void (*winograd_weight_grad)(const WinogradWeightGradParams&);
   int64_t (*winograd_weight_grad_workspace)(const WinogradWeightGradParams&);  // floats
+  void (*amx_conv)(const AmxConvParams&);
+  int64_t (*amx_conv_workspace)(const AmxConvParams&);  // bytes
+  void (*amx_pack_weight)(const AmxPackParams&);
+  int64_t (*amx_packed_size)(const AmxPackParams&);  // elements of two bytes
+  void (*amx_weight_grad)(const AmxWeightGradParams&);
+  int64_t (*amx_weight_grad_workspace)(const AmxWeightGradParams&);  // bytes
 };
 
 const KernelTable& kernel_table_portable();
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
+const KernelTable& kernel_table_amx();
 
-// The table in use: the best one this processor can run, unless the environment variable RNNDYN_ISA (portable, avx2, avx512)
+// The table in use: the best one this processor can run, unless the environment variable RNNDYN_ISA (portable, avx2, avx512, amx)
 // or select_isa() says otherwise. Throws std::invalid_argument for a name that is unknown or cannot run here.
 const KernelTable& kernels();
 void select_isa(const char* name);

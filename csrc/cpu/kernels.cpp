@@ -2,6 +2,9 @@
 // lives in rnndyn::<isa>, and they use no inline function of the standard library: the linker keeps one copy of those, which might
 // then hold instructions that the processor at hand does not have.
 #include <omp.h>
+#ifdef RNNDYN_AMX
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <stdlib.h>
@@ -20,6 +23,9 @@ namespace RNNDYN_ISA {
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
+#include "cpu/amx_tile_kernel.h"
+#include "cpu/amx_conv_kernel.h"
+#include "cpu/amx_weight_grad_kernel.h"
 }  // namespace RNNDYN_ISA
 
 const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
@@ -37,6 +43,12 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::winograd_packed_size,
       RNNDYN_ISA::winograd_weight_grad,
       RNNDYN_ISA::winograd_weight_grad_workspace,
+      RNNDYN_ISA::amx_conv,
+      RNNDYN_ISA::amx_conv_workspace,
+      RNNDYN_ISA::amx_pack_weight,
+      RNNDYN_ISA::amx_packed_size,
+      RNNDYN_ISA::amx_weight_grad,
+      RNNDYN_ISA::amx_weight_grad_workspace,
   };
   return table;
 }

@@ -25,9 +25,10 @@ _OPTIONAL = {
 
 # What each engine of the native backend computes.
 _CONVOLUTIONS = {
-    "auto": "winograd where it can run and saves work, direct elsewhere",
+    "auto": "the fastest of the others by a rule for each map (rnndyn plan prints it)",
     "direct": "every linear map, by PyTorch",
     "winograd": "float32: 3 x 3 and 5 x 5 of stride 1, transposed of stride 2; other maps run direct",
+    "amx": "float32, any map, in bfloat16 parts on matrix units (emulated, and slow, where the processor has none)",
 }
 
 

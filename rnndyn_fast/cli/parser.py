@@ -176,8 +176,8 @@ def _extract(parser: ArgumentParser) -> None:
     _add(
         parser,
         "engine",
-        Literal["auto", "direct", "winograd"],
-        "convolutions: ours where they save work, PyTorch's, or ours wherever they can run",
+        Literal["auto", "direct", "winograd", "amx"],
+        "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )
     _add(parser, "overwrite", bool, "replace files that exist", False)

@@ -24,7 +24,7 @@ from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.convolution import ENGINES
+from rnndyn_fast.ops.convolution import ENGINES, with_precision
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -374,8 +374,9 @@ def rollout(
         record: areas to return; the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
             reference with a warning that gives the reason.
-        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
-            (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
+        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
+            (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
+            ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
 
     Returns: per recorded area its states [T', N, C, H, W] (any strides), T' counted from the first step at which it has a state.
 
@@ -422,9 +423,10 @@ def rollout(
     if backend == "reference" or _forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    precise = with_precision(engine)
     if torch.compiler.is_compiling():
         run: Callable[..., Any] = torch.ops.rnndyn.rollout
-        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, engine)
+        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, precise)
     else:
-        result = _Rollout.apply(network.to_json(), timesteps, names, training, engine, *tensors)
+        result = _Rollout.apply(network.to_json(), timesteps, names, training, precise, *tensors)
     return list(result[: len(names)])

@@ -6,7 +6,7 @@ Callers hold every tensor in their own frame for the length of the call, so that
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,6 +234,93 @@ class Grid:
         _, _, w, c = self.tensor.shape
         start = _address(self.tensor, name, tuple(self.tensor.shape), torch.float32)
         return start + 4 * (self.first[0] * w + self.first[1]) * c
+
+
+def _scratch() -> tuple[list[Tensor], Callable[[int], int]]:
+    """Gives the core scratch of as many bytes as it asks for; the tensor is held by the list."""
+    held: list[Tensor] = []
+
+    def take(nbytes: int) -> int:
+        kept, address = _workspace(-(-nbytes // 4))
+        held.append(kept)
+        return address
+
+    return held, take
+
+
+def amx_pack_weight(
+    taps: Sequence[tuple[int, int, int]],
+    sizes: Sequence[int],
+    parts: int,
+    weight: Tensor,  # contiguous
+) -> Tensor:
+    """Split and pack a weight; the result starts at a multiple of 64."""
+    size = _core.amx_packed_size(taps, sizes, parts)
+    room = empty((size + 32,), torch.int16)
+    packed = room[(-room.data_ptr() % 64) // 2 :][:size]
+    address = _address(weight, "weight", tuple(weight.shape), torch.float32)
+    _core.amx_pack_weight(taps, sizes, parts, torch.get_num_threads(), address, packed.data_ptr())
+    return packed
+
+
+def amx_conv(
+    x: Tensor,  # [M, H, W, C_in]
+    phases: Sequence[tuple[Sequence[tuple[int, int, int]], Tensor, tuple[int, int]]],  # taps, packed weight, first pixel
+    out: Tensor,  # [M, H', W', C_out]
+    in_step: int,
+    out_step: int,
+    parts: int,
+    accumulate: bool,
+) -> None:
+    """Launch ``amx_conv``: the phases' pixels of ``out`` are written, or added to."""
+    h, w, c = out.shape[1:]
+    address = _address(out, "out", (x.shape[0], h, w, c), torch.float32)
+    grids = [
+        (taps, -(-(h - a) // out_step), -(-(w - b) // out_step), packed.data_ptr(), address + 4 * (a * w + b) * c)
+        for taps, packed, (a, b) in phases
+    ]
+    strides = [h * w * c, out_step * w * c, out_step * c]
+    held, take = _scratch()
+    _core.amx_conv(
+        list(x.shape),
+        c,
+        in_step,
+        parts,
+        accumulate,
+        torch.get_num_threads(),
+        _address(x, "x", tuple(x.shape), torch.float32),
+        grids,
+        strides,
+        take,
+    )
+    del held
+
+
+def amx_weight_grad(
+    x: Tensor,  # [M, H, W, C_in], shifted by the taps
+    grad: Tensor,  # [M, H', W', C_out]
+    taps: Sequence[tuple[int, int, int]],
+    sizes: Sequence[int],
+    in_step: int,
+    parts: int,
+    grad_weight: Tensor,  # as the parameter, contiguous
+) -> None:
+    """Launch ``amx_weight_grad``: grad_weight is written."""
+    held, take = _scratch()
+    _core.amx_weight_grad(
+        list(x.shape),
+        list(grad.shape[1:3]),
+        taps,
+        sizes,
+        in_step,
+        parts,
+        torch.get_num_threads(),
+        _address(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
+        _address(grad, "grad", tuple(grad.shape), torch.float32),
+        _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
+        take,
+    )
+    del held
 
 
 def winograd_pack_weight(

@@ -66,7 +66,7 @@ class TrainConfig:
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
     backend: Literal["native", "reference"] | None = _option(None, "native kernels, plain PyTorch, or whichever can run")
-    engine: Literal["auto", "direct", "winograd"] = _option(
+    engine: Literal["auto", "direct", "winograd", "amx"] = _option(
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
     epochs: int = _option(60, "epochs in all, those before a resume included")
