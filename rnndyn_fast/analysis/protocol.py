@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnndyn_fast.analysis.accumulators import divide
 from rnndyn_fast.analysis.inputs import as_floats, as_labels
 
 
@@ -42,6 +43,7 @@ class Batch:
         self.log_probs = None if log_probs is None else as_floats("log_probs", log_probs, "[T, N, C]", (None, len(self.index), None))
         self._pooled: dict[str, Tensor] = {}
         self._norms: dict[str, tuple[Tensor, Tensor]] = {}
+        self._products: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,6 +60,13 @@ class Batch:
             values = self.area(name)
             self._pooled[name] = values.mean((3, 4)) if values.dim() == 5 else values.flatten(2)
         return self._pooled[name]
+
+    def products(self, name: str) -> Tensor:
+        """Sums over samples of the outer products of pooled representations, float64 [T, D, D]."""
+        if name not in self._products:
+            values = self.pooled(name).double()
+            self._products[name] = values.mT @ values
+        return self._products[name]
 
     def norms(self, name: str) -> tuple[Tensor, Tensor]:
         """L2 norm [T, N] and L2 change between successive steps [T - 1, N] over all units of an area, float64."""
@@ -187,7 +196,7 @@ class SumReducer(Reducer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sums."""
-        sums = {name: np.array(value) for name, value in state.items()}
+        sums = {name: np.asarray(value).copy() for name, value in state.items()}
         for name, value in sums.items():
             if value.dtype not in (np.int64, np.float64):
                 raise ValueError(f"state: expected {name!r} of dtype int64 or float64, got {value.dtype}")
@@ -216,6 +225,18 @@ def by_area(areas: tuple[str, ...], rows: Mapping[str, np.ndarray]) -> np.ndarra
     for row, name in zip(table, areas, strict=True):
         row[steps - len(rows[name]) :] = rows[name]
     return table
+
+
+def mean_of(total: np.ndarray, count: Any) -> np.ndarray:
+    """Means of float64 sums, NaN where there is nothing to average."""
+    return divide(total, np.asarray(count, np.float64))
+
+
+def spread_of(total: np.ndarray, squares: np.ndarray, count: Any) -> np.ndarray:
+    """Standard deviations (n - 1 below the fraction) from sums and sums of squares, NaN where n < 2."""
+    count = np.asarray(count, np.float64)
+    deviations = np.maximum(squares - total * np.nan_to_num(divide(total, count)), 0.0)
+    return np.sqrt(divide(deviations, np.maximum(count - 1, 0)))
 
 
 def check_areas(areas: Any) -> tuple[str, ...]:
