@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,54 +181,66 @@ def start(out: Path, slow: float = 0.0, more: str = "", launcher: tuple[str, ...
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def deadly(moment: int) -> None:
-    """Kill this process before or after the moment-th thing that it does to the disk."""
-    left = moment
+def mortal(moment: int) -> Callable[[], int]:
+    """Kill this process before or after the moment-th thing that it does to the disk; returns how many it has done."""
+    count = 0
 
-    def mortal(function: Any) -> Any:
+    def pulse() -> None:
+        nonlocal count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            pulse()
             result = function(*args, **kwargs)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            pulse()
             return result
 
         return called
 
-    os.replace, os.fsync, shutil.rmtree = mortal(os.replace), mortal(os.fsync), mortal(shutil.rmtree)  # type: ignore[assignment]
-    Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
-    torch.save, h5py.File = mortal(torch.save), mortal(h5py.File)
+    os.replace, os.fsync, shutil.rmtree = around(os.replace), around(os.fsync), around(shutil.rmtree)  # type: ignore[assignment]
+    Path.rename = around(Path.rename)  # type: ignore[method-assign]
+    torch.save, h5py.File = around(torch.save), around(h5py.File)
+    return lambda: count
 
 
-def run_dying(out: Path, moments: Sequence[int]) -> None:
-    """Run in one forked process after the other, each killed at its moment; prints how each ended."""
-    for moment in moments:
-        child = os.fork()
-        if not child:
-            deadly(moment)
-            run(out)
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def run_forked(out: Path, moment: int) -> int:
+    """Run in a forked process that is killed at its moment (0: never); its exit code."""
+    child = os.fork()
+    if not child:
+        count = mortal(moment)
+        run(out)
+        out.with_suffix(".count").write_text(str(count()))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_everywhere(folder: Path) -> None:
+    """One extraction killed again and again, each time a little later; and several killed once, at one of the last moments."""
+    assert run_forked(folder / "count.h5", 0) == 0
+    last = int((folder / "count.count").read_text())
+    assert last > 60
+    moment = 1
+    while run_forked(folder / "again.h5", moment) == -signal.SIGKILL:
+        moment += 1 + moment // 2
+    assert moment > 10
+    for before_last in (0, 1, 2, 3, 5, 8, 11):
+        out = folder / f"late{before_last}.h5"
+        assert run_forked(out, last - before_last) == -signal.SIGKILL
+        if not out.exists() or out.with_name(out.name + ".partial").exists():
+            assert run_forked(out, 0) == 0
 
 
 def test_killed_at_any_moment(whole: dict[str, bytes], tmp_path: Path) -> None:
-    """kill -9 before and after renames, in a part, in a commit, in the assembly, while tidying up; each goes on from the one before."""
-    for name, moments in (("one", [1, 2, 3, 6, 9, 12, 17, 28, 41]), ("last", [*range(120, 100, -3), *range(1, 24, 2)])):
-        out = tmp_path / f"{name}.h5"
-        process = start(out, end=f"t.run_dying(Path({str(out)!r}), {moments})")
-        printed, errors = process.communicate(timeout=200)
-        codes = [int(line) for line in printed.split()]
-        assert process.returncode == 0, errors
-        assert codes.count(-signal.SIGKILL) >= 7, (codes, errors)
-        done = codes.index(0) if 0 in codes else len(codes)
-        assert set(codes[:done]) == {-signal.SIGKILL}, errors  # what comes after the end says only that the file is there
-        if done == len(codes) and not (out.exists() and not out.with_name(f"{name}.h5.partial").exists()):
-            run(out)
-        assert contents(out) == whole, codes
+    """kill -9 before and after renames, in a part, in a commit, in the assembly, while tidying up."""
+    process = start(tmp_path / "script.h5", end=f"t.die_everywhere(Path({str(tmp_path)!r}))")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for out in (tmp_path / "again.h5", *tmp_path.glob("late?.h5"), *tmp_path.glob("late??.h5")):
+        assert contents(out) == whole, out
+    assert len(list(tmp_path.glob("late*_trajectories.h5"))) == 7
 
 
 def test_killed_from_outside(whole: dict[str, bytes], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rnndyn_fast.analysis.accumulators import divide
 from rnndyn_fast.analysis.inputs import as_floats, as_labels
+from rnndyn_fast.ops.trajectory_norms import trajectory_norms
 
 
 class Batch:
@@ -71,8 +72,7 @@ class Batch:
     def norms(self, name: str) -> tuple[Tensor, Tensor]:
         """L2 norm [T, N] and L2 change between successive steps [T - 1, N] over all units of an area, float64."""
         if name not in self._norms:
-            values = self.area(name).flatten(2).double()
-            self._norms[name] = torch.linalg.vector_norm(values, dim=2), torch.linalg.vector_norm(values.diff(dim=0), dim=2)
+            self._norms[name] = trajectory_norms(self.area(name))
         return self._norms[name]
 
 
