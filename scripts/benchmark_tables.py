@@ -119,7 +119,10 @@ def convolutions(results: Json) -> list[tuple[str, dict[str, str]]]:
 NOTES = {
     "time": "Median (least - most) of the rounds; x: how many times the time of the first column.",
     "memory": "Peak resident size above that of the imports; %: the first column as a share of it.",
-    "extraction": "Median (least - most) of the rounds; %: median of what each round took over the bare forward of the same round.",
+    "extraction": (
+        "Median (least - most) of the rounds; %: median of what each round took over the bare forward of the same round. Once: what an "
+        "extraction takes beside, in seconds, whatever the number of images."
+    ),
     "extraction memory": "Peak resident size above that of the imports, in a fresh process each.",
     "convolutions": (
         "Median time; GFLOP/s of the direct convolution that it stands for, and of the products that it does; x: how many times faster "

@@ -144,23 +144,25 @@ class DecodabilityReducer(SumReducer):
 
     def _correct(self, area: str, members: np.ndarray, label: np.ndarray) -> np.ndarray:  # [M], [M] -> [T]
         """Held-out samples that the classifier made without them gets right, per time step."""
-        count = (self.sums["count"] - np.bincount(label, minlength=self.num_classes)).astype(np.float64)
-        samples, known = count.sum(), count > 0
+        y = torch.from_numpy(label)
+        count = torch.from_numpy(self.sums["count"] - np.bincount(label, minlength=self.num_classes)).double()
+        samples, known = float(count.sum()), count > 0
+        divisor, log_share = count.clamp(min=1.0)[:, None], torch.log(count / samples)  # -inf: a class that was not seen
         right = []
         for t in range(self.sums[f"{area}.total"].shape[0]):
-            x = self.sums[f"held.{area}"][members, t].astype(np.float64)  # [M, D]
-            total = self.sums[f"{area}.total"][t].copy()
-            np.subtract.at(total, label, x)
-            outer = self.sums[f"{area}.outer"][t] - x.T @ x
-            mean = np.where(known[:, None], total, 0.0) / np.where(known, count, 1.0)[:, None]
-            within = (outer - (mean * count[:, None]).T @ mean) / samples
-            size = max(float(np.trace(within)), 0.0) / len(within)
-            if size <= _CONSTANT * float(np.trace(outer)) / samples / len(within):
-                within, size = np.zeros_like(within), 1.0  # no spread within classes: the nearest mean
-            shrunk = torch.from_numpy((1 - self.shrinkage) * within + self.shrinkage * size * np.eye(len(within)))
-            weight = torch.linalg.solve(shrunk, torch.from_numpy(mean.T.copy())).numpy()  # [D, C]
-            score = x @ weight - 0.5 * (mean.T * weight).sum(0) + np.log(np.where(known, count, 1.0) / samples)
-            right.append((np.where(known, score, -np.inf).argmax(1) == label).sum())
+            x = torch.from_numpy(self.sums[f"held.{area}"][members, t]).double()  # [M, D]
+            total = torch.from_numpy(self.sums[f"{area}.total"][t]).index_add(0, y, x, alpha=-1.0)
+            outer = torch.addmm(torch.from_numpy(self.sums[f"{area}.outer"][t]), x.T, x, alpha=-1.0)
+            mean = torch.where(known[:, None], total / divisor, 0.0)
+            within = torch.addmm(outer, (mean * divisor).T, mean, alpha=-1.0).div_(samples)
+            size, square = (max(float(m.trace()), 0.0) / len(m) for m in (within, outer))
+            if size <= _CONSTANT * square / samples:
+                within.zero_()  # no spread within classes: the nearest mean
+                size = 1.0
+            within.mul_(1 - self.shrinkage).diagonal().add_(self.shrinkage * size)
+            weight = torch.linalg.solve(within, mean.T)  # [D, C]
+            score = x @ weight - 0.5 * (mean.T * weight).sum(0) + log_share
+            right.append(int((score.argmax(1) == y).sum()))
         return np.array(right, np.float64)
 
 

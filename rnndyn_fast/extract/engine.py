@@ -29,7 +29,7 @@ from rnndyn_fast.train.progress import QuietReporter, Reporter, choose_reporter
 
 READ_AHEAD, WRITE_BEHIND = 2, 2  # batches
 _DIGESTS = 2**256
-COMMIT_SECONDS = 2.0  # at most so much work is done again after a kill, beside an unfinished block
+COMMIT_SECONDS, COMMIT_SHARE = 2.0, 0.01  # commits are so far apart at least, and take at most about that share of the time
 
 
 class Activations(NamedTuple):
@@ -230,8 +230,8 @@ class _Job:
             writer.part(piece, {name: batch.area(name) for name in self.save}, batch.labels, batch.log_probs, self.layout(shard))
         if piece.ends_block:
             shard.done += 1
-            if piece.ends_shard or time.monotonic() - writer.committed >= COMMIT_SECONDS:
-                writer.commit(piece.shard, shard.state())
+            if piece.ends_shard or writer.commit_is_due:
+                writer.commit(piece.shard, shard)
 
     def layout(self, shard: _Shard) -> Layout:
         """How trajectories of what a shard has seen are stored."""
@@ -297,7 +297,7 @@ class _Writer:
     """Writes parts and states behind the computation, in order, in a thread of its own; what it raises is raised here."""
 
     def __init__(self, journal: Journal) -> None:
-        self.committed = time.monotonic()
+        self._committed, self._cost = time.monotonic(), 0.0
         self._journal = journal
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=WRITE_BEHIND)
         self._error: BaseException | None = None
@@ -332,10 +332,23 @@ class _Writer:
 
         self._put(work)
 
-    def commit(self, shard: int, state: dict[str, Any]) -> None:
-        """From here on the blocks in `state` count."""
-        self.committed = time.monotonic()
-        self._put(lambda: self._journal.save_shard(shard, state))
+    @property
+    def commit_is_due(self) -> bool:
+        """Whether the last commit is long enough ago, measured by what it took."""
+        return time.monotonic() - self._committed >= max(COMMIT_SECONDS, self._cost / COMMIT_SHARE)
+
+    def commit(self, number: int, shard: _Shard) -> None:
+        """From here on the blocks in a shard's state count."""
+        start = self._committed = time.monotonic()
+        state = shard.state()
+        copied = time.monotonic() - start
+
+        def work() -> None:
+            begun = time.monotonic()
+            self._journal.save_shard(number, state)
+            self._cost = copied + time.monotonic() - begun
+
+        self._put(work)
 
     def _put(self, work: Callable[[], None]) -> None:
         self._raise()
