@@ -85,6 +85,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "BLOCK_IMAGES", 12)
     monkeypatch.setattr(engine, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "COMMIT_SHARE", float("inf"))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ SCRIPT = """
     torch.set_num_threads(1)
     import test_extract_engine as t
     from rnndyn_fast.extract import engine, plan
-    plan.BLOCK_IMAGES, engine.COMMIT_SECONDS = 12, 0.0
+    plan.BLOCK_IMAGES, engine.COMMIT_SECONDS, engine.COMMIT_SHARE = 12, 0.0, float("inf")
     {more}
     {end}
 """
