@@ -13,6 +13,7 @@
 #include "area_step.h"
 #include "cpu/kernel_table.h"
 #include "readout_zones.h"
+#include "trajectory_norms.h"
 
 namespace py = pybind11;
 using namespace rnndyn;
@@ -126,6 +127,22 @@ void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address
     kernels().readout_zones_f32(p);
   } else {
     kernels().readout_zones_f64(p);
+  }
+}
+
+template <typename Real>
+void trajectory_norms(const std::array<int64_t, 3>& shape, int num_threads, Address values, int64_t step_stride,
+                      int64_t row_stride, Address norm, Address change) {
+  TrajectoryNormsParams<Real> p{};
+  p.timesteps = shape[0], p.samples = shape[1], p.dims = shape[2];
+  p.num_threads = num_threads;
+  p.values = pointer<const Real>(values), p.step_stride = step_stride, p.row_stride = row_stride;
+  p.norm = pointer<double>(norm), p.change = pointer<double>(change);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().trajectory_norms_f32(p);
+  } else {
+    kernels().trajectory_norms_f64(p);
   }
 }
 
@@ -377,4 +394,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("area_step_backward_float64", &area_step_backward<double>);
   m.def("readout_zones_float32", &readout_zones<float>);
   m.def("readout_zones_float64", &readout_zones<double>);
+  m.def("trajectory_norms_float32", &trajectory_norms<float>);
+  m.def("trajectory_norms_float64", &trajectory_norms<double>);
 }

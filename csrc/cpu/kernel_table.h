@@ -4,6 +4,7 @@
 #include "amx_conv.h"
 #include "area_step.h"
 #include "readout_zones.h"
+#include "trajectory_norms.h"
 #include "winograd_conv.h"
 
 namespace rnndyn {
@@ -16,6 +17,8 @@ struct KernelTable {
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
+  void (*trajectory_norms_f32)(const TrajectoryNormsParams<float>&);
+  void (*trajectory_norms_f64)(const TrajectoryNormsParams<double>&);
   void (*winograd_conv)(const WinogradConvParams&);
   int64_t (*winograd_conv_workspace)(const WinogradConvParams&);  // floats
   void (*winograd_pack_weight)(const WinogradPackParams&);

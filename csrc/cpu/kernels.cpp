@@ -20,6 +20,7 @@ namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
 #include "cpu/readout_zones_kernel.h"
+#include "cpu/trajectory_norms_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
@@ -37,6 +38,8 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::area_step_backward<double>,
       RNNDYN_ISA::readout_zones<float>,
       RNNDYN_ISA::readout_zones<double>,
+      RNNDYN_ISA::trajectory_norms<float>,
+      RNNDYN_ISA::trajectory_norms<double>,
       RNNDYN_ISA::winograd_conv,
       RNNDYN_ISA::winograd_conv_workspace,
       RNNDYN_ISA::winograd_pack_weight,

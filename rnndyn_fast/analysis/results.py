@@ -308,17 +308,22 @@ class ReadoutZoneResult:
 
         descriptors = json.dumps(self.descriptors)  # before anything is written: it may not be JSON
         with replaced_atomically(path) as temporary, h5py.File(temporary, "w") as file:
-            file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "descriptors": descriptors})
-            for name, value in self.arrays().items():
-                file.create_dataset(name, data=value)
-            for name in MEASURES:
-                for part, value in self.summary(name)._asdict().items():
-                    file.create_dataset(f"measures/{name}/{part}", data=value)
+            file.attrs["descriptors"] = descriptors
+            self.write(file)
         return Path(path)
+
+    def write(self, group: Any) -> None:
+        """Write all but the descriptors to an HDF5 group."""
+        group.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION})
+        for name, value in self.arrays().items():
+            group.create_dataset(name, data=value)
+        for name in MEASURES:
+            for part, value in self.summary(name)._asdict().items():
+                group.create_dataset(f"measures/{name}/{part}", data=value)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReadoutZoneResult:
-        """Read a file written by ``save``. Raises FileNotFoundError, or ValueError where it is not such a file or
+        """Read a file written by ``save`` or by an extraction. Raises FileNotFoundError, or ValueError where it is not such a file or
         truncated."""
         import h5py
 
@@ -326,7 +331,8 @@ class ReadoutZoneResult:
             raise FileNotFoundError(f"path: expected an analysis file written by ReadoutZoneResult.save, found no file {path}")
         try:
             with h5py.File(path, "r") as file:
-                found = file.attrs.get("format"), file.attrs.get("format_version")
+                group = file.get("readout_zones", file)  # a file of an extraction holds several results
+                found = group.attrs.get("format"), group.attrs.get("format_version")
                 if found != (FORMAT, FORMAT_VERSION):
                     raise ValueError(
                         f"path: expected an HDF5 file with attributes format = {FORMAT!r} and "
@@ -338,7 +344,7 @@ class ReadoutZoneResult:
                     if isinstance(item, h5py.Dataset) and not name.startswith("measures/"):
                         arrays[name] = item[()]
 
-                file.visititems(collect)
+                group.visititems(collect)
                 descriptors = json.loads(file.attrs["descriptors"])
         except (OSError, KeyError) as error:
             raise ValueError(f"path: expected a readable HDF5 file, {path} is truncated or none ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -42,18 +43,31 @@ def train(**options: Any) -> None:
     print(path)
 
 
-def extract(save: str, **options: Any) -> None:
+def extract(**options: Any) -> None:
     """`rnndyn extract`"""
     from rnndyn_fast.analysis import ReadoutZoneResult
+    from rnndyn_fast.extract import REDUCERS, trajectories_path
     from rnndyn_fast.extract import extract as run
-    from rnndyn_fast.extract import trajectories_path
 
-    areas = tuple(area.strip() for area in save.split(",") if area.strip())
-    path = run(**options, save=areas)
-    print(summary_lines(ReadoutZoneResult.load(path)))
+    lists: dict[str, Any] = {name: tuple(part.strip() for part in options.pop(name).split(",") if part.strip()) for name in _LISTS}
+    lists["reducers"] = REDUCERS if lists["reducers"] == ("all",) else lists["reducers"]
+    for name in ("rdm_classes", "rdm_images"):
+        text = options[name]
+        if text is not None:
+            if not all(part.strip().isdecimal() for part in text.split(",")):
+                raise ValueError(f"{name}: expected numbers with commas between them, as 0,3,7, got {text!r}")
+            options[name] = [int(part) for part in text.split(",")]
+    path = run(**options, **lists)
+    if int(os.environ.get("RANK", "0")):  # torchrun: the first process speaks
+        return
+    if "readout_zones" in lists["reducers"]:
+        print(summary_lines(ReadoutZoneResult.load(path)))
     print(path)
-    if areas:
+    if lists["save"]:
         print(trajectories_path(path))
+
+
+_LISTS = ("reducers", "areas", "pooled", "save")
 
 
 def analyse(result: str, out: str, compare: str | None) -> None:

@@ -18,13 +18,13 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "data make": ("Write an HDF5 image file from real images.", commands.data_make),
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
-    "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
+    "extract": ("Stream images through a trained network into the analyses.", commands.extract),
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
 
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -162,15 +162,25 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
 
 def _extract(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
-    parser.add_argument("data", help="HDF5 image file")
-    _add(parser, "out", str, "result file to write")
-    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "testplus")
+    parser.add_argument("data", help="HDF5 image file, or a folder of image files with a subfolder per class")
+    _add(parser, "out", str, "result file to write; an interrupted extraction goes on when the same command is given again")
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images of an HDF5 file to run", "testplus")
+    _add(parser, "reducers", str, "all, or some of readout_zones,norms,change,moments,rdm,decodability", "all")
+    _add(parser, "areas", str, "areas for norms, change and moments, as v4,it,gap; default: the pooled representations", "")
+    _add(parser, "pooled", str, "areas for rdm and decodability, averaged over their maps; default: the pooled representations", "")
+    _add(parser, "rdm_classes", str | None, "conditions of the RDMs, as 0,3,7; default: the first 100 classes", None)
+    _add(parser, "rdm_images", str | None, "single images as conditions in place of classes, by number", None)
+    _add(parser, "rdm_distance", Literal["correlation", "euclidean"], "between conditions", "correlation")
     _add(parser, "save", str, "areas whose trajectories are kept, as gap,it; gap is the pooled representations", "")
     _add(parser, "dtype", Literal["float32", "float16"], "of the kept trajectories", "float32")
+    _add(parser, "compression", int, "of the kept trajectories, gzip 0 to 9", 1)
     _add(parser, "batch_size", int, "images at a time", 250)
     _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
-    _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add(parser, "limit", int | None, "that many images, evenly spaced over the data", None)
+    _add(parser, "shards", int, "runs of images that sums are taken of; at least the number of processes of torchrun", 8)
     _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
+    _add(parser, "resize", bool, "scale and crop image files of other sizes", False)
+    _add(parser, "device", str | None, "cpu, cuda, ...; default: a GPU where there is one", None)
     _add(parser, "untrained", bool, "the network as it was before training", False)
     _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
     _add(

@@ -197,6 +197,20 @@ def readout_zones(
     )
 
 
+def trajectory_norms(
+    values: Tensor,  # [T, N, D], last dimension contiguous
+    norm: Tensor,  # [T, N] float64
+    change: Tensor,  # [T - 1, N] float64
+) -> None:
+    """Launch ``trajectory_norms``; norm and change are written."""
+    t, n, d = values.shape
+    if values.device.type != "cpu" or (values.stride(2) != 1 and d > 1):
+        raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")
+    launch = _core.trajectory_norms_float32 if values.dtype == torch.float32 else _core.trajectory_norms_float64
+    outputs = (_address(norm, "norm", (t, n), torch.float64), _address(change, "change", (t - 1, n), torch.float64))
+    launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
+
+
 _workspaces = threading.local()
 
 
