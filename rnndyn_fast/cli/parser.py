@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
 
+NUMBERS = ("--widths", "--keep")  # with commas between them
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize")
 
 
@@ -37,8 +38,8 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name == "--widths" else value)
-        elif out and out[-1] == "--widths":
+            word = name + equals + (_bracketed(value) if name in NUMBERS else value)
+        elif out and out[-1] in NUMBERS:
             word = _bracketed(word)
         out.append(word)
     return out
