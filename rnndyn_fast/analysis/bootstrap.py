@@ -157,7 +157,9 @@ class _Tables:
 
     def _paired(self, out: dict[str, np.ndarray], name: str, moments: list[list[np.ndarray]]) -> None:
         means = [divide(total, count) for count, total, _ in moments]  # [B, T] each
-        spread = [np.maximum(squares - count * np.nan_to_num(mean) ** 2, 0.0) for (count, _, squares), mean in zip(moments, means, strict=True)]
+        spread = [
+            np.maximum(squares - count * np.nan_to_num(mean) ** 2, 0.0) for (count, _, squares), mean in zip(moments, means, strict=True)
+        ]
         pooled = np.sqrt(divide(spread[0] + spread[1], moments[0][0] + moments[1][0] - 2))
         effect = divide(means[0] - means[1], np.nan_to_num(pooled))
         self._averages(out, name, np.stack(means, axis=2))

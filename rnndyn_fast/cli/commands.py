@@ -97,8 +97,17 @@ def doctor() -> None:
     print(report())
 
 
-def demo(**options: Any) -> None:
-    """`rnndyn demo`"""
-    from rnndyn_fast.report.demo import DemoConfig, run_demo
+def study(**options: Any) -> None:
+    """`rnndyn study`, and with other defaults `rnndyn demo`"""
+    from rnndyn_fast.study import StudyConfig, run_study
 
-    print(run_demo(DemoConfig(**options)))
+    for name in ("networks", "checkpoints"):
+        options[name] = tuple(part.strip() for part in options[name].split(",") if part.strip())
+    try:
+        print(run_study(StudyConfig(**options)))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on where it was (files in {options['out']})")
+        raise
+
+
+demo = study

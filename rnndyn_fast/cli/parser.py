@@ -21,11 +21,12 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
-    "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
+    "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
+    "demo": ("A small study on real images, in minutes.", commands.demo),
 }
 
 NUMBERS = ("--widths", "--keep")  # with commas between them
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -60,7 +61,7 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -204,13 +205,27 @@ def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
 
+def _study(parser: ArgumentParser) -> None:
+    _add_study_options(parser, {})
+
+
 def _demo(parser: ArgumentParser) -> None:
+    from rnndyn_fast.study.config import DEMO
+
+    _add_study_options(parser, DEMO)
+
+
+def _add_study_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     import dataclasses
 
-    from rnndyn_fast.report.demo import DemoConfig
+    from rnndyn_fast.study import StudyConfig
 
-    for item in dataclasses.fields(DemoConfig):
-        _add_field(parser, DemoConfig, item.name)
+    hints = typing.get_type_hints(StudyConfig)
+    for item in dataclasses.fields(StudyConfig):
+        hint, default = hints[item.name], defaults.get(item.name, item.default)
+        if item.name in ("networks", "checkpoints"):  # names with commas between them
+            hint, default = str, ",".join(default)
+        _add(parser, item.name, hint, item.metadata["help"], default)
 
 
 _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
@@ -220,5 +235,6 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "extract": _extract,
     "analyse": _analyse,
     "doctor": _doctor,
+    "study": _study,
     "demo": _demo,
 }
