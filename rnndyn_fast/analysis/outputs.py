@@ -1,4 +1,4 @@
-"""Tables (CSV) and figures of a readout-zone analysis."""
+"""Tables (CSV) of a readout-zone analysis."""
 
 from __future__ import annotations
 
@@ -126,34 +126,3 @@ def write_rows(rows: Sequence[Row], file: TextIO) -> None:
 def write_tables(result: ReadoutZoneResult, out_dir: str | os.PathLike[str]) -> list[Path]:
     """Write each of ``tables(result)`` to ``out_dir/<name>.csv``."""
     return [write_csv(rows, Path(out_dir) / f"{name}.csv") for name, rows in tables(result).items()]
-
-
-def analyse(
-    result_path: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    *,
-    compare: str | os.PathLike[str] | None = None,
-) -> list[Path]:
-    """Write all tables and figures of a saved result.
-
-    Args:
-        result_path: file written by ``ReadoutZoneResult.save``.
-        out_dir: folder for the files; made where it does not exist. Files of the same names are replaced.
-        compare: a second result, that of the untrained network, drawn beside the first in the representation-change
-            figure.
-
-    Returns:
-        Paths written: tables ``*.csv``; figures ``*.png``, ``*.svg`` and ``*.pdf`` with the names of their tables.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is absent or no result (nothing has been written then).
-    """
-    from rnndyn_fast.analysis.figure_files import write_figures
-
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise FileExistsError(f"out: expected a folder, {os.fspath(out_dir)} is a file")
-    result = ReadoutZoneResult.load(result_path)
-    other = None if compare is None else ReadoutZoneResult.load(compare)
-    if other is not None and other.timesteps != result.timesteps:
-        raise ValueError(f"compare: expected a result of T = {result.timesteps} time steps, got {other.timesteps}")
-    return write_tables(result, out_dir) + write_figures(result, out_dir, untrained=other)

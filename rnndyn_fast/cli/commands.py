@@ -70,17 +70,17 @@ def extract(**options: Any) -> None:
 _LISTS = ("reducers", "areas", "pooled", "save")
 
 
-def analyse(result: str, out: str, compare: str | None) -> None:
+def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
     """`rnndyn analyse`"""
-    from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
-    from rnndyn_fast.analysis import analyse as run
+    from rnndyn_fast.analysis import check_claims
+    from rnndyn_fast.report.analysis_page import REPORT
+    from rnndyn_fast.report.analysis_page import analyse as run
 
-    paths = run(result, out, compare=compare)
-    loaded = ReadoutZoneResult.load(result)
+    loaded, paths = run(result, out, compare=compare, names=names)
     print(summary_lines(loaded))
     for claim in check_claims(loaded):
         print(f"{claim.statement}: {claim.verdict} (n = {claim.n:,})")
-    print(f"{len(paths)} files in {out}")
+    print(f"{len(paths)} files in {out}, among them {REPORT}")
 
 
 def summary_lines(result: Any) -> str:

@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
-    "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
@@ -196,9 +196,13 @@ def _extract(parser: ArgumentParser) -> None:
 
 
 def _analyse(parser: ArgumentParser) -> None:
-    parser.add_argument("result", help="file of rnndyn extract")
-    _add(parser, "out", str, "folder for tables and figures; files of the same names are replaced")
-    _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
+    from rnndyn_fast.analysis.trajectory_files import NAMES
+
+    parser.add_argument("result", help="file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
+    _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
+    _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
+    for name, known in NAMES.items():
+        _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
 
 
 def _doctor(parser: ArgumentParser) -> None:

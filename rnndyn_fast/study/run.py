@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rnndyn_fast.analysis import ReadoutZoneResult, analyse
+from rnndyn_fast.analysis import ReadoutZoneResult
 from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
 from rnndyn_fast.data import SPLITS, load_source, make_dataset
 from rnndyn_fast.extract import extract, sha256
@@ -183,7 +183,9 @@ def _network(config: StudyConfig, name: str, given: Path | None, record: StudyRe
     if "untrained" in results:
         given_options["compare"] = folder / "untrained.h5"
     with _step(record, shown, f"analyse, {TITLES[name]}", "analyse", given_options, [str(folder / "testplus.h5")]):
-        analyse(folder / "testplus.h5", folder / "analysis", compare=given_options.get("compare"))
+        from rnndyn_fast.report.analysis_page import write_report
+
+        write_report(results["testplus"], folder / "analysis", untrained=results.get("untrained"), title=TITLES[name].capitalize())
     with _step(record, shown, f"bootstrap, {TITLES[name]}", "", {}):
         boot = bootstrap(results["testplus"], config.bootstrap, seed=config.seed)
     parameters = sum(value.numel() for value in contents["state_dict"].values())
