@@ -43,7 +43,13 @@ document.getElementById('page').addEventListener('load', function () {{
         encoding="utf-8",
     )
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900", "--virtual-time-budget=20000", "--dump-dom", outer.as_uri()]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1280,900",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        outer.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match, f"the page did not load\n{done.stderr[-2000:]}"

@@ -65,7 +65,8 @@ def test_console_errors_are_seen(tmp_path: Path) -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = readout_zones(**make(n=200))
     result.descriptors["class_names"] = [f"a class with a rather long name {c}" for c in range(5)]
-    return analysis_page(result, untrained=readout_zones(**make(n=200, seed=1)), replicates=20).save(tmp_path_factory.mktemp("r") / "report.html")
+    page = analysis_page(result, untrained=readout_zones(**make(n=200, seed=1)), replicates=20)
+    return page.save(tmp_path_factory.mktemp("r") / "report.html")
 
 
 @pytest.mark.parametrize("width", [1280, 400])

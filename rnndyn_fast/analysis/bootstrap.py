@@ -107,8 +107,8 @@ def bootstrap(result: ReadoutZoneResult, replicates: int = 1000, *, seed: int = 
         weights = poisson_weights(images, range(start, min(start + _CHUNK, replicates)), seed)
         for name, values in tables.measures(weights.astype(np.float64)).items():
             parts.setdefault(name, []).append(values)
-    values = {name: value[0] for name, value in tables.measures(np.ones((1, result.n))).items()}
-    return Bootstrap({name: np.concatenate(blocks) for name, blocks in parts.items()}, values, tables.steps)
+    point = {name: value[0] for name, value in tables.measures(np.ones((1, result.n))).items()}
+    return Bootstrap({name: np.concatenate(blocks) for name, blocks in parts.items()}, point, tables.steps)
 
 
 class _Tables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vPX*"
 
 
-def _t_stable_shown(result: ReadoutZoneResult, first: int = 0) -> list[tuple[int, tuple[float, ...]]]:
+def _t_stable_shown(result: ReadoutZoneResult, first: int = 0) -> list[tuple[int, Any]]:
     """Times of stabilisation that have samples and are analysed, each with a colour."""
     from matplotlib import colormaps
 
@@ -35,7 +35,7 @@ def figure_norm_by_t_stable(result: ReadoutZoneResult) -> Figure:
     summary, shown = result.summary("norm_by_t_stable"), _t_stable_shown(result)
     for s, colour in shown:
         label = f"{s} (n = {result.counts_t_stable_correct[s]:,})"
-        _line(axes, summary, s, colour, _MARKERS[s % 8], "-", label)  # type: ignore[arg-type]
+        _line(axes, summary, s, colour, _MARKERS[s % 8], "-", label)
     if shown:
         axes.legend(title="t_stable", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     else:
@@ -72,8 +72,9 @@ def figure_plane(result: ReadoutZoneResult) -> Figure:
 
 def _class_names(result: ReadoutZoneResult) -> list[str]:
     given = result.descriptors.get("class_names")
-    fits = isinstance(given, list) and len(given) == result.num_classes
-    return [str(name) for name in given] if fits else [str(c) for c in range(result.num_classes)]
+    if isinstance(given, list) and len(given) == result.num_classes:
+        return [str(name) for name in given]
+    return [str(c) for c in range(result.num_classes)]
 
 
 def figure_classes(result: ReadoutZoneResult) -> Figure:

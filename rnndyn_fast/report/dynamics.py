@@ -313,17 +313,17 @@ def _classes_alt(classes: int) -> str:
 
 def _norm_alt(result: ReadoutZoneResult) -> str:
     r = result.norm_t_stable_correlation
-    return f"lines of the mean norm over time, one per time of stabilisation; correlation of t_stable with the norm at t = 0: {format_cell(r)}."
+    return f"lines of the mean norm over time, one per time of stabilisation; its correlation with the norm at t = 0: {format_cell(r)}."
 
 
 def _plane_alt(result: ReadoutZoneResult) -> str:
     across = result.summary("plane_across").mean[1:]
     first, last = (np.nan if np.isnan(across[:, t]).all() else float(np.nanmean(across[:, t])) for t in (0, -1))
-    return f"mean paths across the boundary of two readout zones, distance {format_cell(first)} at t = 0 and {format_cell(last)} at the last step."
+    return f"mean paths across the boundary of two zones, distance {format_cell(first)} at t = 0, {format_cell(last)} at the last step."
 
 
 def _classes_groups_alt(result: ReadoutZoneResult) -> str:
-    return f"stacked bars, one for each of {result.num_classes} classes: shares of the four groups of trajectories; numbers in the table below."
+    return f"stacked bars, one for each of {result.num_classes} classes: shares of the four groups; numbers in the table below."
 
 
 def _confusion_alt(result: ReadoutZoneResult) -> str:

@@ -25,8 +25,7 @@ def study_page(record: StudyRecord) -> Page:
     runs = record.runs
     page = Page(
         f"How representations move in {len(runs)} recurrent network{'s' if len(runs) > 1 else ''}",
-        f"Convolutional recurrent networks ({'; '.join(run.title for run in runs)}), analysed over time on {runs[0].trained.n:,} "
-        f"challenging test images. {verdict_sentences(runs)}",
+        f"Convolutional recurrent networks analysed over time on {runs[0].trained.n:,} challenging test images. {verdict_sentences(runs)}",
         f"Made by rnndyn_fast {versions()['rnndyn_fast']} with PyTorch {versions()['torch']} and Python "
         f"{versions()['python']} in {sum(record.seconds.values()) / 60:.1f} minutes.",
     )
@@ -47,6 +46,8 @@ def _folder(record: StudyRecord) -> Path:
 def _with_interval(value: float, low: float, high: float) -> str:
     if not np.isfinite(value):
         return "\N{EN DASH}"
+    if not np.isfinite([low, high]).all():
+        return format_cell(value)
     return f"{format_cell(value)} ({format_cell(low)} to {format_cell(high)})".replace(" ", "\N{NO-BREAK SPACE}")
 
 

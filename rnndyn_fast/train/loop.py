@@ -101,8 +101,8 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
 
     In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
     validation accuracy, mean over time steps), ``epoch_<n>.pt`` (those in ``config.keep``), ``metrics.csv``,
-    ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an uninterrupted one would have, bit for bit with the same number of
-    threads on a CPU.
+    ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an uninterrupted one would
+    have, bit for bit with the same number of threads on a CPU.
 
     Args:
         config: what to do.
