@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,7 +86,7 @@ def _open(path: Path, stack: ExitStack) -> Any:
             import h5py
 
             return stack.enter_context(h5py.File(path, "r"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: expected a readable NPZ or HDF5 file, {path} is truncated or none ({error})") from error
     raise ValueError(f"path: expected a result of rnndyn extract, or an NPZ or HDF5 file, {path} is neither")
 
