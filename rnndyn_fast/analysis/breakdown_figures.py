@@ -95,7 +95,7 @@ def figure_classes(result: ReadoutZoneResult) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("trajectories (%)")
-    axes.legend(ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -1.0 / (0.27 * min(classes, 100) + 1.5)))
+    figure.legend(*axes.get_legend_handles_labels(), ncols=2, fontsize=8, loc="outside lower center")
     _title(axes, "Groups of trajectories by class", f"n = {result.n:,}, {classes} classes")
     return figure
 
@@ -109,8 +109,7 @@ def figure_confusion(result: ReadoutZoneResult) -> Figure:
     for axes, t in zip(all_axes, steps, strict=True):
         counts = result.sums.confusion[t]
         image = axes.imshow(100 * divide(counts, counts.sum(1, keepdims=True)), cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        axes.set_title(f"t = {t}", loc="left")
-        axes.set_xlabel("predicted")
+        axes.set_xlabel(f"predicted at t = {t}")
         if result.num_classes <= 30:
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             axes.set_yticks(range(len(names)), names, fontsize=8)
