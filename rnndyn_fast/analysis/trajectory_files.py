@@ -23,6 +23,7 @@ NAMES = {
     "log_probs": ("log_probs", "outputs_all"),  # [T, N, C], may be absent
     "class_names": ("class_names", "categories"),  # [C], may be absent
 }
+_RESULTS = (FORMAT, "rnndyn_fast.extraction")  # formats of files that hold a result
 _REQUIRED = ("trajectories", "readout_weight", "labels")
 
 
@@ -52,7 +53,7 @@ def load_result(path: str | os.PathLike[str], names: Mapping[str, str] | None = 
         raise ValueError(f"names: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
     with ExitStack() as stack:
         file = _open(path, stack)
-        if not isinstance(file, dict) and file.attrs.get("format") == FORMAT:
+        if not isinstance(file, dict) and str(file.attrs.get("format", "")).startswith(_RESULTS):
             return ReadoutZoneResult.load(path)
         arrays = {name: _find(file, name, names.get(name), path) for name in NAMES}
         bias = arrays["bias"]

@@ -198,7 +198,13 @@ def _extracted(
     config: StudyConfig, checkpoint: Path, path: Path, title: str, record: StudyRecord, shown: Callable[[], Reporter]
 ) -> ReadoutZoneResult:
     """The result of testplus through a checkpoint: that of an earlier run if it is of the same checkpoint and data."""
-    given: dict[str, Any] = {"out": path, "split": "testplus", "keep_samples": True, "backend": config.backend}
+    given: dict[str, Any] = {
+        "out": path,
+        "split": "testplus",
+        "reducers": ("readout_zones",),
+        "keep_samples": True,
+        "backend": config.backend,
+    }
     with _step(record, shown, f"extract, {title}", "extract", given, [str(checkpoint), str(record.data_path)]) as reporter:
         if path.exists() and not config.overwrite:
             earlier = ReadoutZoneResult.load(path)
