@@ -21,7 +21,7 @@ using namespace rnndyn;
 namespace {
 
 using Address = uintptr_t;
-using Shape = std::array<int64_t, 4>;  // samples, height, width, channels
+using Shape = std::array<int64_t, 4>;  // samples, height, width, channels where nothing else is said
 
 template <typename T>
 T* pointer(Address address) {
@@ -105,17 +105,21 @@ void area_step_backward(const Shape& shape, int num_threads, const std::vector<A
 }
 
 template <typename Real>
-void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address representations,
-                   int64_t representation_stride, Address previous, int64_t previous_stride, Address log_probs,
-                   int64_t log_prob_stride, Address labels, Address bias, Address weight_norm, Address inverse_distance,
-                   Address cosine, Address predicted, Address norm, Address cos_predicted, Address cos_label,
-                   Address margin, Address boundary_distance, Address change) {
+void readout_zones(const Shape& shape, int num_threads, Address representations,
+                   const std::array<int64_t, 2>& representation_strides, Address previous, int64_t previous_stride,
+                   Address log_probs, const std::array<int64_t, 2>& log_prob_strides, Address labels, Address bias,
+                   Address weight_norm, Address inverse_distance, Address weight, Address packed, Address cosine,
+                   Address predicted, Address norm, Address cos_predicted, Address cos_label, Address margin,
+                   Address boundary_distance, Address change) {
   ReadoutZonesParams<Real> p{};
-  p.samples = shape[0], p.dims = shape[1], p.classes = shape[2];
+  p.timesteps = shape[0], p.samples = shape[1], p.dims = shape[2], p.classes = shape[3];
   p.num_threads = num_threads;
-  p.representations = pointer<const Real>(representations), p.representation_stride = representation_stride;
+  p.representations = pointer<const Real>(representations);
+  p.representation_time_stride = representation_strides[0], p.representation_stride = representation_strides[1];
   p.previous = pointer<const Real>(previous), p.previous_stride = previous_stride;
-  p.log_probs = pointer<const Real>(log_probs), p.log_prob_stride = log_prob_stride;
+  p.log_probs = pointer<const Real>(log_probs);
+  p.log_prob_time_stride = log_prob_strides[0], p.log_prob_stride = log_prob_strides[1];
+  p.weight = pointer<const Real>(weight), p.packed = pointer<Real>(packed);
   p.labels = pointer<const int64_t>(labels), p.bias = pointer<const Real>(bias);
   p.weight_norm = pointer<const Real>(weight_norm), p.inverse_distance = pointer<const Real>(inverse_distance);
   p.cosine = pointer<Real>(cosine), p.predicted = pointer<int64_t>(predicted), p.norm = pointer<Real>(norm);

@@ -329,6 +329,7 @@ SMALLER = {
     "train": "--widths 2,4,8,16,32 --timesteps 3 --batch-size 20 --epochs 1 --threads 1",
     "extract": "--limit 30",
     "analyse": "",
+    "study": "--quick --out runs/study --networks lateral_additive --epochs 1",
     "doctor": "",
 }
 

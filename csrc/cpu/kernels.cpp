@@ -19,10 +19,10 @@
 namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
-#include "cpu/readout_zones_kernel.h"
-#include "cpu/trajectory_norms_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
+#include "cpu/readout_zones_kernel.h"
+#include "cpu/trajectory_norms_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
 #include "cpu/amx_tile_kernel.h"
 #include "cpu/amx_conv_kernel.h"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.analysis.accumulators import Accumulators, Trajectories, accumulate, classify
+from rnndyn_fast.analysis.accumulators import Accumulators, Trajectories, accumulate, classify, later_cosines
+from rnndyn_fast.analysis.breakdown import accumulate_breakdown
 from rnndyn_fast.analysis.inputs import (
     as_floats,
     as_labels,
@@ -18,7 +19,7 @@ from rnndyn_fast.analysis.inputs import (
     require_log_probs,
 )
 from rnndyn_fast.analysis.protocol import Batch, Reducer
-from rnndyn_fast.analysis.results import SAMPLE_TABLES, ReadoutZoneResult
+from rnndyn_fast.analysis.results import LATER_TABLES, SAMPLE_TABLES, ReadoutZoneResult
 from rnndyn_fast.ops.readout_zones import readout_zones as measure_readout_zones
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, readout_distance
 
@@ -55,7 +56,8 @@ class ReadoutZoneReducer(Reducer):
         timesteps: T, the length of every trajectory.
         area: whose representations ``add`` takes from a batch.
         keep_samples: also keep every sample's scalars over time, so that the result has index sets and per-sample
-            tables; memory then grows by about 60 T bytes per sample.
+            tables; memory then grows by about 60 T bytes per sample,
+            and 4 C per sample and step of those not yet stable.
         backend: "native", "reference" or None (native where it can run; see ``ops.can_run_readout_zones``).
 
     Raises:
@@ -112,7 +114,7 @@ class ReadoutZoneReducer(Reducer):
         self.backend = backend
         self._distance = readout_distance(self._weight)  # [C, C]
         self._sums = Accumulators(self.timesteps, self.num_classes)
-        self._samples: dict[str, list[np.ndarray]] = {name: [] for name in SAMPLE_TABLES}
+        self._samples: dict[str, list[np.ndarray]] = {name: [] for name in (*SAMPLE_TABLES, *LATER_TABLES)}
         self._pending: _PendingBatch | None = None
 
     def __len__(self) -> int:
@@ -269,7 +271,11 @@ class ReadoutZoneReducer(Reducer):
         batch = Trajectories(labels.cpu().numpy(), predicted, norm, cos_current, cos_label, margin, boundary_distance, change[1:], cosine)
         group, time = classify(predicted, batch.label)
         accumulate(self._sums, batch, group, time)
+        accumulate_breakdown(self._sums, batch, group, time, self._weight.numpy(), None if self._bias is None else self._bias.numpy())
         if self.keep_samples:
+            offset = int(self._sums.samples) - len(group)
+            for name, values in later_cosines(batch, group, time, offset).items():
+                self._samples[name].append(values)
             for name, values in batch._asdict().items():
                 if name in SAMPLE_TABLES:
                     self._samples[name].append(values.T)
@@ -282,6 +288,8 @@ class ReadoutZoneReducer(Reducer):
             for name, empty in SAMPLE_TABLES.items():
                 blocks = self._samples[name] or [empty(self.timesteps)]
                 self._samples[name] = [np.concatenate(blocks)]
+            for name, empty in LATER_TABLES.items():
+                self._samples[name] = [np.concatenate(self._samples[name] or [empty(self.num_classes)])]
             samples = {name: blocks[0] for name, blocks in self._samples.items()}
         bias = None if self._bias is None else self._bias.numpy()
         return ReadoutZoneResult(self._sums, self._weight.numpy(), bias, samples, descriptors)

@@ -70,17 +70,17 @@ def extract(**options: Any) -> None:
 _LISTS = ("reducers", "areas", "pooled", "save")
 
 
-def analyse(result: str, out: str, compare: str | None) -> None:
+def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
     """`rnndyn analyse`"""
-    from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
-    from rnndyn_fast.analysis import analyse as run
+    from rnndyn_fast.analysis import check_claims
+    from rnndyn_fast.report.analysis_page import REPORT
+    from rnndyn_fast.report.analysis_page import analyse as run
 
-    paths = run(result, out, compare=compare)
-    loaded = ReadoutZoneResult.load(result)
+    loaded, paths = run(result, out, compare=compare, names=names)
     print(summary_lines(loaded))
     for claim in check_claims(loaded):
         print(f"{claim.statement}: {claim.verdict} (n = {claim.n:,})")
-    print(f"{len(paths)} files in {out}")
+    print(f"{len(paths)} files in {out}, among them {REPORT}")
 
 
 def summary_lines(result: Any) -> str:
@@ -97,8 +97,17 @@ def doctor() -> None:
     print(report())
 
 
-def demo(**options: Any) -> None:
-    """`rnndyn demo`"""
-    from rnndyn_fast.report.demo import DemoConfig, run_demo
+def study(**options: Any) -> None:
+    """`rnndyn study`, and with other defaults `rnndyn demo`"""
+    from rnndyn_fast.study import StudyConfig, run_study
 
-    print(run_demo(DemoConfig(**options)))
+    for name in ("networks", "checkpoints"):
+        options[name] = tuple(part.strip() for part in options[name].split(",") if part.strip())
+    try:
+        print(run_study(StudyConfig(**options)))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on where it was (files in {options['out']})")
+        raise
+
+
+demo = study

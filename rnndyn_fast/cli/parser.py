@@ -19,12 +19,14 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
-    "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
-    "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
+    "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
+    "demo": ("A small study on real images, in minutes.", commands.demo),
 }
 
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize")
+NUMBERS = ("--widths", "--keep")  # with commas between them
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -37,8 +39,8 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name == "--widths" else value)
-        elif out and out[-1] == "--widths":
+            word = name + equals + (_bracketed(value) if name in NUMBERS else value)
+        elif out and out[-1] in NUMBERS:
             word = _bracketed(word)
         out.append(word)
     return out
@@ -59,7 +61,7 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -194,22 +196,40 @@ def _extract(parser: ArgumentParser) -> None:
 
 
 def _analyse(parser: ArgumentParser) -> None:
-    parser.add_argument("result", help="file of rnndyn extract")
-    _add(parser, "out", str, "folder for tables and figures; files of the same names are replaced")
-    _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
+    from rnndyn_fast.analysis.trajectory_files import NAMES
+
+    parser.add_argument("result", help="file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
+    _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
+    _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
+    for name, known in NAMES.items():
+        _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
 
 
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
 
+def _study(parser: ArgumentParser) -> None:
+    _add_study_options(parser, {})
+
+
 def _demo(parser: ArgumentParser) -> None:
+    from rnndyn_fast.study.config import DEMO
+
+    _add_study_options(parser, DEMO)
+
+
+def _add_study_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     import dataclasses
 
-    from rnndyn_fast.report.demo import DemoConfig
+    from rnndyn_fast.study import StudyConfig
 
-    for item in dataclasses.fields(DemoConfig):
-        _add_field(parser, DemoConfig, item.name)
+    hints = typing.get_type_hints(StudyConfig)
+    for item in dataclasses.fields(StudyConfig):
+        hint, default = hints[item.name], defaults.get(item.name, item.default)
+        if item.name in ("networks", "checkpoints"):  # names with commas between them
+            hint, default = str, ",".join(default)
+        _add(parser, item.name, hint, item.metadata["help"], default)
 
 
 _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
@@ -219,5 +239,6 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "extract": _extract,
     "analyse": _analyse,
     "doctor": _doctor,
+    "study": _study,
     "demo": _demo,
 }

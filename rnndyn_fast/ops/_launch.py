@@ -24,6 +24,7 @@ except (ImportError, ValueError) as error:
     unavailable = f"the native core cannot be used ({error})"
 
 MAX_TERMS = 6  # kMaxTerms of area_step.h; the core checks it
+_ZONE_PADDING = 16  # kZonePadding of readout_zones.h
 
 
 def build_info() -> dict[str, Any]:
@@ -154,46 +155,53 @@ def area_step_backward(
     )
 
 
-def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
-    """Address and row stride of a matrix whose rows are contiguous, but may lie apart."""
+def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, list[int]]:
+    """Address, and strides of all dimensions but the last, of an array whose rows are contiguous, but may lie apart."""
     if tensor is None:
-        return 0, 0
-    contiguous = tensor.dim() == 2 and (tensor.shape[1] == 1 or tensor.stride(1) == 1)
+        return 0, [0] * (len(shape) - 1)
+    contiguous = tensor.dim() == len(shape) and (tensor.shape[-1] == 1 or tensor.stride(-1) == 1)
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
         raise ValueError(
             f"{name}: expected a CPU tensor {list(shape)} of {dtype} with contiguous rows, got {list(tensor.shape)} of "
             f"{tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}"
         )
-    return tensor.data_ptr(), tensor.stride(0)
+    return tensor.data_ptr(), list(tensor.stride()[:-1])
 
 
 def readout_zones(
-    representations: Tensor,  # [N, D]
+    representations: Tensor,  # [T, N, D]
     previous: Tensor | None,  # [N, D]
-    log_probs: Tensor | None,  # [N, C]
+    log_probs: Tensor | None,  # [T, N, C]
     labels: Tensor,  # [N] int64
     bias: Tensor | None,  # [C]
     weight_norm: Tensor,  # [C]
     inverse_distance: Tensor,  # [C, C]
-    cosine: Tensor,  # [N, C], products r . w_c on entry
-    tables: Sequence[Tensor],  # [N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change
+    weight: Tensor | None,  # [C, D] float32
+    cosine: Tensor,  # [T, N, C]
+    tables: Sequence[Tensor],  # [T, N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change
 ) -> None:
-    """Launch ``readout_zones`` for one time step; cosine and every table are written. Labels must lie in [0, C)."""
-    (n, d), c, dtype = representations.shape, cosine.shape[1], representations.dtype
+    """Launch ``readout_zones``; cosine and every table are written. Labels must lie in [0, C). Without ``weight``,
+    cosine holds the products r . w_c on entry."""
+    (t, n, d), c, dtype = representations.shape, cosine.shape[2], representations.dtype
     names = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")
     launch = _core.readout_zones_float32 if dtype == torch.float32 else _core.readout_zones_float64
+    packed = None if weight is None else empty((-(-c // _ZONE_PADDING) * _ZONE_PADDING * d,), torch.float32)
+    before, (before_stride,) = _row_address(previous, "previous", (n, d), dtype)
     launch(
-        [n, d, c],
+        [t, n, d, c],
         torch.get_num_threads(),
-        *_row_address(representations, "representations", (n, d), dtype),
-        *_row_address(previous, "previous", (n, d), dtype),
-        *_row_address(log_probs, "log_probs", (n, c), dtype),
+        *_row_address(representations, "representations", (t, n, d), dtype),
+        before,
+        before_stride,
+        *_row_address(log_probs, "log_probs", (t, n, c), dtype),
         _address(labels, "labels", (n,), torch.int64),
         _address(bias, "bias", (c,), dtype),
         _address(weight_norm, "weight_norm", (c,), dtype),
         _address(inverse_distance, "inverse_distance", (c, c), dtype),
-        _address(cosine, "cosine", (n, c), dtype),
-        *(_address(table, name, (n,), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
+        _address(weight, "weight", (c, d), torch.float32),
+        0 if packed is None else packed.data_ptr(),
+        _address(cosine, "cosine", (t, n, c), dtype),
+        *(_address(table, name, (t, n), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
     )
 
 

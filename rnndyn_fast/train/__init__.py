@@ -9,7 +9,7 @@ from rnndyn_fast.train.checkpoint import (
     versions,
 )
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.loop import config_yaml, initialise, limited, loss_over_time, train
+from rnndyn_fast.train.loop import config_yaml, initialise, kept_name, learning_rate, limited, loss_over_time, train
 from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics
 from rnndyn_fast.train.progress import PlainReporter, QuietReporter, Reporter, RichReporter, choose_reporter
 
@@ -24,6 +24,8 @@ __all__ = [
     "choose_reporter",
     "config_yaml",
     "initialise",
+    "kept_name",
+    "learning_rate",
     "limited",
     "load_checkpoint",
     "load_weights",

@@ -25,7 +25,7 @@ NETWORK_OPTIONS = (
     "engine",
 )
 # What a resumed run may change: how and how long it runs, not what it computes.
-FREE_ON_RESUME = ("data", "out", "epochs", "threads", "backend", "engine", "resume", "overwrite")
+FREE_ON_RESUME = ("data", "out", "epochs", "patience", "keep", "threads", "backend", "engine", "resume", "overwrite")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -72,11 +72,16 @@ class TrainConfig:
     epochs: int = _option(60, "epochs in all, those before a resume included")
     batch_size: int = _option(1024, "images per training step")
     val_batch_size: int = _option(250, "images per validation batch")
-    lr: float = _option(1e-3, "learning rate of Adam, constant")
+    patience: int | None = _option(None, "stop after that many epochs without a better validation accuracy; default: train all epochs")
+    lr: float = _option(1e-3, "learning rate of Adam")
+    lr_patience: int | None = _option(
+        None, "divide the learning rate by 4 after that many epochs without a better validation accuracy; default: it is constant"
+    )
     init: Literal["xavier", "default"] = _option("xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default")
     augment: Literal["trivialaugmentwide", "none"] = _option("trivialaugmentwide", "augmentation of training images")
     max_train_images: int | None = _option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = _option(None, "validate on that many images, evenly spaced over the split")
+    keep: tuple[int, ...] = _option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
     seed: int = _option(0, "of initial weights, order of images and augmentation")
     threads: int | None = _option(None, "CPU threads; default: PyTorch's")
     resume: bool = _option(False, "go on from the last checkpoint in `out`")
@@ -85,6 +90,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.widths, Sequence) and not isinstance(self.widths, str):
             object.__setattr__(self, "widths", tuple(self.widths))  # YAML and JSON have lists only
+        if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):
+            object.__setattr__(self, "keep", tuple(self.keep))
         for name in ("data", "out"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
@@ -93,9 +100,11 @@ class TrainConfig:
             _check_type(item.name, getattr(self, item.name), hints[item.name])
         for name, least in (("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0)):
             _check_least(name, getattr(self, name), least)
-        for name in ("max_train_images", "max_val_images", "threads"):
+        for name in ("patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
             if getattr(self, name) is not None:
                 _check_least(name, getattr(self, name), 1)
+        if any(epoch < 1 for epoch in self.keep):
+            raise ValueError(f"keep: expected epochs of at least 1, got {self.keep}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -109,7 +118,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON, YAML and checkpoints."""
-        return {**dataclasses.asdict(self), "widths": list(self.widths)}
+        return {**dataclasses.asdict(self), "widths": list(self.widths), "keep": list(self.keep)}
 
     def as_new(self) -> TrainConfig:
         """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""
