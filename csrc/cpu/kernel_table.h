@@ -2,6 +2,7 @@
 // each build exports one table; dispatch.cpp chooses among them at run time.
 #pragma once
 #include "area_step.h"
+#include "ctrnn.h"
 #include "readout_zones.h"
 #include "winograd_conv.h"
 
@@ -15,6 +16,16 @@ struct KernelTable {
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
+  void (*ctrnn_forward_f32)(const CtrnnForwardParams<float>&);
+  void (*ctrnn_forward_f64)(const CtrnnForwardParams<double>&);
+  void (*ctrnn_backward_f32)(const CtrnnBackwardParams<float>&);
+  void (*ctrnn_backward_f64)(const CtrnnBackwardParams<double>&);
+  void (*ctrnn_train_f32)(const CtrnnTrainParams<float>&);
+  void (*ctrnn_train_f64)(const CtrnnTrainParams<double>&);
+  // Bytes, for both dtypes.
+  int64_t (*ctrnn_forward_workspace)(const CtrnnShape&, int num_threads);
+  int64_t (*ctrnn_backward_workspace)(const CtrnnShape&, int num_threads);
+  int64_t (*ctrnn_train_workspace)(const CtrnnShape&, int64_t loss_steps, int num_threads);
   void (*winograd_conv)(const WinogradConvParams&);
   int64_t (*winograd_conv_workspace)(const WinogradConvParams&);  // floats
   void (*winograd_pack_weight)(const WinogradPackParams&);
