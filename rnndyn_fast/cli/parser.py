@@ -20,15 +20,20 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
+    "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
 
+# Commands of two words, by the first.
+GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
+LISTS = ("--widths", "--alphas", "--noise_stds", "--activations")
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Options may be written with dashes (--batch-size), lists of numbers without brackets (--widths 4,6,8,10,12), and
+    """Options may be written with dashes (--batch-size), lists without brackets (--widths 4,6,8,10,12), and
     switches without a value, whatever follows them (--overwrite)."""
     out: list[str] = []
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
@@ -37,15 +42,15 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name == "--widths" else value)
-        elif out and out[-1] == "--widths":
+            word = name + equals + (_bracketed(value) if name in LISTS else value)
+        elif out and out[-1] in LISTS:
             word = _bracketed(word)
         out.append(word)
     return out
 
 
 def _bracketed(value: str) -> str:
-    return f"[{value}]" if re.fullmatch(r"\d+(,\d+)*", value) else value
+    return f"[{value}]" if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) else value
 
 
 def tidy(message: str) -> str:
@@ -59,7 +64,7 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+    return re.sub(r"\b(?:data\.make|phase\.\w+|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -74,18 +79,19 @@ def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True)
-    data_subcommands = None
+    groups: dict[str, Any] = {}
     for name, (text, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         one = ArgumentParser(description=text, exit_on_error=False)
         if argv[: len(name.split())] == name.split():
             _ARGUMENTS[name](one)
-        if group == "data":
-            if data_subcommands is None:
-                data = ArgumentParser(description="Image files.", exit_on_error=False)
-                subcommands.add_subcommand("data", data, help="Image files: data make.")
-                data_subcommands = data.add_subcommands(required=True)
-            data_subcommands.add_subcommand(last, one, help=text)
+        if group:
+            if group not in groups:
+                own = ArgumentParser(description=GROUPS[group], exit_on_error=False)
+                known = ", ".join(command for command in COMMANDS if command.startswith(group + " "))
+                subcommands.add_subcommand(group, own, help=f"{GROUPS[group].rstrip('.')}: {known}.")
+                groups[group] = own.add_subcommands(required=True)
+            groups[group].add_subcommand(last, one, help=text)
         else:
             subcommands.add_subcommand(name, one, help=text)
     return parser, {name: command for name, (_, command) in COMMANDS.items()}
@@ -142,13 +148,18 @@ def _add_network_options(parser: ArgumentParser) -> None:
 
 
 def _train(parser: ArgumentParser) -> None:
-    import dataclasses
-
     from rnndyn_fast.train.config import TrainConfig
 
+    _add_config(parser, TrainConfig)
+
+
+def _add_config(parser: ArgumentParser, kind: type) -> None:
+    """An option for each field of a dataclass, and --config."""
+    import dataclasses
+
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
-    for item in dataclasses.fields(TrainConfig):
-        _add_field(parser, TrainConfig, item.name)
+    for item in dataclasses.fields(kind):
+        _add_field(parser, kind, item.name)
 
 
 def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
@@ -189,6 +200,18 @@ def _analyse(parser: ArgumentParser) -> None:
     _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
 
 
+def _phase_train(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseTrainConfig
+
+    _add_config(parser, PhaseTrainConfig)
+
+
+def _phase_sweep(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseSweepConfig
+
+    _add_config(parser, PhaseSweepConfig)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -208,6 +231,8 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "extract": _extract,
     "analyse": _analyse,
+    "phase train": _phase_train,
+    "phase sweep": _phase_sweep,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.reference.ctrnn import Activation
+from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
@@ -291,38 +292,12 @@ def ctrnn_backward(
     del kept
 
 
-@dataclass(frozen=True)
-class CtrnnTraining:
-    """Everything that an epoch of ``ctrnn_train`` reads and writes; ctrnn.h has the meaning of each."""
-
-    train_inputs: Tensor  # [M, N_train, T, I] float32
-    train_labels: Tensor  # [M, N_train] float32
-    order: Tensor  # [M, batches * batch] int64, in [0, N_train)
-    val_inputs: Tensor  # [M, N_val, T, I] float32
-    val_labels: Tensor  # [M, N_val] float32
-    h0: Tensor  # [M, H]
-    alpha: Tensor  # [M]
-    noise_std: Tensor  # [M]
-    activations: Sequence[Activation]
-    seeds: Tensor  # [M] int64
-    epoch: Tensor  # [M] int64
-    learning_rate: Tensor  # [M]
-    optimiser: Sequence[float]  # beta1, beta2, eps, weight_decay, clip_norm, activity_weight
-    batch: int
-    loss_steps: int
-    metrics_after: bool
-    parameters: Tensor  # [M, P], updated
-    first_moment: Tensor  # [M, P], updated
-    second_moment: Tensor  # [M, P], updated
-    metrics: Tensor  # [M, 3, 3] float64, written
-
-
 def ctrnn_train(run: CtrnnTraining, chosen: Tensor) -> None:  # [K] int64
     """Launch an epoch of the chosen models. Entries of ``order`` and ``chosen`` must be valid: the caller made them."""
     m, n, t, i = run.train_inputs.shape
     h, dtype = run.h0.shape[1], run.parameters.dtype
     val, count = run.val_labels.shape[1], (h + i + 1) * h + h + 1
-    batches = run.order.shape[1] // run.batch
+    batches, o = run.order.shape[1] // run.batch, run.optimiser
     sizes, threads = [m, run.batch, t, i, h], torch.get_num_threads()
     codes = _codes(run.activations)
     kept, workspace = _workspace(-(-_core.ctrnn_train_workspace(sizes, run.loss_steps, threads) // 4))
@@ -349,7 +324,7 @@ def ctrnn_train(run: CtrnnTraining, chosen: Tensor) -> None:  # [K] int64
             _address(run.epoch, "epoch", (m,), torch.int64),
         ],
         _address(run.learning_rate, "learning_rate", (m,), dtype),
-        list(run.optimiser),
+        [o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm, run.activity_weight],
         run.loss_steps,
         run.metrics_after,
         _address(run.parameters, "parameters", (m, count), dtype),
