@@ -1,7 +1,7 @@
 // Vector arithmetic of the ctrnn kernels: tanh and its relatives, logarithm, sine and cosine, Philox and unit normals, transposes.
 // Included inside namespace rnndyn::<isa>.
 //
-// Precision: tanh and sigmoid within 2 units in the last place in float32 (measured over all of their range), 3 in float64; series are
+// Precision: tanh within 2 and sigmoid within 3 units in the last place (measured over all of their range); series are
 //   Taylor's, cut where the next term is below half a unit. Division and square root in float32 with AVX-512: the hardware's 14-bit
 //   estimate and Newton steps, since the exact instructions would take a third of a time step.
 // NaN stays NaN; infinities give the limits.
@@ -92,7 +92,7 @@ static inline typename Simd<Real>::vec square_root(typename Simd<Real>::vec x) {
 #endif
 }
 
-// exp(x) - 1 = 2^n (p + 1) - 1 with p = exp(r) - 1, |r| <= ln 2 / 2: returns p, and 2^n in scale. |x| below 80.
+// exp(x) - 1 = 2^n (p + 1) - 1 with p = exp(r) - 1, |r| <= ln 2 / 2: returns p, and 2^n in scale, which must be a normal number.
 template <typename Real>
 static inline typename Simd<Real>::vec expm1_reduced(typename Simd<Real>::vec x, typename Simd<Real>::vec* scale) {
   typedef typename Simd<Real>::vec vec;
@@ -136,7 +136,8 @@ static inline typename Simd<Real>::vec vec_sigmoid(typename Simd<Real>::vec x) {
   typedef typename Simd<Real>::vec vec;
   typedef typename Bits<Real>::type ints;
   vec magnitude = (vec)((ints)x & ~Bits<Real>::kSign);
-  magnitude = magnitude > Real(80) ? splat<Real>(80) : magnitude;
+  constexpr Real limit = Simd<Real>::kFloat ? Real(87) : Real(708);  // the least normal number lies just below
+  magnitude = magnitude > limit ? splat<Real>(limit) : magnitude;
   vec scale;
   const vec p = expm1_reduced<Real>(-magnitude, &scale);
   const vec e = scale * p + scale;  // exp(-|x|)
@@ -268,17 +269,33 @@ static inline Words wide_product(Words a, uint32_t b) {
 #endif
 }
 
-// Philox4x32-10 on a vector of counters, a word of 32 bits in each lane of 64; what lies above the 32 bits is arbitrary, on entry and
-// on return: products ignore it.
-static inline void philox(Words (&c)[4], uint64_t key) {
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+// Philox4x32-10 of counters (block, step, trial, stream), a word of 32 bits in each lane of 64; what lies above the 32 bits is arbitrary:
+// products ignore it. Only the trial varies between lanes, so the first round is scalar but for one product.
+struct NoiseKeys {
+  uint64_t first[10], second[10];  // of every round
+  explicit NoiseKeys(uint64_t key) {
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+      first[round] = k0, second[round] = k1;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+  }
+};
+
+static inline void philox(const NoiseKeys& keys, uint32_t block, uint32_t step, Words trial, uint32_t stream,
+                          Words (&c)[4]) {
+  const uint64_t of_block = uint64_t(block) * 0xD2511F53u;
+  const Words of_trial = wide_product(trial, 0xCD9E8D57u);
+  c[0] = (of_trial >> 32) ^ (uint64_t(step) ^ keys.first[0]);
+  c[1] = of_trial;
+  c[2] = ((of_block >> 32) ^ stream ^ keys.second[0]) - Words{};
+  c[3] = uint64_t(uint32_t(of_block)) - Words{};
+#pragma GCC unroll 9
+  for (int round = 1; round < 10; ++round) {
     const Words first = wide_product(c[0], 0xD2511F53u), second = wide_product(c[2], 0xCD9E8D57u);
-    c[0] = (second >> 32) ^ c[1] ^ uint64_t(k0);
-    c[2] = (first >> 32) ^ c[3] ^ uint64_t(k1);
+    c[0] = (second >> 32) ^ c[1] ^ keys.first[round];
+    c[2] = (first >> 32) ^ c[3] ^ keys.second[round];
     c[1] = second, c[3] = first;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
 }
 
@@ -297,7 +314,7 @@ static inline void box_muller(typename Bits<Real>::type first, typename Bits<Rea
 }
 
 struct NoisePlace {
-  uint64_t key;
+  NoiseKeys keys;
   uint32_t stream, first_trial;
 };
 
@@ -306,24 +323,27 @@ template <typename Real>
 static inline void unit_normals(const NoisePlace& place, uint32_t step, uint32_t block, int v,
                                 typename Simd<Real>::vec (&out)[4]) {
   typedef typename Bits<Real>::type ints;
+  typedef uint32_t Halves __attribute__((vector_size(RNNDYN_VECTOR_BYTES)));
   constexpr int lanes = RNNDYN_VECTOR_BYTES / 8, passes = Simd<Real>::kFloat ? 2 : 1;
+  constexpr uint64_t low_half = 0xffffffffu;
   Words words[passes][4];
 #pragma GCC unroll 2
   for (int pass = 0; pass < passes; ++pass) {
-    Words(&c)[4] = words[pass];
-    c[0] = uint64_t(block) - Words{};
-    c[1] = uint64_t(step) - Words{};
-    for (int i = 0; i < lanes; ++i) c[2][i] = uint64_t(place.first_trial) + uint32_t((v * lanes + i) * passes + pass);
-    c[3] = uint64_t(place.stream) - Words{};
-    philox(c, place.key);
+    Words trial;
+    for (int i = 0; i < lanes; ++i) trial[i] = uint64_t(i * passes + pass);
+    trial += uint64_t(place.first_trial) + uint64_t(v * lanes * passes);
+    philox(place.keys, block, step, trial, place.stream, words[pass]);
   }
   ints value[4];
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     const int drop = k % 2 == 0 ? 9 : 8;
-    const Words low = (words[0][k] & 0xffffffffu) >> drop;
     // float: even trials in the first pass and odd ones in the second, so that their words interleave into trial order
-    value[k] = passes == 1 ? (ints)low : (ints)(low | (((words[passes - 1][k] & 0xffffffffu) >> drop) << 32));
+    if constexpr (passes == 1) {
+      value[k] = (ints)((words[0][k] & low_half) >> drop);
+    } else {
+      value[k] = (ints)((Halves)((words[0][k] & low_half) | (words[1][k] << 32)) >> drop);
+    }
   }
   box_muller<Real>(value[0], value[1], out);
   box_muller<Real>(value[2], value[3], out + 2);

@@ -68,15 +68,16 @@ void ctrnn_forward(const CtrnnForwardParams<Real>& p) {
     const int64_t m = job / tiles, first = job % tiles * kCtrnnTile;
     const int64_t count = shape.trials - first < kCtrnnTile ? shape.trials - first : kCtrnnTile;
     const CtrnnScratch<Real> s(shape, p.workspace + omp_get_thread_num() * scratch_bytes, false);
-    CtrnnModel<Real> model{p.w_rec + m * units * units,
-                           p.b_rec + m * units,
-                           p.w_in + m * shape.inputs * units,
-                           p.alpha[m],
-                           p.noise_std[m],
-                           CtrnnActivation(p.activation[m]),
-                           p.seeds != nullptr && p.noise_std[m] != 0,
-                           {}};
-    if (p.seeds != nullptr) model.noise = {uint64_t(p.seeds[m]), p.stream, p.first_trial + uint32_t(first)};
+    const NoisePlace noise{NoiseKeys(p.seeds != nullptr ? uint64_t(p.seeds[m]) : 0), p.stream,
+                           p.first_trial + uint32_t(first)};
+    const CtrnnModel<Real> model{p.w_rec + m * units * units,
+                                 p.b_rec + m * units,
+                                 p.w_in + m * shape.inputs * units,
+                                 p.alpha[m],
+                                 p.noise_std[m],
+                                 CtrnnActivation(p.activation[m]),
+                                 p.seeds != nullptr && p.noise_std[m] != 0,
+                                 noise};
     const Real* inputs = p.inputs + m * p.input_model_stride + first * steps * shape.inputs;
     ctrnn_gather_inputs(s, count, [&](int64_t n) { return inputs + n * steps * shape.inputs; });
     ctrnn_load_tile(p.h0 + (m * shape.trials + first) * units, units, count, units, s.state);
@@ -111,7 +112,7 @@ static void ctrnn_backward_tile(const CtrnnBackwardParams<Real>& p, int64_t m, i
                                Real(0),
                                CtrnnActivation(p.activation[m]),
                                false,
-                               {}};
+                               {NoiseKeys(0), 0, 0}};
   const Real* inputs = p.inputs + m * p.input_model_stride + first * steps * shape.inputs;
   ctrnn_gather_inputs(s, count, [&](int64_t n) { return inputs + n * steps * shape.inputs; });
   ctrnn_fill_ones(s, count);

@@ -148,32 +148,33 @@ int64_t ctrnn_train_workspace(const CtrnnShape& shape, int64_t loss_steps, int n
 // One epoch of one model.
 template <typename Real>
 struct CtrnnEpoch {
+  typedef CtrnnScratch<Real> Scratch;
   const CtrnnTrainParams<Real>& p;
   int64_t m, size;
-  CtrnnScratch<Real> s;
+  Scratch s;
   Real* grad;
   CtrnnModel<Real> model;
   CtrnnOutputs<Real> out;
 
   CtrnnEpoch(const CtrnnTrainParams<Real>& params, int64_t index, char* memory)
-      : p(params), m(index), size(ctrnn_parameters(params.shape)), s(params.shape, memory, true) {
-    typedef CtrnnScratch<Real> Scratch;
-    const int64_t units = s.units;
-    memory += Scratch::bytes(p.shape, true);
-    grad = reinterpret_cast<Real*>(memory);
-    Real* error = reinterpret_cast<Real*>(memory + Scratch::round_up(size * sizeof(Real)));
-    const Real* theta = p.parameters + m * size;
-    const Real* bias = theta + (units + s.inputs) * units;
-    model = {theta,
-             bias,
-             theta + units * units,
-             p.alpha[m],
-             p.noise_std[m],
-             CtrnnActivation(p.activation[m]),
-             p.noise_std[m] != 0,
-             {uint64_t(p.seeds[m]), 0, 0}};
-    out = {bias + units, bias + 2 * units, p.loss_steps, error};
-  }
+      : p(params),
+        m(index),
+        size(ctrnn_parameters(params.shape)),
+        s(params.shape, memory, true),
+        grad(reinterpret_cast<Real*>(memory + Scratch::bytes(params.shape, true))),
+        model{theta(0),
+              theta((s.units + s.inputs) * s.units),
+              theta(s.units * s.units),
+              p.alpha[m],
+              p.noise_std[m],
+              CtrnnActivation(p.activation[m]),
+              p.noise_std[m] != 0,
+              {NoiseKeys(uint64_t(p.seeds[m])), 0, 0}},
+        out{model.b_rec + s.units, model.b_rec + 2 * s.units, p.loss_steps,
+            reinterpret_cast<Real*>(memory + Scratch::bytes(params.shape, true) +
+                                    Scratch::round_up(size * sizeof(Real)))} {}
+
+  const Real* theta(int64_t from) const { return p.parameters + m * size + from; }
 
   // Trials index[first ..] of a data set, index null: themselves. Labels are gathered too.
   CtrnnMetrics forward(const float* inputs, const float* labels, const int64_t* index, int64_t first, int64_t count,

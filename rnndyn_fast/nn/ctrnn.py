@@ -91,7 +91,7 @@ class CTRNN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seeds: Sequence[int] | None = None) -> None:
-        """Initialise: weights from a normal of variance 2 / (fan_in + fan_out), cut at two standard deviations of the normal that is cut."""
+        """Initialise: weights of variance 2 / (fan_in + fan_out), from a normal that is cut at two of its standard deviations."""
         if seeds is None:
             seeds = torch.randint(2**62, (self.num_models,)).tolist()
         if len(seeds) != self.num_models:

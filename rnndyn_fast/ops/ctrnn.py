@@ -172,10 +172,8 @@ def _backward_registered(ctx: Any, grad_rates: Tensor | None, grad_states: Tenso
     arguments = (grad_rates, grad_states if ctx.with_states else None, *ctx.saved_tensors, list(ctx.activations), ctx.needs_input_grad[0])
     if grad_rates is None and grad_states is None:
         return (None,) * 12
-    if torch.compiler.is_compiling():
-        grads = torch.ops.rnndyn.ctrnn_backward(*arguments)
-    else:
-        grads = _CtrnnBackward.apply(*arguments)
+    run: Any = torch.ops.rnndyn.ctrnn_backward if torch.compiler.is_compiling() else _CtrnnBackward.apply
+    grads = run(*arguments)
     return grads[0] if ctx.needs_input_grad[0] else None, *grads[1:], None, None, None, None, None, None, None
 
 

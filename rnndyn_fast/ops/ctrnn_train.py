@@ -35,7 +35,8 @@ def _check(run: CtrnnTraining, chosen: Tensor) -> None:  # [K]
         raise ValueError(f"order: expected [M, batches * batch] with M = {m} and batch = {run.batch}, got {list(run.order.shape)}")
     if not 1 <= run.loss_steps <= t:
         raise ValueError(f"loss_steps: expected a number in [1, {t}], got {run.loss_steps}")
-    for name, index, size in (("order", run.order[chosen], n), ("chosen", chosen, m)):
+    for name, rows, size in (("chosen", None, m), ("order", chosen, n)):
+        index = chosen if rows is None else run.order[rows]
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
             raise ValueError(f"{name}: expected indices in [0, {size}), got [{int(index.min())}, {int(index.max())}]")
     if len(chosen.unique()) != len(chosen):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class Activation(enum.Enum):
@@ -24,7 +23,7 @@ _FUNCTIONS = {
     Activation.TANH: torch.tanh,
     Activation.RELU: torch.relu,
     Activation.SIGMOID: torch.sigmoid,
-    Activation.SOFTPLUS: functional.softplus,
+    Activation.SOFTPLUS: lambda x: torch.logaddexp(x, torch.zeros_like(x)),  # (torch.nn.functional.softplus is x itself from 20 on)
     Activation.IDENTITY: lambda x: x,
 }
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import statistics
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def load_networks(path: str | os.PathLike[str], *, backend: str | None = None) -
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {path} is truncated or not an .npz file: {error}") from error
     if str(found.get("format")) != NETWORKS_FORMAT:
         raise ValueError(f"path: {path} is not a file of networks (format {NETWORKS_FORMAT!r}, found {str(found.get('format'))!r})")
