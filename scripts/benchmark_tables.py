@@ -115,17 +115,18 @@ NOTES = {
 }
 TITLES = {
     "rollout": "Networks: time",
+    "ctrnn": "Continuous-time networks",
     "memory": "Networks: memory",
     "analysis": "Analysis",
     "convolutions": "Convolutions",
 }
-OVERVIEW = ("rollout", "memory", "analysis")
+OVERVIEW = ("rollout", "memory", "ctrnn", "analysis")
 
 
 def section_of(results: Json) -> str:
     """Which of TITLES a file belongs to."""
     kinds = {"benchmarks": "analysis", "convolutions": "convolutions", "peak_bytes": "memory"}
-    return next((section for key, section in kinds.items() if key in results), "rollout")
+    return results.get("section") or next((section for key, section in kinds.items() if key in results), "rollout")
 
 
 def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, commands: bool = False) -> str:
@@ -143,7 +144,7 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
                 found.setdefault((kind, line + command), []).extend(rows)
             continue
         facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        key = {"rollout": "time"}.get(section, section), conditions(machine, facts) + command
+        key = {"rollout": "time", "ctrnn": "time"}.get(section, section), conditions(machine, facts) + command
         found.setdefault(key, []).extend(convolutions(results) if section == "convolutions" else [alternated(results)])
     parts = []
     for (kind, line), rows in found.items():

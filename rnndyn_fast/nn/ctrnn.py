@@ -190,7 +190,7 @@ class CTRNN(nn.Module):
 
         Returns: outputs [M, N, T, O] and rates [M, N, T, H].
         """
-        rates_, _ = self.states(inputs, noise_seeds, stream=stream, first_trial=first_trial, h0=h0)
+        rates_, _ = self._run(inputs, noise_seeds, stream, first_trial, h0, with_states=False)
         return self.read_out(rates_), rates_
 
     def states(
@@ -203,6 +203,20 @@ class CTRNN(nn.Module):
         h0: Tensor | None = None,  # [M, H] or [M, N, H]
     ) -> tuple[Tensor, Tensor]:
         """Rates and states after each step, both [M, N, T, H]; arguments as in ``forward``."""
+        rates_, states = self._run(inputs, noise_seeds, stream, first_trial, h0, with_states=True)
+        assert states is not None
+        return rates_, states
+
+    def _run(
+        self,
+        inputs: Tensor,  # [M, N, T, I] or [N, T, I]
+        noise_seeds: int | Sequence[int] | Tensor | None,
+        stream: int,
+        first_trial: int,
+        h0: Tensor | None,  # [M, H] or [M, N, H]
+        *,
+        with_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if isinstance(inputs, Tensor) and inputs.dim() == 3:
             inputs = inputs.expand(self.num_models, *inputs.shape)
         if isinstance(noise_seeds, int):
@@ -219,6 +233,7 @@ class CTRNN(nn.Module):
             noise_seeds,
             stream=stream,
             first_trial=first_trial,
+            with_states=with_states,
             backend=self.backend,
         )
 

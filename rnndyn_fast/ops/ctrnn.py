@@ -144,7 +144,9 @@ def _backward_fake(
     inputs_too: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_inputs = inputs.new_empty(inputs.shape if inputs_too else (0,))
-    return grad_inputs, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (w_rec, b_rec, w_in, h0))
+    # (contiguous, whatever the tensors themselves are)
+    new = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (w_rec, b_rec, w_in, h0)]
+    return grad_inputs, new[0], new[1], new[2], new[3]
 
 
 # ---------------------------------------------------------------- autograd
