@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from conftest import golden
 from torch import Tensor
 
-from rnndyn_fast import _core, build_info
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.ctrnn_train import ctrnn_train
 from rnndyn_fast.reference.ctrnn import Activation
@@ -20,14 +18,6 @@ from rnndyn_fast.reference.ctrnn_train import AdamW, CtrnnTraining, split_parame
 
 NAMES = {"w_rec": "W_rec", "w_in": "W_in", "b_rec": "b_rec", "w_out": "W_out", "b_out": "b_out"}
 GOLDEN = {"a1_tanh_": (1.0, Activation.TANH), "a05_tanh_": (0.5, Activation.TANH), "a01_relu_": (0.1, Activation.RELU)}
-
-
-@pytest.fixture(params=_core.build_info()["isa_supported"])
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = build_info()["isa"]
-    _core.select_isa(request.param)
-    yield
-    _core.select_isa(before)
 
 
 def flat(data: dict[str, np.ndarray], prefix: str) -> np.ndarray:
@@ -129,7 +119,7 @@ def state(run: CtrnnTraining) -> tuple[Tensor, ...]:
     return run.parameters, run.first_moment, run.second_moment, run.metrics
 
 
-@pytest.mark.usefixtures("_isa")
+@pytest.mark.usefixtures("each_isa")
 @pytest.mark.parametrize("batch", [20, 16, 5])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05], ids=["unclipped", "clipped"])
 def test_native_epoch_matches_the_reference(batch: int, clip_norm: float) -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Kept, so that only what has changed is built again.
 BUILD = ROOT / "build" / f"sanitized-{sys.implementation.cache_tag}"
-OP_TESTS = ("tests/test_area_step.py", "tests/test_readout_zones.py", "tests/test_winograd_conv.py")
+OP_TESTS = tuple(f"tests/test_{op}.py" for op in ("area_step", "readout_zones", "winograd_conv", "ctrnn", "ctrnn_train"))
 
 
 def sanitize(*arguments: str, core: Path | None = None) -> subprocess.CompletedProcess[str]:

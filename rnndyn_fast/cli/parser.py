@@ -29,7 +29,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
-LISTS = ("--widths", "--alphas", "--noise_stds", "--activations")
+# Options that are lists, and what an entry looks like.
+LISTS = {"--widths": r"\d+", "--alphas": r"[-+.\deE]+", "--noise_stds": r"[-+.\deE]+", "--activations": r"\w+"}
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -42,15 +43,15 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name in LISTS else value)
+            word = name + equals + (_bracketed(value, LISTS[name]) if name in LISTS else value)
         elif out and out[-1] in LISTS:
-            word = _bracketed(word)
+            word = _bracketed(word, LISTS[out[-1]])
         out.append(word)
     return out
 
 
-def _bracketed(value: str) -> str:
-    return f"[{value}]" if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) else value
+def _bracketed(value: str, entry: str) -> str:
+    return f"[{value}]" if re.fullmatch(f"{entry}(,{entry})*", value) else value
 
 
 def tidy(message: str) -> str:
