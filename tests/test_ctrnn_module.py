@@ -10,6 +10,8 @@ from ctrnn_cases import by_dtype
 
 from rnndyn_fast.nn import CTRNN
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
+from rnndyn_fast.reference.ctrnn_train import ctrnn_loss
+from rnndyn_fast.tasks import ModuloArithmetic, SetGame, Trials
 
 # ---------------------------------------------------------------- golden
 
@@ -34,6 +36,27 @@ def test_published_network(backend: str, dtype: torch.dtype) -> None:
     assert said.tolist() == data["labels"].astype(int).tolist()
 
 
+def test_published_network_on_trials_of_our_own() -> None:
+    """Accuracy and error as measured of the published code on other trials, with and without noise, and with five pulses."""
+    net = CTRNN.from_published(golden("ctrnn_m3a"))
+    three, five = ModuloArithmetic().test_set(seed=42), ModuloArithmetic(pulses=5).balanced(1500, seed=42)
+
+    def score(trials: Trials, seed: int | None = None) -> tuple[float, float]:
+        with torch.no_grad():
+            outputs, rates = net(trials.inputs, None if seed is None else [seed])
+        _, error, _, accuracy = ctrnn_loss(outputs[..., 0], rates, trials.labels[None], 3, 0.0)
+        return float(accuracy), float(error)
+
+    accuracy, error = score(three)
+    assert accuracy == 1.0
+    assert error == pytest.approx(6.2e-5, rel=0.3)  # 540 trials; another draw of them gives another value
+    assert score(five)[0] == 1.0
+    for seed in (1, 2, 3):
+        accuracy, error = score(three, seed)
+        assert accuracy == 1.0
+        assert error == pytest.approx(2.15e-4, rel=0.2)
+
+
 def test_published_noise_convention() -> None:
     data = golden("ctrnn_m3a_train")
     net = CTRNN.from_published(data, "a05_tanh_init_", noise_std=float(data["noise_const"]))
@@ -50,8 +73,6 @@ def test_published_noise_convention() -> None:
 @pytest.mark.parametrize("prefix", ["osc_", "att_"])
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_published_set_networks(prefix: str, backend: str) -> None:
-    from rnndyn_fast.tasks import SetGame
-
     data = golden("set_v1_networks")
     net = CTRNN.from_published(data, prefix, backend=backend)
     trials = SetGame(data[f"{prefix}colour_vectors_GPR"]).trials_at(data[f"{prefix}sequences"], data[f"{prefix}pulse_index"])

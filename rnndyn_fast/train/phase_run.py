@@ -143,25 +143,22 @@ class _Run:
 
     def go(self, reporter: Reporter) -> None:
         """Train until no network is left."""
-        reporter.start("network epochs", self._most_epochs())
+        reporter.start("network epochs (at most)", len(self.jobs) * self.config.epochs)
         reporter.advance(int(self.training.epoch.sum()), "")
         saved = time.monotonic()
         while chosen := self.active():
             start = time.perf_counter()
             self.epoch(chosen, reporter)
-            self.seconds += time.perf_counter() - start
-            rate = len(chosen) / (time.perf_counter() - start)
-            done, total = int(self.training.epoch.min()), len(self.jobs)
-            text = f"{len(chosen)} of {total} networks left, epoch {int(self.training.epoch[chosen].max())}, {rate:.1f} network epochs/s"
-            reporter.advance(len(chosen), text if done >= 0 else "")
+            took = time.perf_counter() - start
+            self.seconds += took
+            epoch = int(self.training.epoch[chosen].max())
+            text = f"{len(chosen)} of {len(self.jobs)} networks left, epoch {epoch}, {len(chosen) / took:.1f} network epochs/s"
+            reporter.advance(len(chosen), text)
             if time.monotonic() - saved > self.config.save_every_s:
                 self.save()
                 saved = time.monotonic()
         self.save()
         reporter.line(self.summary())
-
-    def _most_epochs(self) -> int:
-        return len(self.jobs) * self.config.epochs
 
     def epoch(self, chosen: list[int], reporter: Reporter) -> None:
         """One epoch of the networks `chosen`, and what follows from it."""
