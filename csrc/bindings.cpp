@@ -150,6 +150,86 @@ void trajectory_norms(const std::array<int64_t, 3>& shape, int num_threads, Addr
   }
 }
 
+using CtrnnSizes = std::array<int64_t, 5>;  // models, trials, steps, inputs, units
+
+CtrnnShape ctrnn_shape(const CtrnnSizes& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+
+template <typename Real>
+void ctrnn_forward(const CtrnnSizes& sizes, int num_threads, Address inputs, int64_t input_model_stride, Address w_rec,
+                   Address b_rec, Address w_in, Address h0, Address alpha, Address noise_std, Address activation,
+                   Address seeds, uint32_t stream, uint32_t first_trial, Address rates, Address states,
+                   Address workspace) {
+  CtrnnForwardParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.inputs = pointer<const Real>(inputs), p.input_model_stride = input_model_stride;
+  p.w_rec = pointer<const Real>(w_rec), p.b_rec = pointer<const Real>(b_rec), p.w_in = pointer<const Real>(w_in);
+  p.h0 = pointer<const Real>(h0), p.alpha = pointer<const Real>(alpha);
+  p.noise_std = pointer<const Real>(noise_std), p.activation = pointer<const int32_t>(activation);
+  p.seeds = pointer<const int64_t>(seeds), p.stream = stream, p.first_trial = first_trial;
+  p.rates = pointer<Real>(rates), p.states = pointer<Real>(states), p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_forward_f32(p);
+  } else {
+    kernels().ctrnn_forward_f64(p);
+  }
+}
+
+template <typename Real>
+void ctrnn_backward(const CtrnnSizes& sizes, int num_threads, Address inputs, int64_t input_model_stride, Address w_rec,
+                    Address w_in, Address h0, Address alpha, Address activation, Address rates, Address grad_rates,
+                    Address grad_states, Address grad_inputs, Address grad_weights, Address grad_h0,
+                    Address workspace) {
+  CtrnnBackwardParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.inputs = pointer<const Real>(inputs), p.input_model_stride = input_model_stride;
+  p.w_rec = pointer<const Real>(w_rec), p.w_in = pointer<const Real>(w_in), p.h0 = pointer<const Real>(h0);
+  p.alpha = pointer<const Real>(alpha), p.activation = pointer<const int32_t>(activation);
+  p.rates = pointer<const Real>(rates), p.grad_rates = pointer<const Real>(grad_rates);
+  p.grad_states = pointer<const Real>(grad_states), p.grad_inputs = pointer<Real>(grad_inputs);
+  p.grad_weights = pointer<Real>(grad_weights), p.grad_h0 = pointer<Real>(grad_h0);
+  p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_backward_f32(p);
+  } else {
+    kernels().ctrnn_backward_f64(p);
+  }
+}
+
+// data: inputs, labels and order of training, inputs and labels of validation. model: h0, alpha, noise_std, activation, seeds, epoch.
+// sizes of data: training trials, batches, validation trials. optimiser: beta1, beta2, eps, weight_decay, clip_norm, activity_weight.
+template <typename Real>
+void ctrnn_train(const CtrnnSizes& sizes, int num_threads, int64_t num_chosen, Address chosen,
+                 const std::array<Address, 5>& data, const std::array<int64_t, 3>& data_sizes,
+                 const std::array<Address, 6>& model, Address learning_rate, const std::array<double, 6>& optimiser,
+                 int64_t loss_steps, bool metrics_after, Address parameters, Address first_moment,
+                 Address second_moment, Address metrics, Address workspace) {
+  CtrnnTrainParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.num_chosen = num_chosen, p.chosen = pointer<const int64_t>(chosen);
+  p.train_inputs = pointer<const float>(data[0]), p.train_labels = pointer<const float>(data[1]);
+  p.order = pointer<const int64_t>(data[2]);
+  p.val_inputs = pointer<const float>(data[3]), p.val_labels = pointer<const float>(data[4]);
+  p.train_trials = data_sizes[0], p.batches = data_sizes[1], p.val_trials = data_sizes[2];
+  p.h0 = pointer<const Real>(model[0]), p.alpha = pointer<const Real>(model[1]);
+  p.noise_std = pointer<const Real>(model[2]), p.activation = pointer<const int32_t>(model[3]);
+  p.seeds = pointer<const int64_t>(model[4]), p.epoch = pointer<const int64_t>(model[5]);
+  p.learning_rate = pointer<const Real>(learning_rate);
+  p.beta1 = optimiser[0], p.beta2 = optimiser[1], p.eps = optimiser[2], p.weight_decay = optimiser[3];
+  p.clip_norm = optimiser[4], p.activity_weight = optimiser[5];
+  p.loss_steps = loss_steps, p.metrics_after = metrics_after;
+  p.parameters = pointer<Real>(parameters), p.first_moment = pointer<Real>(first_moment);
+  p.second_moment = pointer<Real>(second_moment);
+  p.metrics = pointer<double>(metrics), p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_train_f32(p);
+  } else {
+    kernels().ctrnn_train_f64(p);
+  }
+}
+
 WinogradForm winograd_form(const std::array<int, 2>& form) {
   const std::array<int, 2> known[] = {{5, 2}, {6, 3}, {8, 3}, {6, 5}, {8, 5}};
   for (const auto& f : known)
@@ -400,4 +480,17 @@ PYBIND11_MODULE(_core, m) {
   m.def("readout_zones_float64", &readout_zones<double>);
   m.def("trajectory_norms_float32", &trajectory_norms<float>);
   m.def("trajectory_norms_float64", &trajectory_norms<double>);
+  m.def("ctrnn_forward_float32", &ctrnn_forward<float>);
+  m.def("ctrnn_forward_float64", &ctrnn_forward<double>);
+  m.def("ctrnn_forward_workspace",
+        [](const CtrnnSizes& s, int threads) { return kernels().ctrnn_forward_workspace(ctrnn_shape(s), threads); });
+  m.def("ctrnn_backward_float32", &ctrnn_backward<float>);
+  m.def("ctrnn_backward_float64", &ctrnn_backward<double>);
+  m.def("ctrnn_backward_workspace",
+        [](const CtrnnSizes& s, int threads) { return kernels().ctrnn_backward_workspace(ctrnn_shape(s), threads); });
+  m.def("ctrnn_train_float32", &ctrnn_train<float>);
+  m.def("ctrnn_train_float64", &ctrnn_train<double>);
+  m.def("ctrnn_train_workspace", [](const CtrnnSizes& s, int64_t loss_steps, int threads) {
+    return kernels().ctrnn_train_workspace(ctrnn_shape(s), loss_steps, threads);
+  });
 }

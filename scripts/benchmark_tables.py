@@ -132,12 +132,13 @@ NOTES = {
 }
 TITLES = {
     "rollout": "Networks: time",
+    "ctrnn": "Continuous-time networks",
     "memory": "Networks: memory",
     "analysis": "Analysis",
     "extraction": "Extraction",
     "convolutions": "Convolutions",
 }
-OVERVIEW = ("rollout", "memory", "analysis", "extraction")
+OVERVIEW = ("rollout", "memory", "ctrnn", "analysis", "extraction")
 
 
 def section_of(results: Json) -> str:
@@ -163,7 +164,9 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
                 found.setdefault((kind, line + command), []).extend(rows)
             continue
         facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        kind = {"rollout": "time"}.get(section, section) + (" memory" if section == "extraction" and "peak_bytes" in results else "")
+        kind = {"rollout": "time", "ctrnn": "time"}.get(section, section)
+        if section == "extraction" and "peak_bytes" in results:
+            kind += " memory"
         rows = {"convolutions": convolutions, "extraction": lambda r: [extraction(r)]}.get(section, lambda r: [alternated(r)])(results)
         found.setdefault((kind, conditions(machine, facts) + command), []).extend(rows)
     parts = []

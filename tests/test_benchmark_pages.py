@@ -49,7 +49,7 @@ def test_convolutions_and_networks_stand_in_their_sections(benchmark_tables: Any
     assert row in whole.splitlines()
     assert "| forward | 2 ms (1 ms - 3 ms) | 2 ms (1 ms - 3 ms), x 5 |" in whole.splitlines()
     assert "commit abc: `pytest b.py`." in whole
-    assert whole.count(benchmark_tables.NOT_YET) == 3  # memory, analysis and extraction
+    assert whole.count(benchmark_tables.NOT_YET) == 4  # memory, continuous-time networks, analysis and extraction
     assert "v2 lateral" not in benchmark_tables.tables(tmp_path)
 
 

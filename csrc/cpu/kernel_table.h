@@ -3,6 +3,7 @@
 #pragma once
 #include "amx_conv.h"
 #include "area_step.h"
+#include "ctrnn.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
 #include "winograd_conv.h"
@@ -19,6 +20,16 @@ struct KernelTable {
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
   void (*trajectory_norms_f32)(const TrajectoryNormsParams<float>&);
   void (*trajectory_norms_f64)(const TrajectoryNormsParams<double>&);
+  void (*ctrnn_forward_f32)(const CtrnnForwardParams<float>&);
+  void (*ctrnn_forward_f64)(const CtrnnForwardParams<double>&);
+  void (*ctrnn_backward_f32)(const CtrnnBackwardParams<float>&);
+  void (*ctrnn_backward_f64)(const CtrnnBackwardParams<double>&);
+  void (*ctrnn_train_f32)(const CtrnnTrainParams<float>&);
+  void (*ctrnn_train_f64)(const CtrnnTrainParams<double>&);
+  // Bytes, for both dtypes.
+  int64_t (*ctrnn_forward_workspace)(const CtrnnShape&, int num_threads);
+  int64_t (*ctrnn_backward_workspace)(const CtrnnShape&, int num_threads);
+  int64_t (*ctrnn_train_workspace)(const CtrnnShape&, int64_t loss_steps, int num_threads);
   void (*winograd_conv)(const WinogradConvParams&);
   int64_t (*winograd_conv_workspace)(const WinogradConvParams&);  // floats
   void (*winograd_pack_weight)(const WinogradPackParams&);

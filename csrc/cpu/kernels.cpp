@@ -2,7 +2,7 @@
 // lives in rnndyn::<isa>, and they use no inline function of the standard library: the linker keeps one copy of those, which might
 // then hold instructions that the processor at hand does not have.
 #include <omp.h>
-#ifdef RNNDYN_AMX
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +19,10 @@
 namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
+#include "cpu/ctrnn_math_kernel.h"
+#include "cpu/ctrnn_kernel.h"
+#include "cpu/ctrnn_op_kernel.h"
+#include "cpu/ctrnn_train_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/readout_zones_kernel.h"
@@ -40,6 +44,15 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::readout_zones<double>,
       RNNDYN_ISA::trajectory_norms<float>,
       RNNDYN_ISA::trajectory_norms<double>,
+      RNNDYN_ISA::ctrnn_forward<float>,
+      RNNDYN_ISA::ctrnn_forward<double>,
+      RNNDYN_ISA::ctrnn_backward<float>,
+      RNNDYN_ISA::ctrnn_backward<double>,
+      RNNDYN_ISA::ctrnn_train<float>,
+      RNNDYN_ISA::ctrnn_train<double>,
+      RNNDYN_ISA::ctrnn_forward_workspace<double>,
+      RNNDYN_ISA::ctrnn_backward_workspace<double>,
+      RNNDYN_ISA::ctrnn_train_workspace<double>,
       RNNDYN_ISA::winograd_conv,
       RNNDYN_ISA::winograd_conv_workspace,
       RNNDYN_ISA::winograd_pack_weight,

@@ -90,6 +90,31 @@ def summary_lines(result: Any) -> str:
     return f"{result.n:,} trajectories; accuracy in % at t = 0..{result.timesteps - 1}: {accuracy}\n{groups}"
 
 
+def phase_train(**options: Any) -> None:
+    """`rnndyn phase train`"""
+    from rnndyn_fast.train import PhaseTrainConfig
+
+    _train_phase(PhaseTrainConfig(**options), "train")
+
+
+def phase_sweep(**options: Any) -> None:
+    """`rnndyn phase sweep`"""
+    from rnndyn_fast.train import PhaseSweepConfig
+
+    _train_phase(PhaseSweepConfig(**options), "sweep")
+
+
+def _train_phase(config: Any, command: str) -> None:
+    from rnndyn_fast.train import train_phase
+
+    try:
+        path = train_phase(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn phase {command} --config {config.out}/phase.yaml --resume")
+        raise
+    print(path)
+
+
 def doctor() -> None:
     """`rnndyn doctor`"""
     from rnndyn_fast.cli.doctor import report

@@ -37,6 +37,7 @@ def report() -> str:
     import rnndyn_fast
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
+    from rnndyn_fast.nn import CTRNN
     from rnndyn_fast.ops.convolution import ENGINES
 
     lines = ["versions"]
@@ -67,11 +68,16 @@ def report() -> str:
         net = blt_net_64(timesteps=2, image_size=16, widths=(16,) * 5, topdown_connections=False, backend="native", engine=engine)
         net(torch.zeros(8, 3, 16, 16)).sum().backward()
 
+    def continuous_time(backend: str) -> None:
+        outputs, _ = CTRNN(2, 1, 4, backend=backend)(torch.ones(1, 3, 1))
+        outputs.sum().backward()
+
     for backend in ("native", "reference"):
         lines += _rows(
             {
                 f"networks, {backend}": _attempt(network, backend),
                 f"readout zones, {backend}": _attempt(reducer, backend),
+                f"continuous time, {backend}": _attempt(continuous_time, backend),
             }
         )
     lines += _rows({f"convolutions, {engine}": f"{_attempt(convolutions, engine)}; {_CONVOLUTIONS[engine]}" for engine in ENGINES})

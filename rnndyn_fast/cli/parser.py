@@ -20,17 +20,22 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
     "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
+    "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
+    "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
 }
 
-NUMBERS = ("--widths", "--keep")  # with commas between them
+# Commands of two words, by the first.
+GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
+# Options that are lists, and what an entry looks like.
+LISTS = {"--widths": r"\d+", "--keep": r"\d+", "--alphas": r"[-+.\deE]+", "--noise_stds": r"[-+.\deE]+", "--activations": r"\w+"}
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Options may be written with dashes (--batch-size), lists of numbers without brackets (--widths 4,6,8,10,12), and
+    """Options may be written with dashes (--batch-size), lists without brackets (--widths 4,6,8,10,12), and
     switches without a value, whatever follows them (--overwrite)."""
     out: list[str] = []
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
@@ -39,15 +44,15 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name in NUMBERS else value)
-        elif out and out[-1] in NUMBERS:
-            word = _bracketed(word)
+            word = name + equals + (_bracketed(value, LISTS[name]) if name in LISTS else value)
+        elif out and out[-1] in LISTS:
+            word = _bracketed(word, LISTS[out[-1]])
         out.append(word)
     return out
 
 
-def _bracketed(value: str) -> str:
-    return f"[{value}]" if re.fullmatch(r"\d+(,\d+)*", value) else value
+def _bracketed(value: str, entry: str) -> str:
+    return f"[{value}]" if re.fullmatch(f"{entry}(,{entry})*", value) else value
 
 
 def tidy(message: str) -> str:
@@ -61,7 +66,7 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
+    return re.sub(r"\b(?:data\.make|phase\.\w+|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -76,18 +81,19 @@ def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True)
-    data_subcommands = None
+    groups: dict[str, Any] = {}
     for name, (text, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         one = ArgumentParser(description=text, exit_on_error=False)
         if argv[: len(name.split())] == name.split():
             _ARGUMENTS[name](one)
-        if group == "data":
-            if data_subcommands is None:
-                data = ArgumentParser(description="Image files.", exit_on_error=False)
-                subcommands.add_subcommand("data", data, help="Image files: data make.")
-                data_subcommands = data.add_subcommands(required=True)
-            data_subcommands.add_subcommand(last, one, help=text)
+        if group:
+            if group not in groups:
+                own = ArgumentParser(description=GROUPS[group], exit_on_error=False)
+                known = ", ".join(command for command in COMMANDS if command.startswith(group + " "))
+                subcommands.add_subcommand(group, own, help=f"{GROUPS[group].rstrip('.')}: {known}.")
+                groups[group] = own.add_subcommands(required=True)
+            groups[group].add_subcommand(last, one, help=text)
         else:
             subcommands.add_subcommand(name, one, help=text)
     return parser, {name: command for name, (_, command) in COMMANDS.items()}
@@ -144,13 +150,18 @@ def _add_network_options(parser: ArgumentParser) -> None:
 
 
 def _train(parser: ArgumentParser) -> None:
-    import dataclasses
-
     from rnndyn_fast.train.config import TrainConfig
 
+    _add_config(parser, TrainConfig)
+
+
+def _add_config(parser: ArgumentParser, kind: type) -> None:
+    """An option for each field of a dataclass, and --config."""
+    import dataclasses
+
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
-    for item in dataclasses.fields(TrainConfig):
-        _add_field(parser, TrainConfig, item.name)
+    for item in dataclasses.fields(kind):
+        _add_field(parser, kind, item.name)
 
 
 def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
@@ -205,6 +216,18 @@ def _analyse(parser: ArgumentParser) -> None:
         _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
 
 
+def _phase_train(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseTrainConfig
+
+    _add_config(parser, PhaseTrainConfig)
+
+
+def _phase_sweep(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseSweepConfig
+
+    _add_config(parser, PhaseSweepConfig)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -238,6 +261,8 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "extract": _extract,
     "analyse": _analyse,
+    "phase train": _phase_train,
+    "phase sweep": _phase_sweep,
     "doctor": _doctor,
     "study": _study,
     "demo": _demo,

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 
 from rnndyn_fast.graph.backward import backward
 from rnndyn_fast.graph.forward import forward_inference, forward_training
@@ -25,6 +23,7 @@ from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
+from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -250,20 +249,6 @@ class _Rollout(torch.autograd.Function):
         return None, None, None, None, None, *result
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on these transforms itself, but cannot trace the question
-def _inside_jvp() -> bool:
-    return any(i.key() == TransformType.Jvp for i in get_interpreter_stack() or ())
-
-
-def _forward_mode(tensors: Sequence[Tensor]) -> bool:
-    """Whether forward-mode derivatives are being taken: by a ``torch.func.jvp`` around the call, or of a tensor with a tangent."""
-    if _inside_jvp():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return torch.compiler.is_compiling() or any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
-
-
 # ---------------------------------------------------------------- registration
 
 _LIBRARY.impl("rollout", _forward_cpu, "CPU")
@@ -420,7 +405,7 @@ def rollout(
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
-    if backend == "reference" or _forward_mode(tensors):
+    if backend == "reference" or in_forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     precise = with_precision(engine)
