@@ -219,7 +219,7 @@ def extract_automaton(
 
 
 def cluster(points: np.ndarray, most: int, seed: int = 0) -> tuple[np.ndarray, float]:  # [P, D] -> [P]
-    """Agglomerative clusters (average linkage) and their silhouette: the fewest, of 2 to `most`, whose silhouette is at least 0.9 of
+    """Agglomerative clusters (average linkage) and their silhouette: the fewest, of 2 to `most`, whose silhouette is at least 0.95 of
     the best. A single one where all points are one.
 
     The fewest, because phases of histories with equal sums lie close but not on each other: finer clusters have silhouettes as good
@@ -240,7 +240,7 @@ def cluster(points: np.ndarray, most: int, seed: int = 0) -> tuple[np.ndarray, f
     if not tried:  # two points
         return np.unique((points / spread).round(6), axis=0, return_inverse=True)[1].reshape(-1), 1.0
     best = max(score for score, _ in tried)
-    score, labels = next((score, labels) for score, labels in tried if score >= 0.9 * best)
+    score, labels = next((score, labels) for score, labels in tried if score >= 0.95 * best)
     centres = np.stack([chosen[labels == k].mean(0) for k in range(labels.max() + 1)])
     return ((points[:, None] - centres[None]) ** 2).sum(2).argmin(1), score
 
