@@ -21,7 +21,7 @@ from rnndyn_fast.phase.limit_cycle import InvariantCycle, find_cycle, floquet, p
 from rnndyn_fast.phase.oscillation import Oscillation, detect_oscillation
 from rnndyn_fast.phase.phase_response import asymptotic_phase_response, predict_multisets, published_phase_response
 from rnndyn_fast.phase.similarity import linear_dynamics
-from rnndyn_fast.phase.systems import DynamicalSystem
+from rnndyn_fast.phase.systems import CTRNNSystem, DynamicalSystem
 from rnndyn_fast.phase.trajectories import PCA, TrialRun, fit_pca, pca_phase, run_trials
 from rnndyn_fast.tasks import ModuloArithmetic
 
@@ -116,6 +116,7 @@ def analyse_system(
     found = detect_oscillation(system)
     facts: dict[str, Any] = {
         "name": system.name,
+        "handcrafted": not isinstance(system, CTRNNSystem),
         "modulus": system.modulus,
         "timesteps": system.timesteps,
         "trials": len(trials.labels),

@@ -210,7 +210,7 @@ def extract_automaton(
     rates = np.stack(runs)  # [L + 1, N, R]
     pca = fit_pca(rates, min(components, rates.shape[2]))
     features = pca.project(rates)
-    labels, silhouette = cluster(features.reshape(-1, features.shape[2]), most_states, seed)
+    labels, silhouette = cluster(features.reshape(-1, features.shape[2]), most_states, seed=seed)
     state = labels.reshape(length + 1, count)
     automaton = _count_transitions(state, ordered, said, system.modulus)
     sums = np.concatenate([np.zeros((count, 1), dtype=int), ordered.cumsum(1)], axis=1).T % system.modulus
@@ -218,11 +218,11 @@ def extract_automaton(
     return Extraction(automaton, hold, pca, features.reshape(len(seen), -1), labels, seen, sums.reshape(-1), silhouette)
 
 
-def cluster(points: np.ndarray, most: int, seed: int = 0) -> tuple[np.ndarray, float]:  # [P, D] -> [P]
-    """Agglomerative clusters (average linkage) and their silhouette: the fewest, of 2 to `most`, whose silhouette is at least 0.95 of
-    the best. A single one where all points are one.
+def cluster(points: np.ndarray, most: int, *, enough: float = 0.95, seed: int = 0) -> tuple[np.ndarray, float]:  # [P, D] -> [P]
+    """Agglomerative clusters (average linkage) and their silhouette: the fewest, of 2 to `most`, whose silhouette is at least `enough`
+    of the best. A single one where all points are one.
 
-    The fewest, because phases of histories with equal sums lie close but not on each other: finer clusters have silhouettes as good
+    The fewest, because on a cycle histories of equal sums lie close but not on each other: finer clusters have silhouettes as good
     as the coarse ones.
     """
     from sklearn.cluster import AgglomerativeClustering
@@ -240,7 +240,7 @@ def cluster(points: np.ndarray, most: int, seed: int = 0) -> tuple[np.ndarray, f
     if not tried:  # two points
         return np.unique((points / spread).round(6), axis=0, return_inverse=True)[1].reshape(-1), 1.0
     best = max(score for score, _ in tried)
-    score, labels = next((score, labels) for score, labels in tried if score >= 0.95 * best)
+    score, labels = next((score, labels) for score, labels in tried if score >= enough * best)
     centres = np.stack([chosen[labels == k].mean(0) for k in range(labels.max() + 1)])
     return ((points[:, None] - centres[None]) ** 2).sum(2).argmin(1), score
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rnndyn_fast.phase.automaton import cluster
 from rnndyn_fast.phase.limit_cycle import InvariantCycle
-from rnndyn_fast.phase.phase_response import PhaseResponse, circular_std
+from rnndyn_fast.phase.phase_response import circular_std
 from rnndyn_fast.phase.systems import DynamicalSystem
 from rnndyn_fast.phase.trajectories import PCA, TrialRun, circular_mean, fit_pca, wrap
 
@@ -90,7 +90,9 @@ def classify(system: DynamicalSystem, trials: TrialRun, moving: np.ndarray, peri
             why = f"on a cycle of {period:.2f} steps, sums lie {gap:.2f} rad or more apart and spread by {spread:.2f} rad at most"
             return result(Solution.PHASE_CODE, why)
         if cycle is not None:
-            return result(Solution.LIMIT_CYCLE, f"a cycle of {period:.2f} steps, on which sums lie {gap:.2f} rad apart, spread {spread:.2f}")
+            return result(
+                Solution.LIMIT_CYCLE, f"a cycle of {period:.2f} steps, on which sums lie {gap:.2f} rad apart, spread {spread:.2f}"
+            )
         return result(Solution.IRREGULAR, "it moves for ever, but not around one centre")
     if share > 0.1:
         return result(Solution.MIXED, f"{share:.0%} of the trials end in motion, the others at rest")
@@ -127,7 +129,7 @@ def end_geometry(trials: TrialRun, most: int = 24) -> tuple[int, float, int, flo
     convex hull in the plane, and the widest gap between neighbours around their centre in degrees."""
     rates = trials.rates[:, -1]
     pca = fit_pca(rates, min(8, rates.shape[1]))
-    labels, _ = cluster(pca.project(rates), most)
+    labels, _ = cluster(pca.project(rates), most, enough=1.0)
     centres = np.stack([rates[labels == k].mean(0) for k in range(labels.max() + 1)])
     if len(centres) < 2:
         return len(centres), 1.0, len(centres), 360.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -157,6 +157,7 @@ def figure_prediction(record: PhaseAnalysis) -> Figure:
     axes.set_ylim(0, 1.25)
     axes.set_yticks([])
     axes.set_xticks(np.pi * np.arange(4) / 2, ["0", "π/2", "π", "3π/2"])
+    axes.grid(False)
     axes.legend(loc="center", fontsize=9)
     return figure
 
@@ -219,24 +220,26 @@ def _ring(axes: Axes, centre: np.ndarray, radius: float, accept: int) -> None:
 
 
 def _arrow(axes: Axes, source: np.ndarray, target: np.ndarray, radius: float, symbol: int) -> None:
-    from matplotlib.patches import Arc, FancyArrowPatch
+    from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path
 
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "color": colour(symbol), "zorder": 2}
+    style |= {"linewidth": 1.6, "linestyle": STYLES[symbol % 4]}
     if np.allclose(source, target):
-        outward = source / max(float(np.hypot(*source)), 1e-9)
         # Loops of several symbols at one state are nested, beside the way that "start" takes.
-        side = np.array([outward[1], -outward[0]])
-        centre = source + (0.55 * outward + 0.9 * side) * radius * (1.0 + 0.1 * symbol)
-        width = 1.5 * radius * (1 + 0.35 * symbol)
-        axes.add_patch(Arc((centre[0], centre[1]), width, width, color=colour(symbol), linewidth=1.6, linestyle=STYLES[symbol % 4], zorder=2))
+        heading = np.arctan2(source[1], source[0]) - 0.9
+        spread, reach = 0.45 + 0.12 * symbol, radius * (3.2 + 1.1 * symbol)
+        rim = [source + radius * np.array([np.cos(heading + s), np.sin(heading + s)]) for s in (spread, -spread)]
+        far = [source + reach * np.array([np.cos(heading + s), np.sin(heading + s)]) for s in (spread, -spread)]
+        path = Path([rim[0], far[0], far[1], rim[1]], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+        axes.add_patch(FancyArrowPatch(path=path, **style))
         return
     # Symbols between the same two states run side by side: each has its own bend. Ends lie on the rings.
     way = target - source
     bend = (source + target) / 2 + (0.14 + 0.16 * (symbol % 4)) * np.array([way[1], -way[0]])
     ends = [one + radius * (bend - one) / np.hypot(*(bend - one)) for one in (source, target)]
     path = Path([ends[0], bend, ends[1]], [Path.MOVETO, Path.CURVE3, Path.CURVE3])
-    style = {"color": colour(symbol), "linewidth": 1.6, "linestyle": STYLES[symbol % 4], "zorder": 2}
-    axes.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=11, **style))
+    axes.add_patch(FancyArrowPatch(path=path, **style))
 
 
 def figure_agreement(record: PhaseAnalysis) -> Figure:

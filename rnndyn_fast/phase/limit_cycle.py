@@ -129,7 +129,9 @@ def find_cycle(
     size = float((states - states.mean(0)).pow(2).sum(1).mean().sqrt())
     cycle = InvariantCycle(system, seen, turn, settle, size, plane, table, values, torch.as_tensor(grid), 0.0)
     origin = float(cycle.asymptotic_phase(start[None])[0])
-    return InvariantCycle(system, seen, turn, settle, size, plane, table, values, torch.as_tensor(grid), 0.0 if np.isnan(origin) else origin)
+    return InvariantCycle(
+        system, seen, turn, settle, size, plane, table, values, torch.as_tensor(grid), 0.0 if np.isnan(origin) else origin
+    )
 
 
 def _turn(plane: np.ndarray) -> float:  # [T, 2]

@@ -26,7 +26,9 @@ def delay_embedding(data: Tensor, delays: int, interval: int) -> Tensor:  # [N, 
     reach = (delays - 1) * interval
     rows = data.shape[1] - reach
     if delays < 1 or interval < 1 or rows < 2:
-        raise ValueError(f"delays: {delays} delays at intervals of {interval} leave {rows} rows of T = {data.shape[1]}, expected at least 2")
+        raise ValueError(
+            f"delays: {delays} delays at intervals of {interval} leave {rows} rows of T = {data.shape[1]}, expected at least 2"
+        )
     return torch.cat([data[:, reach - k * interval : reach - k * interval + rows] for k in range(delays)], dim=2)
 
 
@@ -124,7 +126,9 @@ def procrustes_distance(
     if not all(bool((n > 0).all()) for n in norms):
         raise ValueError("a, b: expected maps other than 0")
     a, b = (x / n[:, None, None] for x, n in zip((a, b), norms, strict=True))
-    best = torch.cat([_search(x, y, starts, iterations, screening, tolerance, seed) for x, y in zip(a.split(512), b.split(512), strict=True)])
+    best = torch.cat(
+        [_search(x, y, starts, iterations, screening, tolerance, seed) for x, y in zip(a.split(512), b.split(512), strict=True)]
+    )
     return best.clamp(-1, 1).arccos()
 
 

@@ -94,9 +94,9 @@ class DynamicalSystem(ABC):
         sequences, onsets = np.asarray(sequences), np.asarray(onsets)
         if sequences.shape != onsets.shape or sequences.ndim != 2:
             raise ValueError(f"onsets: expected the shape of sequences [N, L], got {list(onsets.shape)} and {list(sequences.shape)}")
-        if sequences.size and not (0 <= sequences.min() and sequences.max() < self.modulus):
+        if sequences.size and not (sequences.min() >= 0 and sequences.max() < self.modulus):
             raise ValueError(f"sequences: expected symbols 0 to {self.modulus - 1}, got {sequences.min()} to {sequences.max()}")
-        if onsets.size and not (0 <= onsets.min() and onsets.max() + self.pulse_width <= steps):
+        if onsets.size and not (onsets.min() >= 0 and onsets.max() + self.pulse_width <= steps):
             raise ValueError(
                 f"onsets: expected pulses of {self.pulse_width} steps within T = {steps}, got onsets {onsets.min()} to {onsets.max()}"
             )

@@ -74,10 +74,11 @@ def _featured(records: Sequence[PhaseAnalysis], names: Sequence[str] | None) -> 
         return [by_name[name] for name in names]
     if len(records) <= MOST_FEATURED:
         return list(records)
-    chosen: dict[str, PhaseAnalysis] = {}
-    for record in records:  # the first of every kind, in the order given
-        chosen.setdefault(record.facts["solution.solution"], record)
-    return list(chosen.values())
+    # The first of every kind in the order given; handcrafted ones apart, after the trained.
+    chosen: dict[tuple[bool, str], PhaseAnalysis] = {}
+    for record in records:
+        chosen.setdefault((record.facts["handcrafted"], record.facts["solution.solution"]), record)
+    return sorted(chosen.values(), key=lambda record: bool(record.facts["handcrafted"]))
 
 
 def _overview(page: Page, records: Sequence[PhaseAnalysis]) -> None:
@@ -94,7 +95,8 @@ def _card(record: PhaseAnalysis) -> Card:
     facts = record.facts
     modulus = facts["modulus"]
     same = facts["automaton.is_modulo"]
-    rows: list[list[Cell]] = [[row["length"], *(100 * row[k] for k in ("network_rule", "automaton_rule"))] for row in facts["agreement"]]
+    lengths = [row for row in facts["agreement"] if row["length"] in (3, 5, 8, 20)]
+    rows: list[list[Cell]] = [[row["length"], *(100 * row[k] for k in ("network_rule", "automaton_rule"))] for row in lengths]
     words = f"{facts['automaton.states']} states, {facts['automaton.minimal_states']} after merging those with equal answers"
     verdict = f"Its automaton is addition modulo {modulus}" if same else f"Its automaton is not addition modulo {modulus}"
     return Card(
@@ -161,8 +163,8 @@ def _system(page: Page, record: PhaseAnalysis) -> None:
         plots.append(
             _plot(
                 figures.figure_eigenvalues(record),
-                f"Eigenvalues at {facts['fixed_points.fixed']} fixed points ({facts['fixed_points.stable']} stable) and "
-                f"{facts['fixed_points.slow']} slow points.",
+                f"Eigenvalues at the fixed points ({facts['fixed_points.fixed']}, of them stable: {facts['fixed_points.stable']}) and slow "
+                f"points ({facts['fixed_points.slow']}) found.",
                 f"{record.name}: eigenvalues in the complex plane with the unit circle",
                 4.2,
             )
@@ -319,7 +321,18 @@ def _table(page: Page, records: Sequence[PhaseAnalysis]) -> None:
                 next((row["network_rule"] for row in facts["agreement"] if row["length"] == 5), None),
             ]
         )
-    header = ["system", "kind", "accuracy", "undisturbed", "period", "rests", "end clusters", "minimal states", "adds", "accuracy, 5 symbols"]
+    header = [
+        "system",
+        "kind",
+        "accuracy",
+        "undisturbed",
+        "period",
+        "rests",
+        "end clusters",
+        "minimal states",
+        "adds",
+        "accuracy, 5 symbols",
+    ]
     section.table(header, rows, "Every system analysed; “adds”: its minimal automaton is addition modulo the number of symbols.")
 
 
