@@ -176,8 +176,8 @@ def extract_automaton(
     Every prefix of every trial (the first l symbols, then nothing) is run to the same late time, some steps past the end of a
     trial (`hold_steps`). Two histories that leave the system at the same place there are the same state: on a limit cycle
     that place is the relative phase, among fixed points it is the attractor, and nothing need be known of either. Places are
-    clustered (``cluster``, on principal components of the rates), the state after l symbols and the next symbol are counted into transitions, and a state accepts if most full trials that end in it are
-    answered so.
+    clustered (``cluster``, on principal components of the rates), the state after l symbols and the next symbol are counted into
+    transitions, and a state accepts if most full trials that end in it are answered so.
 
     Args:
         system: the system.
@@ -213,6 +213,9 @@ def extract_automaton(
     labels, silhouette = cluster(features.reshape(-1, features.shape[2]), most_states, seed=seed)
     state = labels.reshape(length + 1, count)
     automaton = _count_transitions(state, ordered, said, system.modulus)
+    names = _names_from_start(automaton)
+    labels, state = names[labels], names[state]
+    automaton = _count_transitions(state, ordered, said, system.modulus)
     sums = np.concatenate([np.zeros((count, 1), dtype=int), ordered.cumsum(1)], axis=1).T % system.modulus
     seen = np.repeat(np.arange(length + 1), count)
     return Extraction(automaton, hold, pca, features.reshape(len(seen), -1), labels, seen, sums.reshape(-1), silhouette)
@@ -243,6 +246,15 @@ def cluster(points: np.ndarray, most: int, *, enough: float = 0.95, seed: int = 
     score, labels = next((score, labels) for score, labels in tried if score >= enough * best)
     centres = np.stack([chosen[labels == k].mean(0) for k in range(labels.max() + 1)])
     return ((points[:, None] - centres[None]) ** 2).sum(2).argmin(1), score
+
+
+def _names_from_start(automaton: Automaton) -> np.ndarray:  # [Q]
+    """Numbers of the states in the order in which a walk from the start meets them, symbol by symbol."""
+    met = [automaton.start]
+    for state in met:  # grows as it goes
+        met += [int(q) for q in dict.fromkeys(automaton.transitions[state]) if q != UNKNOWN and q not in met]
+    met += [q for q in range(automaton.num_states) if q not in met]
+    return np.argsort(met)
 
 
 def _count_transitions(state: np.ndarray, symbols: np.ndarray, said: np.ndarray, modulus: int) -> Automaton:

@@ -19,8 +19,14 @@ STAR_PERIOD = 8.0
 LINE_SHARE = 0.85
 
 
+# Below this accuracy there is no solution to name.
+SOLVED = 0.9
+
+
 class Solution(enum.Enum):
-    """Kinds of solution. The names of the first, the third and the last three are the publication's."""
+    """Kinds of solution. Phase code, star, line, hexagon and lattice are the publication's names."""
+
+    UNSOLVED = "unsolved"  # fewer than nine of ten trials right
 
     PHASE_CODE = "phase code"  # a limit cycle on which the answer is a shift of the phase
     LIMIT_CYCLE = "limit cycle"  # a limit cycle, but the sum is not in its phase
@@ -63,9 +69,10 @@ class Classification:
 def classify(system: DynamicalSystem, trials: TrialRun, moving: np.ndarray, period: float, cycle: InvariantCycle | None) -> Classification:
     """Name the kind of solution.
 
-    In this order, first match: trials that move for ever (share `moving` >= 0.9): *star* if a turn takes fewer than 8 steps; *phase
-    code* if there is a limit cycle and the relative phases of trials lie closer to those of equal sum than to others (largest
-    circular standard deviation at most a quarter of the least gap between sums); *limit cycle* if there is one; else *irregular*.
+    In this order, first match: fewer than 90% of the trials right: *unsolved*. Trials that move for ever (share `moving` >= 0.9):
+    *star* if a turn takes fewer than 8 steps; *phase code* if there is a limit cycle and the relative phases of trials lie closer to
+    those of equal sum than to others (the least gap between sums is at least a quarter of an even spacing, and the largest circular
+    standard deviation at most a quarter of that gap); *limit cycle* if there is one; else *irregular*.
     Some but not all (0.1 to 0.9): *mixed*. Otherwise trials come to rest: *line* if the centres of the end states' clusters have
     85% of their variance along one axis; *hexagon* if they are six on a convex ring without a gap of more than 100 degrees, with
     at most one more inside; *lattice* if they are four or more; else *fixed points*.
@@ -83,10 +90,12 @@ def classify(system: DynamicalSystem, trials: TrialRun, moving: np.ndarray, peri
     def result(solution: Solution, reason: str) -> Classification:
         return Classification(solution, share, period, spread, gap, clusters, line, hull, reason)
 
+    if trials.accuracy < SOLVED:
+        return result(Solution.UNSOLVED, f"{trials.accuracy:.0%} of the trials are answered right")
     if share >= 0.9:
         if np.isfinite(period) and period < STAR_PERIOD:
             return result(Solution.STAR, f"it moves for ever, one turn in {period:.2f} steps")
-        if cycle is not None and spread <= gap / 4:
+        if cycle is not None and gap >= 2 * np.pi / system.modulus / 4 and spread <= gap / 4:
             why = f"on a cycle of {period:.2f} steps, sums lie {gap:.2f} rad or more apart and spread by {spread:.2f} rad at most"
             return result(Solution.PHASE_CODE, why)
         if cycle is not None:

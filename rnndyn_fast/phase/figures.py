@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8C564B")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PI_TICKS = {-np.pi: "−π", -np.pi / 2: "−π/2", 0.0: "0", np.pi / 2: "π/2", np.pi: "π"}
+PI_TICKS = {-np.pi: "-π", -np.pi / 2: "-π/2", 0.0: "0", np.pi / 2: "π/2", np.pi: "π"}
 
 
 def colour(k: int) -> str:
@@ -99,7 +99,7 @@ def figure_phase_time(record: PhaseAnalysis) -> Figure:
         values = (relative + np.pi / 2) % (2 * np.pi) - np.pi / 2
         values = np.where(np.abs(np.diff(values, axis=1, prepend=values[:, :1])) > np.pi, np.nan, values)
         axes.set_ylabel("phase relative to the undisturbed run (rad)")
-        axes.set_yticks(np.pi * np.arange(-1, 4) / 2, ["−π/2", "0", "π/2", "π", "3π/2"])
+        axes.set_yticks(np.pi * np.arange(-1, 4) / 2, ["-π/2", "0", "π/2", "π", "3π/2"])
         modulus = int(record.facts["modulus"])
         for k in range(modulus):
             axes.axhline((2 * np.pi * k / modulus + np.pi / 2) % (2 * np.pi) - np.pi / 2, color=GREY, linewidth=0.7, linestyle=":")

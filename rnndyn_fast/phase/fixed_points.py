@@ -63,7 +63,7 @@ def find_fixed_points(
         iterations: at most that many steps.
         tolerance: speed of a fixed point, as a share of the starts' size.
         slow: see above; 0 keeps fixed points only.
-        merge: points closer than this share of the starts' spread are one.
+        merge: fixed points closer than this share of the starts' spread are one; slow points, within twenty times of it.
 
     Raises:
         ValueError: no starts, or starts that are not finite.
@@ -77,13 +77,16 @@ def find_fixed_points(
     states, gradient = _levenberg_marquardt(system, starts, iterations, tolerance * size)
     speed = _residual(system, states).norm(dim=1)
     fixed = speed <= tolerance * size
-    # A minimum of q: what the Jacobian sends of the residual has gone.
-    still = (gradient <= 1e-3 * speed) & (speed <= slow * typical)
+    # A minimum of q: nearly all of the residual lies where a move does not change it. (Steps become short there, as the Jacobian of
+    # the residual loses a direction, so this is not asked to the last digit, and slow points are merged more generously.)
+    still = ~fixed & (gradient <= 0.02 * speed) & (speed <= slow * typical)
     near = (states - centre).norm(dim=1) <= 3 * spread + merge * size
-    kept = torch.nonzero((fixed | still) & near)[:, 0]
-    kept = kept[speed[kept].argsort(stable=True)]
-    unique, counts = _merge(states[kept], merge * spread)
-    index = kept[unique]
+    index, counts = torch.zeros(0, dtype=torch.int64), []
+    for mask, distance in ((fixed, merge * spread), (still, 20 * merge * spread)):
+        kept = torch.nonzero(mask & near)[:, 0]
+        kept = kept[speed[kept].argsort(stable=True)]
+        unique, count = _merge(states[kept], distance)
+        index, counts = torch.cat([index, kept[unique]]), counts + count
     jacobian = system.jacobian(states[index]) if len(index) else starts.new_zeros(0, starts.shape[1], starts.shape[1])
     eigenvalues = torch.linalg.eigvals(jacobian).numpy()
     order = np.argsort(-np.abs(eigenvalues), axis=1)

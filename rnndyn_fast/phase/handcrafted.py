@@ -53,9 +53,11 @@ class PlanarOscillator(DynamicalSystem):
 
     .. math:: \dot\rho = \mu\rho\,(1 - \rho^2), \qquad \dot\theta = \omega + \beta\,(1 - \rho^2) + \kappa\cdot u
 
-    Without input it returns to the unit circle (multiplier :math:`e^{-2\mu}` per step) and turns by :math:`\omega`. A pulse of symbol k turns it by 2 pi k / K in all, and pushes the amplitude by the factor ``amplitude_kick``. The rates are those of
-    `units` cells with evenly spaced preferred phases, tanh(2 rho cos(theta - p_j)); the linear readout is 1 for sum = 0 at the
-    last step of a trial, and for its neighbours on the circle -1.
+    Without input it returns to the unit circle (multiplier :math:`e^{-2\mu}` per step) and turns by :math:`\omega`. A pulse of symbol k
+    shifts its asymptotic phase :math:`\theta - (\beta/\mu)\log\rho` by 2 pi k / K in all, and pushes the amplitude by the factor
+    ``amplitude_kick`` per step. The rates are those of `units` cells with evenly spaced preferred phases,
+    tanh(2 rho cos(theta - p_j)); the linear readout is 1 for sum = 0 at the last step of a trial, and for its neighbours on the
+    circle -1.
 
     With ``pinning`` a > 0 each step also draws the phase to the nearest of ``points`` evenly spaced ones,
     theta -> theta - a sin(n theta) / n, which with omega = 0 makes a ring of n fixed points (contraction 1 - a per step).
@@ -137,6 +139,27 @@ class PlanarOscillator(DynamicalSystem):
             turn = turn - self.pinning * torch.sin(self.points * angle) / self.points
         cos, sin = torch.cos(turn), torch.sin(turn)
         return torch.stack([growth * (x * cos - y * sin), growth * (x * sin + y * cos)], dim=1)
+
+    def run_free(self, timesteps: int, initial: Tensor | None = None) -> Tensor:  # [N, 2] -> [N, T, 2]
+        """States after every step without input; without pinning all of them at once, as the flow is known for any time."""
+        if self.pinning:
+            return super().run_free(timesteps, initial)
+        start = self._initial(initial, 1)
+        return self._flow(start[:, None], torch.arange(1, timesteps + 1, dtype=start.dtype)[None])
+
+    def relax(self, states: Tensor, timesteps: int) -> Tensor:  # [N, 2] -> [N, 2]
+        """States that many steps later, without input."""
+        if self.pinning:
+            return super().relax(states, timesteps)
+        return self._flow(states, states.new_full((), timesteps))
+
+    def _flow(self, states: Tensor, steps: Tensor) -> Tensor:  # [..., 2], [...] -> [..., 2]
+        x, y = states[..., 0], states[..., 1]
+        squared = x * x + y * y
+        growth = torch.rsqrt(squared + (1 - squared) * torch.exp(-2 * self.mu * steps))
+        turn = self.omega * steps + (self.shear / self.mu) * growth.log()
+        cos, sin = torch.cos(turn), torch.sin(turn)
+        return torch.stack([growth * (x * cos - y * sin), growth * (x * sin + y * cos)], dim=-1)
 
     def rates(self, states: Tensor) -> Tensor:  # [..., 2] -> [..., R]
         """Cells with preferred phases."""

@@ -88,7 +88,13 @@ class InvariantCycle:
 
 
 def find_cycle(
-    system: DynamicalSystem, *, oscillation: Oscillation | None = None, initial: Tensor | None = None, steps: int = 4000, settle: int = 320
+    system: DynamicalSystem,
+    *,
+    oscillation: Oscillation | None = None,
+    initial: Tensor | None = None,
+    transient: int = 2000,
+    steps: int = 4000,
+    settle: int = 320,
 ) -> InvariantCycle:
     """The invariant cycle that a system without input comes to.
 
@@ -96,7 +102,7 @@ def find_cycle(
         system: the system.
         oscillation: what ``detect_oscillation`` said, if it has been asked.
         initial: [H] start; None: the system's own.
-        steps: length of the run that samples the curve.
+        transient, steps: length of the run before, and of the run that samples the curve.
         settle: see ``InvariantCycle``.
 
     Raises:
@@ -106,7 +112,7 @@ def find_cycle(
     seen = oscillation or detect_oscillation(system, initial=initial)
     if seen.kind not in ("periodic", "quasi-periodic") or not np.isfinite(seen.period):
         raise ValueError(f"system: expected a limit cycle, {system.name!r} ends in a {seen.kind} (period {seen.period:.4g})")
-    states = system.run_free(steps, system.relax(start[None], 4000))[0]
+    states = system.run_free(steps, system.relax(start[None], transient))[0]
     rates = system.rates(states).numpy()
     plane = fit_pca(rates, 2)
     if _turn(plane.project(rates)) < 0:
@@ -224,13 +230,13 @@ def lyapunov_exponents(system: DynamicalSystem, state: Tensor, *, steps: int = 2
     thousand steps enough for eight digits.
     """
     count = min(count, len(state))
-    frame = torch.linalg.qr(torch.randn(len(state), count, dtype=state.dtype, generator=torch.Generator().manual_seed(0)))[0]
+    frame = np.linalg.qr(np.random.default_rng(0).standard_normal((len(state), count)))[0]
     orbit = torch.cat([state[None], system.run_free(steps - 1, state[None])[0]])
     growth = np.empty((steps, count))
     for first in range(0, steps, 200):
-        for offset, jacobian in enumerate(system.jacobian(orbit[first : first + 200])):
-            frame, triangle = torch.linalg.qr(jacobian @ frame)
-            growth[first + offset] = triangle.diagonal().abs().clamp_min(1e-300).log().numpy()
+        for offset, jacobian in enumerate(system.jacobian(orbit[first : first + 200]).numpy()):
+            frame, triangle = np.linalg.qr(jacobian @ frame)  # less to call than torch's, thousands of times
+            growth[first + offset] = np.log(np.maximum(np.abs(triangle.diagonal()), 1e-300))
     # The frame needs time to turn into the leading directions.
     warm = steps // 10
     return np.sort(birkhoff_weights(steps - warm) @ growth[warm:])[::-1]

@@ -72,7 +72,7 @@ class Oscillation:
 
 
 def detect_oscillation(
-    system: DynamicalSystem, *, initial: torch.Tensor | None = None, transient: int = 4000, steps: int = 4000
+    system: DynamicalSystem, *, initial: torch.Tensor | None = None, transient: int = 2000, steps: int = 4000
 ) -> Oscillation:
     """Let a system run without input and say where it ends.
 

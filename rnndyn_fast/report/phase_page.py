@@ -14,7 +14,9 @@ from rnndyn_fast.phase import figures
 from rnndyn_fast.phase.analysis import PhaseAnalysis
 from rnndyn_fast.phase.similarity import Similarity, similarity
 from rnndyn_fast.report.page import Card, Cell, Page, Plot, Section, format_cell, table_html
+from rnndyn_fast.report.sweep_section import sweep_section
 from rnndyn_fast.train import versions
+from rnndyn_fast.train.phase_results import NetworkResult
 
 # Murray, arXiv 2310.07908 and its published code and data: the shipped phase-code network, noise-free.
 PUBLISHED: dict[str, Any] = {
@@ -28,14 +30,20 @@ PUBLISHED: dict[str, Any] = {
 MOST_FEATURED = 4  # systems that get a section of their own
 
 
-def phase_page(records: Sequence[PhaseAnalysis], *, featured: Sequence[str] | None = None, sweep: Sequence[dict[str, Any]] = ()) -> Page:
+def phase_page(
+    records: Sequence[PhaseAnalysis],
+    *,
+    featured: Sequence[str] | None = None,
+    sweep: Sequence[NetworkResult] = (),
+    published: Sequence[NetworkResult] = (),
+) -> Page:
     """The report of analysed systems.
 
     Args:
         records: analyses, of the same task.
         featured: names of the systems shown in full; None: the first few and one of every kind of solution.
-        sweep: rows of a sweep's results table, one per network: name or job, alpha, noise, activation, epochs (None where the
-            stopping loss was not reached), best_accuracy; where given, they are set beside the published sweep.
+        sweep: training results of the networks called "job <id>".
+        published: those of the published sweep, to be set beside them.
 
     Raises:
         ValueError: no records; a featured name that is none of theirs.
@@ -44,7 +52,7 @@ def phase_page(records: Sequence[PhaseAnalysis], *, featured: Sequence[str] | No
         raise ValueError("records: expected at least one analysis, got none")
     chosen = _featured(records, featured)
     kinds = Counter(record.facts["solution.solution"] for record in records)
-    told = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     page = Page(
         "Phase codes: how recurrent networks add up symbols",
         f"{len(records)} systems that answer whether the sum of a few symbols is 0 modulo {records[0].facts['modulus']}: {told}. "
@@ -59,9 +67,7 @@ def phase_page(records: Sequence[PhaseAnalysis], *, featured: Sequence[str] | No
         _map(page, records, chosen)
         _table(page, records)
         if sweep:
-            from rnndyn_fast.report.sweep_section import sweep_section
-
-            sweep_section(page, records, sweep)
+            sweep_section(page, records, sweep, published)
     return page
 
 
@@ -105,8 +111,8 @@ def _card(record: PhaseAnalysis) -> Card:
         verdict,
         [
             f"{facts['solution.reason'][0].upper()}{facts['solution.reason'][1:]}.",
-            f"Accuracy on {facts['trials']} trials: {100 * facts['accuracy']:.1f}%. Automaton: {words}; state and symbol decide what follows "
-            f"in {100 * facts['automaton.determinism']:.1f}% of the transitions.",
+            f"Accuracy on {facts['trials']} trials: {100 * facts['accuracy']:.1f}%. Automaton: {words}; state and symbol decide what "
+            f"follows in {100 * facts['automaton.determinism']:.1f}% of the transitions.",
         ],
         table=table_html(["symbols", "network right, %", "automaton right, %"], rows, "New sequences, by length."),
     )
@@ -256,8 +262,10 @@ def _comparison(page: Page, records: Sequence[PhaseAnalysis]) -> None:
     for record in records:
         if table is not None and record.name in table.names and len(table.names) > 1:
             row = table.names.index(record.name)
-            cells = [_words(float(table.distances[row, table.names.index(r.name)])) if r.name in table.names else "–" for r in records]
-            rows.append([f"dynamical distance to {record.name} (rad)", "–", *cells])
+            cells = [
+                _words(float(table.distances[row, table.names.index(r.name)])) if r.name in table.names else _words(None) for r in records
+            ]
+            rows.append([f"dynamical distance to {record.name} (rad)", _words(None), *cells])
     section.table(["", "published", *(record.name for record in records)], rows, "Noise-free; radians and steps. A dash: does not apply.")
 
 
@@ -284,8 +292,8 @@ def _map(page: Page, records: Sequence[PhaseAnalysis], featured: Sequence[PhaseA
     shown = {record.name for record in featured}
     labelled = [k for k, name in enumerate(table.names) if name in shown]
     section.text(
-        "Dynamical similarity analysis: a linear map is fitted to each system's rates in delay coordinates, and two maps are compared up to "
-        "rotation and reflection. The plane keeps these distances as well as a plane can."
+        "Dynamical similarity analysis: a linear map is fitted to each system's rates in delay coordinates, and two maps are compared up "
+        "to rotation and reflection. The plane keeps these distances as well as a plane can."
     )
     figure = figures.figure_solution_map(table.embed(), table.names, [kinds[name] for name in table.names], labelled)
     section.plots([_plot(figure, "Multidimensional scaling of the distances.", "Map of systems by dynamical similarity", 6.6)])
