@@ -13,6 +13,7 @@ from rnndyn_fast.phase.trajectories import PCA, answers, fit_pca
 from rnndyn_fast.tasks.trials import draw_onsets
 
 UNKNOWN = -1
+_CLUSTERED = 600  # points that are clustered; the others join the nearest centre
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def extract_automaton(
         period: of the undisturbed oscillation, NaN for none.
         most_states: at most that many clusters are tried.
         components: principal components kept.
-        seed: of the subset that is clustered where there are more than 600 prefixes.
+        seed: of the subset that is clustered where there are more prefixes than ``cluster`` takes.
 
     Raises:
         ValueError: no trials.
@@ -228,18 +229,22 @@ def cluster(points: np.ndarray, most: int, *, enough: float = 0.95, seed: int = 
     The fewest, because on a cycle histories of equal sums lie close but not on each other: finer clusters have silhouettes as good
     as the coarse ones.
     """
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import pdist, squareform
     from sklearn.metrics import silhouette_score
 
     spread = float(np.sqrt(((points - points.mean(0)) ** 2).sum(1).mean()))
     if spread < 1e-6 * max(1.0, float(np.abs(points).max())):
         return np.zeros(len(points), dtype=int), 0.0
-    chosen = points[np.sort(np.random.default_rng(seed).permutation(len(points))[:600])]
+    chosen = points[np.sort(np.random.default_rng(seed).permutation(len(points))[:_CLUSTERED])]
     distinct = len(np.unique((chosen / spread).round(6), axis=0))
+    distances = pdist(chosen)
+    tree, table = linkage(distances, "average"), squareform(distances)
     tried = []
     for number in range(2, min(most, distinct, len(chosen) - 1) + 1):
-        labels = AgglomerativeClustering(number, linkage="average").fit_predict(chosen)
-        tried.append((float(silhouette_score(chosen, labels)), labels))
+        labels = fcluster(tree, number, "maxclust") - 1
+        if labels.max() + 1 == number:  # fewer where branches join at the same height
+            tried.append((float(silhouette_score(table, labels, metric="precomputed")), labels))
     if not tried:  # two points
         return np.unique((points / spread).round(6), axis=0, return_inverse=True)[1].reshape(-1), 1.0
     best = max(score for score, _ in tried)
