@@ -115,6 +115,29 @@ def _train_phase(config: Any, command: str) -> None:
     print(path)
 
 
+def phase_analyse(networks: str, jobs: list[int] | None, **options: Any) -> None:
+    """`rnndyn phase analyse`"""
+    from rnndyn_fast.phase.run import TABLE, analyse_networks
+    from rnndyn_fast.train.progress import choose_reporter
+
+    with choose_reporter() as reporter:
+        results = analyse_networks(networks, jobs=jobs, reporter=reporter, **options)
+    for result in results:
+        facts = result.facts
+        adds = "" if facts["automaton.is_modulo"] else "not "
+        print(
+            f"{result.name}: {facts['solution.solution']} ({facts['solution.reason']}); automaton {adds}addition modulo {facts['modulus']}"
+        )
+    print(f"{options['out']}/{TABLE}")
+
+
+def phase_report(analyses: str, **options: Any) -> None:
+    """`rnndyn phase report`"""
+    from rnndyn_fast.phase.run import write_report
+
+    print(write_report(analyses, **options))
+
+
 def doctor() -> None:
     """`rnndyn doctor`"""
     from rnndyn_fast.cli.doctor import report

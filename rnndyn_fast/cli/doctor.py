@@ -16,6 +16,7 @@ _OPTIONAL = {
     "jsonargparse": "the command line",
     "kornia": "augmentation in training",
     "matplotlib": "figures",
+    "networkx": "drawing automata",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",

@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
     "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
     "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
+    "phase analyse": ("Analyse networks of phase train or sweep: oscillation, automaton, kind of solution.", commands.phase_analyse),
+    "phase report": ("Write a page with figures of analysed networks.", commands.phase_report),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
@@ -30,8 +32,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
-# Options that are lists, and what an entry looks like.
-LISTS = {"--widths": r"\d+", "--keep": r"\d+", "--alphas": r"[-+.\deE]+", "--noise_stds": r"[-+.\deE]+", "--activations": r"\w+"}
+LISTS = ("--widths", "--keep", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -228,6 +229,24 @@ def _phase_sweep(parser: ArgumentParser) -> None:
     _add_config(parser, PhaseSweepConfig)
 
 
+def _phase_analyse(parser: ArgumentParser) -> None:
+    parser.add_argument("networks", help="folder of phase train or sweep, its networks.npz, or an .npz file with the published names")
+    _add(parser, "out", str, "folder for the results; what is there is not analysed again")
+    _add(parser, "prefix", str, "of the names in a published file", "")
+    _add(parser, "jobs", list[int] | None, "job ids to analyse, as 0,5,7; default: all", None)
+    _add(parser, "handcrafted", bool, "analyse a handcrafted oscillator matched to them too", True)
+    _add(parser, "seed", int, "of the trials", 42)
+    _add(parser, "overwrite", bool, "analyse again what is there", False)
+
+
+def _phase_report(parser: ArgumentParser) -> None:
+    parser.add_argument("analyses", help="folder of phase analyse")
+    _add(parser, "out", str, "HTML file to write")
+    _add(parser, "sweep", str | None, "folder of the sweep that was analysed, for the table of training", None)
+    _add(parser, "published", str | None, "published table of results (CSV), to be set beside the sweep", None)
+    _add(parser, "featured", list[str] | None, "systems shown in full; default: the first of every kind", None)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -263,6 +282,8 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "analyse": _analyse,
     "phase train": _phase_train,
     "phase sweep": _phase_sweep,
+    "phase analyse": _phase_analyse,
+    "phase report": _phase_report,
     "doctor": _doctor,
     "study": _study,
     "demo": _demo,
