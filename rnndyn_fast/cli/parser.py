@@ -45,15 +45,15 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value, LISTS[name]) if name in LISTS else value)
+            word = name + equals + (_bracketed(value) if name in LISTS else value)
         elif out and out[-1] in LISTS:
-            word = _bracketed(word, LISTS[out[-1]])
+            word = _bracketed(word)
         out.append(word)
     return out
 
 
-def _bracketed(value: str, entry: str) -> str:
-    return f"[{value}]" if re.fullmatch(f"{entry}(,{entry})*", value) else value
+def _bracketed(value: str) -> str:
+    return f"[{value}]" if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) else value
 
 
 def tidy(message: str) -> str:
