@@ -23,6 +23,7 @@ from rnndyn_fast.graph.operands import Operands
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.convolution import ENGINES
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
@@ -304,7 +305,7 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     Args:
         raise_error: raise ``ValueError`` with the reason instead of returning False.
     """
-    reason = _launch.unavailable
+    reason = _launch.unavailable or unknown_to_native(network)
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
@@ -317,7 +318,7 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     return reason is None
 
 
-def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     if len(inputs) != len(network.inputs):
         raise ValueError(f"inputs: expected {len(network.inputs)} ({[n.name for n in network.inputs]}), got {len(inputs)}")
     samples = None
@@ -341,7 +342,7 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         if samples is not None and n != samples:
             raise ValueError(f"{node.name}: expected N = {samples} like the first input, got {n}")
         samples = n
-    for name, shape in network.parameter_shapes.items():
+    for name, shape in shapes.items():
         if name not in parameters:
             raise ValueError(f"parameters: {name!r} {list(shape)} is missing")
         p = parameters[name]
@@ -363,6 +364,7 @@ def rollout(
     *,
     backend: str | None = None,
     engine: str = "auto",
+    statistics: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Run a network through time and return the states of some of its areas.
 
@@ -370,12 +372,15 @@ def rollout(
         network: the spec; its docstring has the equations.
         timesteps: T >= 1.
         inputs: one tensor per input of the network, float32 or float64 (reference: any float dtype).
-        parameters: by name, with the shapes of ``network.parameter_shapes``; others are ignored.
+        parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
+            ``network.buffer_shapes``; others are ignored.
         record: areas to return; the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
             reference with a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
+        statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
+            and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
 
     Returns: per recorded area its states [T', N, C, H, W] (any strides), T' counted from the first step at which it has a state.
 
@@ -405,11 +410,12 @@ def rollout(
     names = tuple(record)
     if not torch.compiler.is_compiling():  # (then the op's fake implementation does it)
         compile_schedule(network, timesteps, names)  # raises for bad time steps and names
-    _check(network, inputs, parameters)
+    shapes = network.parameter_shapes if statistics is not None else {**network.parameter_shapes, **network.buffer_shapes}
+    _check(network, inputs, parameters, shapes)
     for node, x in zip(network.inputs, inputs, strict=True):
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
-    used = {name: parameters[name] for name in network.parameter_shapes}
+    used = {name: parameters[name] for name in shapes}
     if backend is None:
         try:
             can_run_native(network, inputs, used, raise_error=True)
@@ -420,7 +426,7 @@ def rollout(
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
     if backend == "reference" or _forward_mode(tensors):
-        return reference_rollout(network, timesteps, inputs, used, names)
+        return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
         run: Callable[..., Any] = torch.ops.rnndyn.rollout
