@@ -78,9 +78,7 @@ def test_pooling_and_resizing() -> None:
     (y,), _ = run(one(identity("image", "a", pool=Pool.MAX_SAME), 7, 5, 6), x)
     torch.testing.assert_close(y[0], functional.max_pool2d(functional.pad(x, (0, 1, 0, 1), value=-torch.inf), 2, 2))
     small = image(1, 2, 3, 3)
-    feedback = up("small", "a", 1, resize=True, parameter="fb", role=Role.TOP_DOWN) if False else Connection(
-        "small", "a", Role.TOP_DOWN, resize=True, parameter="fb"
-    )  # fmt: skip
+    feedback = Connection("small", "a", Role.TOP_DOWN, resize=True, parameter="fb")
     net = Network("r", (Input("image", 6, 7, 5), Input("small", 2, 3, 3)), (Area("a", 4, **PLAIN),), (up("image", "a"), feedback))
     (y,), p = run(net, x, small)
     enlarged = functional.interpolate(small, (7, 5), mode="bilinear", align_corners=True)

@@ -374,7 +374,7 @@ def rollout(
         inputs: one tensor per input of the network, float32 or float64 (reference: any float dtype).
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
-        record: areas to return; the readout's source area if None.
+        record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
             reference with a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"

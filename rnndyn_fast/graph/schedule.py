@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Operator, Pool, Shape
+from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
 
 AreaSlot = tuple[str, int]
 ZERO_SLOT = -2
@@ -131,7 +131,7 @@ class Schedule:
                 reads[area.name, slot] = entering
                 self._naive += sum(network.multiply_adds(r.connection) for r in found if r.slot != ZERO_SLOT)
         for name in self.record:
-            steps = [t for t, slot in enumerate(self.slot_of[name]) if slot >= 0]
+            steps = [t for t, slot in enumerate(self.slot_of[self.network.recorded(name)[0]]) if slot >= 0]
             if not steps:
                 raise ValueError(
                     f"timesteps: area {name!r} of network {network.name!r} has no state within {self.timesteps} time steps "
@@ -156,7 +156,8 @@ class Schedule:
     def _drop_unread(self, reads: dict[AreaSlot, tuple[Read, ...]]) -> dict[AreaSlot, tuple[Read, ...]]:
         """Keep what the recorded areas need, and number the kept slots without gaps."""
         needed: set[AreaSlot] = set()
-        stack = [(name, slot) for name in self.record for slot in self.slot_of[name] if slot >= 0]
+        recorded = {self.network.recorded(name)[0] for name in self.record}
+        stack = [(name, slot) for name in recorded for slot in self.slot_of[name] if slot >= 0]
         while stack:
             item = stack.pop()
             if item not in needed:
@@ -320,7 +321,7 @@ def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) ->
     Args:
         network: the spec.
         timesteps: T >= 1.
-        record: areas whose states are wanted at every time step at which they have one.
+        record: areas ("area", or "area:state") whose states are wanted at every time step at which they have one.
 
     Raises:
         ValueError: timesteps below 1, an unknown or repeated area, or an area that has no state within the time steps.
@@ -336,8 +337,7 @@ def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) ->
     if not names:
         raise ValueError("record: expected at least one area")
     for name in names:
-        if name not in [area.name for area in network.areas]:
-            raise ValueError(f"record: unknown area {name!r}; areas are {[area.name for area in network.areas]}")
+        network.recorded(name)
         if names.count(name) > 1:
             raise ValueError(f"record: expected every area once, got {list(names)}")
     return _compiled(network, timesteps, names)

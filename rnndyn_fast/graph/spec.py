@@ -55,7 +55,7 @@ class Readout:
     """Class probabilities from an area with a 1 x 1 map: a linear map, or with ``parameter=None`` its first ``num_classes`` channels.
 
     Log-probabilities are clamped, log(clamp(softmax(logits), clamp, 1)); with ``clamp=None`` they are the log-softmax itself.
-    ``cumulative``: the logits of all steps so far are summed.
+    ``cumulative``: the logits of all steps so far are summed. ``first_step``: time steps before it give no probabilities.
     """
 
     source: str
@@ -64,6 +64,7 @@ class Readout:
     parameter: str | None = "readout"
     clamp: float | None = 1e-10
     cumulative: bool = False
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Network:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"network {self.name!r}: the name {name!r} is used more than once")
-            if name in (ABSENT, ZERO):
-                raise ValueError(f"network {self.name!r}: the name {name!r} has a meaning of its own (Area.initial)")
+            if name in (ABSENT, ZERO) or ":" in name:
+                raise ValueError(f"network {self.name!r}: the name {name!r} has a meaning of its own")
         for node in self.inputs:
             if min(node.channels, node.height, node.width) < 1:
                 raise ValueError(f"input {node.name!r}: expected positive channels, height, width, got {node}")
@@ -262,6 +263,16 @@ class Network:
         if name not in self._areas:
             raise ValueError(f"unknown area {name!r}; areas are {list(self._areas)}")
         return self._areas[name]
+
+    def recorded(self, name: str) -> tuple[str, str | None]:
+        """Area and state that a name in ``record`` means: "area", its output, or "area:state"."""
+        area, _, state = name.partition(":")
+        if area not in self._areas:
+            raise ValueError(f"record: unknown area {area!r}; areas are {list(self._areas)}")
+        states = self._areas[area].states
+        if state and state not in states:
+            raise ValueError(f"record: area {area!r} has no state {state!r}; it has {[s for s in states if s]}")
+        return area, state or None
 
     def weight_shapes(self, c: Connection) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a connection's weights (see :class:`Operator`); none for the identity."""

@@ -42,9 +42,8 @@ def unknown_to_native(network: Network) -> str | None:
         if reason := _area(area):
             return f"area {area.name!r} has {reason}, which the native engine does not compute yet"
     for c in network.connections:
-        if c.operator is not Operator.IDENTITY or c.pool is Pool.MAX_SAME or c.resize:
-            if reason := _connection(c):
-                return f"connection {c.label} has {reason}, which the native engine does not compute yet"
+        if (c.operator is not Operator.IDENTITY or c.pool is Pool.MAX_SAME or c.resize) and (reason := _connection(c)):
+            return f"connection {c.label} has {reason}, which the native engine does not compute yet"
     for node in network.inputs:
         if node.off_at is not None:
             return f"input {node.name!r} is taken away at time step {node.off_at}, which the native engine does not compute yet"

@@ -9,9 +9,11 @@ from typing import Any
 
 from rnndyn_fast.models.accelerate import accelerate
 from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
+from rnndyn_fast.models.convrnn import ConvRNN, convrnn
+from rnndyn_fast.models.convrnn_checkpoint import load_tf_checkpoint
 from rnndyn_fast.nn import RecurrentNetwork
 
-MODELS: dict[str, Callable[..., RecurrentNetwork]] = {"blt_net_64": blt_net_64, "blt_net_128": blt_net_128}
+MODELS: dict[str, Callable[..., RecurrentNetwork]] = {"blt_net_64": blt_net_64, "blt_net_128": blt_net_128, "convrnn": convrnn}
 
 
 def build(config: Mapping[str, Any]) -> RecurrentNetwork:
@@ -31,4 +33,4 @@ def build(config: Mapping[str, Any]) -> RecurrentNetwork:
     return MODELS[name](**options)
 
 
-__all__ = ["MODELS", "BLTNet", "accelerate", "blt_net_64", "blt_net_128", "build"]
+__all__ = ["MODELS", "BLTNet", "ConvRNN", "accelerate", "blt_net_64", "blt_net_128", "build", "convrnn", "load_tf_checkpoint"]

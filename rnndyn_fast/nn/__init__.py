@@ -1,6 +1,7 @@
 """Layers and networks that own parameters."""
 
 from rnndyn_fast.nn.blt_conv import BLTConv
+from rnndyn_fast.nn.conv_cell import ConvCell
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
-__all__ = ["BLTConv", "RecurrentNetwork"]
+__all__ = ["BLTConv", "ConvCell", "RecurrentNetwork"]

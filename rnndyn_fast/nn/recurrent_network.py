@@ -113,7 +113,11 @@ class RecurrentNetwork(nn.Module):
         recorded = {name: state for name, state in zip(names, states, strict=True) if name in record}
         if self.network.readout is None:
             return recorded or {names[0]: states[0]}
-        representations = states[0].flatten(2)
+        # (From the readout's first step on; its states are recorded from the first one that there is.)
+        skipped = max(0, self.network.readout.first_step - self.schedule(record).first_step[names[0]])
+        if skipped >= len(states[0]):
+            raise ValueError(f"timesteps: the readout begins at step {self.network.readout.first_step}, got {self.timesteps}")
+        representations = states[0][skipped:].flatten(2)
         result: list[Any] = [self.log_probabilities(representations)]
         if return_representations:
             result.append(representations)

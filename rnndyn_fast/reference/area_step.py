@@ -16,7 +16,11 @@ def area_value(
 ) -> Tensor:
     r"""Drive times modulator, before any norm: [N, C, H, W].
 
-    .. math:: z = \Big(\sum_i b_i\Big)\Big(1 + \sum_j m_j\Big) \quad\text{or, squashed,}\quad z = \Big(\sum_i b_i\Big)\,2\,s\Big(\sum_j m_j\Big)
+    .. math:: z = \Big(\sum_i b_i\Big)\Big(1 + \sum_j m_j\Big)
+
+    or, squashed,
+
+    .. math:: z = \Big(\sum_i b_i\Big)\,2\,s\Big(\sum_j m_j\Big)
 
     The factor is left out without modulators; without drives the drive is zero.
     """

@@ -152,4 +152,5 @@ def rollout(
             updated = _update(network, area, t, terms, parameters, statistics)
             if updated is not None:
                 maps[t][area.name] = updated
-    return [torch.stack([m[name][None] for m in maps if name in m]) for name in record]
+    recorded = [network.recorded(name) for name in record]
+    return [torch.stack([m[area][state] for m in maps if area in m]) for area, state in recorded]
