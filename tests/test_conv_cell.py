@@ -14,10 +14,17 @@ from torch.nn import functional
 from rnndyn_fast.graph.spec import SAME, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.models.checkpoint_names import load_mapped
 from rnndyn_fast.models.convrnn_checkpoint import entries_of
-from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell, bypass
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
+from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell, bypass
 from rnndyn_fast.nn.decoders import (
-    ConfidenceAverage, Decoder, Last, LearnedAverage, MaxConfidence, Threshold, TimeMax, WeightedAverage,
+    ConfidenceAverage,
+    Decoder,
+    Last,
+    LearnedAverage,
+    MaxConfidence,
+    Threshold,
+    TimeMax,
+    WeightedAverage,
 )  # fmt: skip
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -244,7 +251,7 @@ def test_golden_decoders() -> None:
 
 
 def test_refuses() -> None:
-    with pytest.raises(ValueError, match="kind: expected one of .*got 'rnn'"):
+    with pytest.raises(ValueError, match=r"kind: expected one of .*got 'rnn'"):
         ConvCell("rnn", 3, 3, (4, 4))
     with pytest.raises(ValueError, match=r"options: a ugrnn cell does not take all of \['peepholes'\]"):
         ConvCell("ugrnn", 3, 3, (4, 4), peepholes=True)

@@ -191,7 +191,7 @@ def test_checkpoint_that_does_not_fit() -> None:
         torch.testing.assert_close(p, before[name], rtol=0, atol=0)
     _, arrays = checkpoint()
     arrays["tnn_model__conv2__memory_decay"] = np.full(1, 0.5, np.float32)
-    with pytest.raises(ValueError, match="conv2/memory_decay is 0.5, but this network's layer has no decay"):
+    with pytest.raises(ValueError, match=r"conv2/memory_decay is 0\.5, but this network's layer has no decay"):
         load_tf_checkpoint(net, arrays)
     with pytest.raises(ValueError, match="checkpoint: no file"):
         load_tf_checkpoint(net, "nowhere.npz")

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.spec import SAME, ZERO, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role, Unroll
@@ -93,7 +92,7 @@ def _cell_options(layers: Layers, layer: str) -> dict[str, Any]:
 def _layer(graph: Graph, layers: Layers, layer: str, below: Source) -> Source:
     """One layer: its output is the area of its name."""
     width, recurrent = layers.channels[layer], layer in layers.recurrent
-    kernel = {"kernel_size": 7, "stride": 2} if layer == "conv1" else {"kernel_size": 3}
+    kernel: dict[str, Any] = {"kernel_size": 7, "stride": 2} if layer == "conv1" else {"kernel_size": 3}
     rgc, residual_block = layers.kind.startswith("rgc"), not layers.shallow and layers.kind != "rgc_median" and layer != "conv1"
     pooled = layers.shallow or layer in _POOLED
     # In the intermediate networks the activation comes after a layer's last convolution; only these cells are without one.

@@ -15,7 +15,7 @@ from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, depthwise,
 from rnndyn_fast.models.convrnn import ConvRNN
 
 PREFIX = "tnn_model/"
-_NORMS = {
+_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "gru": {"gates_norm": ("gates/r_pre", "gates/u_pre"), "candidate_norm": ("candidates/c_pre",)},
     "lstm": {"gates_norm": ("input", "transform", "forget", "output"), "state_norm": ("state",)},
     "intersectionrnn": {"gates_norm": ("gh_act", "h_act", "gy_act", "y_act")},

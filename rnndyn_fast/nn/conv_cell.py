@@ -55,12 +55,13 @@ class ConvCell(RecurrentNetwork):
     ) -> None:
         if kind not in CELLS:
             raise ValueError(f"kind: expected one of {list(CELLS)}, got {kind!r}")
-        if residual_channels and not kind.startswith("rgc") or feedback_channels and kind != "rgc_median":
+        if (residual_channels and not kind.startswith("rgc")) or (feedback_channels and kind != "rgc_median"):
             name = "feedback_channels" if feedback_channels else "residual_channels"
             raise ValueError(f"{name}: a {kind} cell reads no such input")
         size = (map_size[0], map_size[1])
         graph, inputs = Graph(), [_frames("x", in_channels, size)]
-        x, residual, feedback = Source("x", in_channels), None, ()
+        x, residual = Source("x", in_channels), None
+        feedback: tuple[Source, ...] = ()
         if kind == "rgc_median":
             graph.areas.append(Area("a", in_channels, norm=Norm.NONE, activation=Activation.ELU))
             graph.identity(x, "a", Role.BOTTOM_UP)
