@@ -16,7 +16,7 @@ from torch.nn import functional
 from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Role, rollout
 from rnndyn_fast.graph.spec import FIT, Activation
 from rnndyn_fast.models import BLTVS, blt_vs, build
-from rnndyn_fast.models.blt_vs import AREAS
+from rnndyn_fast.models.blt_vs_net import AREAS
 
 LAYERS = ["full", "v1_224", "v4_224", "lgn_224", "retina_224", "td_all_negative"]
 NETWORKS = {

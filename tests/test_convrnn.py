@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.models import ConvRNN, build, convrnn, load_tf_checkpoint
-from rnndyn_fast.models.convrnn import BASES, NAMES, PUBLISHED, _layers, convrnn_network
+from rnndyn_fast.models.convrnn_nets import BASES, NAMES, PUBLISHED, _layers, convrnn_network
 
 PARAMETERS = {
     "timedecay": (4_197_739, 16_403_439),

@@ -17,7 +17,7 @@ from rnndyn_fast.graph import Area, Connection, Input, Network, Norm, Role, comp
 from rnndyn_fast.models import RCNNSAT, build, load_keras_checkpoint, rcnn_sat
 from rnndyn_fast.models.checkpoint_names import load_mapped
 from rnndyn_fast.models.preprocess import signed_unit
-from rnndyn_fast.models.rcnn_sat import EPS, MOMENTUM, keras_entry
+from rnndyn_fast.models.rcnn_sat_nets import EPS, MOMENTUM, keras_entry
 from rnndyn_fast.nn import RecurrentNetwork
 
 # Full-width networks take seconds and a gigabyte each: of those, one of each kind that no small one stands for.

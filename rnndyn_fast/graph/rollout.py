@@ -22,6 +22,7 @@ from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
+from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.ops import _launch
@@ -375,8 +376,9 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
-            reference with a warning that gives the reason.
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations, every term
+            once; any device and float dtype), "reference" (nothing is scheduled), or None: native where it can run, else scheduled with
+            a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
@@ -401,8 +403,8 @@ def rollout(
         if network.readout is None:
             raise ValueError("record: the network has no readout, so name the areas to return")
         record = (network.readout.source,)
-    if backend not in (None, "native", "reference"):
-        raise ValueError(f'backend: expected "native", "reference" or None, got {backend!r}')
+    if backend not in (None, "native", "scheduled", "reference"):
+        raise ValueError(f'backend: expected "native", "scheduled", "reference" or None, got {backend!r}')
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if isinstance(record, str):
@@ -421,10 +423,12 @@ def rollout(
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
             warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
-            backend = "reference"
+            backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
+    if backend == "scheduled":
+        return rollout_scheduled(compile_schedule(network, timesteps, names), inputs, used, statistics)
     if backend == "reference" or _forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, depthwise, kernel, load_mapped, same, stacked
-from rnndyn_fast.models.convrnn import ConvRNN
+from rnndyn_fast.models.convrnn_nets import ConvRNN
 
 PREFIX = "tnn_model/"
 _NORMS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -17,6 +17,7 @@ from rnndyn_fast.reference.area_step import area_value
 from rnndyn_fast.reference.cells import ACTIVATIONS, cell_step
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
+Maps = dict[str | None, Tensor]  # of an area by state; None is its output
 
 
 def pooled(x: Tensor, pool: Pool) -> Tensor:
@@ -74,15 +75,20 @@ def _normed(area: Area, value: Tensor, t: int, parameters: Mapping[str, Tensor],
     return functional.batch_norm(value, None, None, gamma, beta, True, 0.0, area.eps)
 
 
-def _update(
+def update_area(
     network: Network,
     area: Area,
     t: int,
     terms: Sequence[tuple[Connection, Tensor]],
     parameters: Mapping[str, Tensor],
     statistics: Statistics | None,
-) -> dict[str | None, Tensor] | None:
-    """The maps of an area at one time step by name, the output also as None; None if it has none yet."""
+    constant: tuple[int, ...] | None = None,
+) -> Maps | None:
+    """The maps of an area at one time step by name, the output also as None; None if it has none yet.
+
+    ``constant``: the shape [N, C, H, W] of the drive that is zero where no term is given (a squashed modulator of a missing drive, whose
+    value has no effect).
+    """
     ports: dict[str, list[Tensor]] = {name: [] for name in area.ports}
     for c, value in terms:
         ports[network.port(c)].append(value)
@@ -93,10 +99,12 @@ def _update(
         sums = {name: torch.stack(values).sum(0) if len(values) > 1 else values[0] for name, values in ports.items() if values}
         prefix = f"{area.cell_parameter}."
         own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
-        states: dict[str | None, Tensor] = dict(zip(area.states, cell_step(area.cell, sums, own), strict=True))
+        states: Maps = dict(zip(area.states, cell_step(area.cell, sums, own), strict=True))
         return {**states, None: states[area.states[0]]}
     squash = area.interaction is Interaction.SQUASHED
     drives, modulators = ports["drive"], ports.get("modulator", [])
+    if not drives and squash and constant is not None and not modulators:
+        modulators = [next(iter(parameters.values())).new_zeros(constant)]
     if not drives and not (squash and modulators):
         return None
     if drives:
@@ -125,7 +133,7 @@ def rollout(
     given = {node.name: x for node, x in zip(network.inputs, inputs, strict=True)}
     nodes = {node.name: node for node in network.inputs}
     samples = next(x.shape[1] if nodes[name].frames else x.shape[0] for name, x in given.items())
-    maps: list[dict[str, dict[str | None, Tensor]]] = []
+    maps: list[dict[str, Maps]] = []
 
     def shown(name: str, t: int) -> Tensor:
         node, x = nodes[name], given[name]
@@ -149,7 +157,7 @@ def rollout(
         for area in network.areas:
             incoming = [(c, read(c, t)) for c in network.connections if c.target == area.name]
             terms = [(c, term(network, c, x, parameters)) for c, x in incoming if x is not None]
-            updated = _update(network, area, t, terms, parameters, statistics)
+            updated = update_area(network, area, t, terms, parameters, statistics)
             if updated is not None:
                 maps[t][area.name] = updated
     recorded = [network.recorded(name) for name in record]
