@@ -13,15 +13,15 @@ from conftest import golden, golden_module
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Role, rollout
+from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role, rollout
 from rnndyn_fast.graph.spec import FIT, Activation
 from rnndyn_fast.models import BLTVS, blt_vs, build
 from rnndyn_fast.models.blt_vs_net import AREAS
 
 LAYERS = ["full", "v1_224", "v4_224", "lgn_224", "retina_224", "td_all_negative"]
 NETWORKS = {
-    "net128": ["standard_t1", "standard_t3", "standard_t2_single", "standard_t2_no_lateral", "standard_t2_no_topdown", "standard_t2_no_skip",
-               "bio_t5", "bio_t10", "bio_t6_single", "bio_t7_no_lateral", "bio_t7_no_topdown"],
+    "net128": ["standard_t1", "standard_t3", "standard_t2_single", "standard_t2_no_lateral", "standard_t2_no_topdown",
+               "standard_t2_no_skip", "bio_t5", "bio_t10", "bio_t6_single", "bio_t7_no_lateral", "bio_t7_no_topdown"],
     "net224": ["standard_t2"],
 }  # fmt: skip
 TERMS = ("bu", "bul", "td", "tdl", "sbu", "std")
@@ -105,7 +105,8 @@ def test_golden_layers(name: str) -> None:
         for key, got in ours.items():
             # (Where a stream is only modulated, its modulator's value has no effect: no gradient there, zeros here.)
             if key in gradients:
-                torch.testing.assert_close(got, torch.from_numpy(gradients[key]).double(), rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+                expected = torch.from_numpy(gradients[key]).double()
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
             else:
                 assert got is None or not got.any(), key
         assert set(gradients) <= set(ours)
@@ -125,8 +126,6 @@ def test_golden_readout(name: str) -> None:
     config = json.loads(str(data["config"]))
     x = torch.from_numpy(data["in/bu"]).double().requires_grad_(True)
     width, plain = config["out_channels"], {"norm": Norm.NONE, "activation": Activation.IDENTITY}
-    from rnndyn_fast.graph import Pool
-
     network = Network(
         "readout", (Input("x", *x.shape[1:]),),
         (Area("map", width, **plain), Area("td", width, norm=Norm.GROUP, activation=Activation.IDENTITY, norm_parameter="layer_norm_td",
@@ -168,7 +167,7 @@ def samples(x: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in NETWORKS.items() for name in names])
 def test_golden_networks(size: str, name: str) -> None:
-    net, data = golden_net(size, name, backend="reference")
+    net, data = golden_net(size, name, backend="scheduled")
     shared = part(size)
     dtype = torch.float32 if (size, name) in (("net224", "standard_t2"), ("net128", "bio_t10")) else torch.float64  # (the largest)
     net.to(dtype)
@@ -196,7 +195,8 @@ def check_activations(maps: dict[str, dict[int, dict[str, Tensor]]], data: dict[
                 if norms is None or np.isnan(norms[t]).any():
                     assert not got.any(), (area, stream, t)
                     continue
-                np.testing.assert_allclose(got.detach().double().flatten(1).norm(dim=1), norms[t], rtol=1e-5, err_msg=f"{area} {stream} {t}")
+                norm = got.detach().double().flatten(1).norm(dim=1)
+                np.testing.assert_allclose(norm, norms[t], rtol=1e-5, err_msg=f"{area} {stream} {t}")
                 expected = data[f"{stream}_samples/{area}"][t]
                 for n, x in enumerate(got):
                     np.testing.assert_allclose(samples(x), expected[n], atol=1e-4 * got.abs().max().item(), err_msg=f"{area} {stream} {t}")
@@ -214,10 +214,8 @@ def gradient_errors(net: BLTVS, image: Tensor, data: dict[str, np.ndarray]) -> d
         scale = max(np.abs(expected).max(), norm / p.numel() ** 0.5, 1e-12)
         errors[name] = max(abs(p.grad.double().norm().item() - norm) / max(norm, 1e-12), np.abs(samples(p.grad) - expected).max() / scale)
     for n, x in enumerate(image.grad):
-        norm = float(data["grad_input_l2"][n])
-        errors[f"image {n}"] = max(
-            abs(x.norm().item() - norm) / norm, np.abs(samples(x) - data["grad_input_samples"][n]).max() / np.abs(data["grad_input_samples"][n]).max()
-        )
+        norm, expected = float(data["grad_input_l2"][n]), data["grad_input_samples"][n]
+        errors[f"image {n}"] = max(abs(x.norm().item() - norm) / norm, np.abs(samples(x) - expected).max() / np.abs(expected).max())
     return errors
 
 
@@ -242,7 +240,7 @@ def test_parameter_counts(options: dict[str, Any], expected: tuple[int, int]) ->
 
 
 def test_no_term_is_computed_twice() -> None:
-    """As published nearly every term of the standard unrolling is computed twice: 125.4 G multiply-adds at 224 pixels, of which 63.6 suffice."""
+    """As published nearly every term of the standard unrolling is computed twice: 125.4 G multiply-adds at 224 pixels; 63.6 suffice."""
     with torch.device("meta"):
         schedules = [blt_vs(6, n, bio_unroll=False, image_size=s).schedule() for n, s in ((1000, 224), (565, 128))]
     assert [round(s.multiplications()[0] / 1e9, 1) for s in schedules] == [63.6, 10.8]
@@ -251,13 +249,14 @@ def test_no_term_is_computed_twice() -> None:
     for schedule in schedules:
         for drive in schedule.drives:
             assert len(drive.slots) <= 6
-        assert len({(d.source, d.connection.parameter) for d in schedule.drives}) == len(schedule.drives) - 1  # Readout.map goes to two areas
+        # (The readout's map goes to two areas as it is; all others have parameters.)
+        assert len({(d.source, d.connection.parameter) for d in schedule.drives}) == len(schedule.drives) - 1
 
 
 def test_areas_wake_one_by_one() -> None:
     with torch.device("meta"):
         net, cut = blt_vs(8), blt_vs(8, skip_connections=False)
-    names = tuple(f"{name}.bu" for name in AREAS[:-1]) + ("Readout.logits",)
+    names = (*(f"{name}.bu" for name in AREAS[:-1]), "Readout.logits")
     first = net.schedule(names).first_step
     assert [first[name] for name in names] == [0, 1, 2, 3, 4, 3, 4, 4]
     assert cut.schedule(("LOC.bu",)).first_step["LOC.bu"] == 6
@@ -309,6 +308,6 @@ def test_refuses_extraction_of_what_is_not_there() -> None:
 
 def test_a_checkpoint_of_the_other_dataset_does_not_fit() -> None:
     net, other = blt_vs(5, 4, 2, image_size=128), blt_vs(5, 5, 2, image_size=128)
-    with pytest.raises(RuntimeError, match="size mismatch for connections.Readout.readout_conv.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for connections\.Readout\.readout_conv\.weight"):
         net.load_state_dict(other.state_dict())
     assert build(net.config).network == net.network

@@ -72,10 +72,11 @@ def close(got: Tensor, expected: Tensor, what: str, *, gradient: bool = False) -
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
+@pytest.mark.parametrize("backend", ["reference", "scheduled"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", CASES)
-def test_golden_cells(name: str, dtype: torch.dtype) -> None:
-    cell, data = golden_cell(name, dtype, backend="reference")
+def test_golden_cells(name: str, dtype: torch.dtype, backend: str) -> None:
+    cell, data = golden_cell(name, dtype, backend=backend)
     x, extra = maps(data["input_seq"], dtype), optional_inputs(data, dtype)
     outputs, states = cell.sequence(x, **extra)
     close(outputs, maps(data["zero_init__output_seq"], dtype), "outputs from zero")

@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDEN, golden
 from torch import Tensor
 
+from rnndyn_fast.cli import main
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.models import ConvRNN, build, convrnn, load_tf_checkpoint
 from rnndyn_fast.models.convrnn_nets import BASES, NAMES, PUBLISHED, _layers, convrnn_network
@@ -56,11 +57,11 @@ def nchw(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).movedim(-1, -3).to(dtype)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("scheduled", torch.float64), ("scheduled", torch.float32)])
 @pytest.mark.parametrize("name", MODELS)
-def test_golden_models(name: str) -> None:
+def test_golden_models(name: str, backend: str, dtype: torch.dtype) -> None:
     """Every layer's output at every step, the cells' states after the last one, and the answer."""
-    dtype = torch.float64
-    net, data = golden_model(name, dtype, backend="reference")
+    net, data = golden_model(name, dtype, backend=backend)
     layers = [k.removeprefix("output_seq__") for k in data if k.startswith("output_seq__") and "imnetds" not in k]
     cells = {layer: net.state_sources(layer) for layer in net.layers.recurrent}
     # (A memory that is no output, such as an LSTM's c, cannot be recorded: the cells' own golden files have it.)
@@ -195,3 +196,16 @@ def test_checkpoint_that_does_not_fit() -> None:
         load_tf_checkpoint(net, arrays)
     with pytest.raises(ValueError, match="checkpoint: no file"):
         load_tf_checkpoint(net, "nowhere.npz")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        ("convrnn", "{name: lstm_intermediate, num_classes: 10}", "conv5.cell = lstm(gates=conv3(conv5.pre, conv5.ConvLSTMCell.gates)"),
+        ("blt_vs", "{bio_unroll: false, timesteps: 6, num_classes: 1000}", "multiply-adds per image: 63.63 G"),
+        ("rcnn_sat", "{kind: bl, timesteps: 2}", "BatchNorm[t](conv7(image, RCL_0_BConv) + conv7(layer0, RCL_0_LConv))"),
+    ],
+)
+def test_plan_on_the_command_line(model: str, options: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", model, "--options", options])
+    assert expected in capsys.readouterr().out

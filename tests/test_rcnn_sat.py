@@ -20,9 +20,11 @@ from rnndyn_fast.models.preprocess import signed_unit
 from rnndyn_fast.models.rcnn_sat_nets import EPS, MOMENTUM, keras_entry
 from rnndyn_fast.nn import RecurrentNetwork
 
-# Full-width networks take seconds and a gigabyte each: of those, one of each kind that no small one stands for.
-CASES = ["b_tiny", "bl_tiny_t8", "bl_tiny_t8_cumulative", "bl_tiny_t4_train", "b", "b_k", "b_train", "bl_t1", "bl_t3", "bl_t3_train"]
-LARGE = ["b_f", "b_d", "bl_t8", "bl_t8_cumulative", "bl_t8_train_batch2"]
+CASES = [
+    "b_tiny", "bl_tiny_t8", "bl_tiny_t8_cumulative", "bl_tiny_t4_train", "b", "b_k", "b_f", "b_d", "b_train", "bl_t1", "bl_t3", "bl_t8_cumulative",
+    "bl_t8_train_batch2",
+]  # fmt: skip
+LARGE = ["bl_t8", "bl_t3_train"]  # with gradients, in float32: a minute each in float64
 LAYERS = ["layer_static", "layer_static_train", "layer_dynamic", "layer_dynamic_train"]
 
 
@@ -44,15 +46,15 @@ def keras_arrays(config: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def golden_net(name: str) -> tuple[RCNNSAT, dict[str, np.ndarray], dict[str, Any]]:
+def golden_net(name: str) -> tuple[RCNNSAT, dict[str, np.ndarray]]:
     data = part(name)
     config = json.loads(str(data["config"]))
     net = rcnn_sat(
         config["kind"], config["classes"], timesteps=config["timesteps"], cumulative_readout=config["cumulative_readout"],
-        image_size=tuple(config["image"][1:3]), width_divisor=config["width_divisor"], backend="reference",
+        image_size=tuple(config["image"][1:3]), width_divisor=config["width_divisor"], backend="scheduled",
     )  # fmt: skip
     load_keras_checkpoint(net, keras_arrays(config))
-    return net.double().train(config["training"]), data, config
+    return net.to(torch.float32 if name in LARGE else torch.float64).train(config["training"]), data
 
 
 def samples(array: np.ndarray) -> np.ndarray:
@@ -68,26 +70,27 @@ def keras_layout(x: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CASES + LARGE)
 def test_golden(name: str) -> None:
-    net, data, config = golden_net(name)
+    net, data = golden_net(name)
     pixels = torch.from_numpy(data["image_uint8"]).permute(0, 3, 1, 2)
-    image = (pixels.double() / 127.5 - 1).requires_grad_(True)
-    torch.testing.assert_close(signed_unit(pixels).double(), image.detach(), rtol=0, atol=1e-7)
+    image = (pixels.double() / 127.5 - 1).to(next(net.parameters()).dtype).requires_grad_(True)
+    torch.testing.assert_close(signed_unit(pixels).double(), image.detach().double(), rtol=0, atol=1e-7)
     layers = [area.name for area in net.network.areas[:-1]]
     with torch.set_grad_enabled("grad_names" in data):
         log_probs, maps = net(image, record=layers)
         gap = maps[layers[-1]].mean((3, 4))
         logits = functional.linear(gap, net.get_parameter("ReadoutDense.weight"), net.get_parameter("ReadoutDense.bias"))
-    tolerance = {"rtol": 1e-9, "atol": 1e-9}
-    np.testing.assert_allclose(logits.detach(), data["logits_f64"], **tolerance)
-    np.testing.assert_allclose(log_probs.detach().exp(), data["softmax"], atol=2e-2 if name.endswith("batch2") else 2e-5)
-    norms = np.stack([[maps[layer][t].detach().flatten(1).norm(dim=1) for layer in layers] for t in range(net.timesteps)])
-    np.testing.assert_allclose(norms, data["layer_norms_f64"], **tolerance)
+    # Float32: what the golden files give for the reference itself, times ten.
+    tolerance = 1e-9 if name not in LARGE else 2e-4 if "train" in name else 3e-5
+    np.testing.assert_allclose(logits.detach(), data["logits_f64"], rtol=0, atol=tolerance * np.abs(data["logits_f64"]).max())
+    np.testing.assert_allclose(log_probs.detach().exp(), data["softmax"], atol=2e-2 if name.endswith("batch2") else 5e-5)
+    norms = np.stack([[maps[layer][t].detach().double().flatten(1).norm(dim=1) for layer in layers] for t in range(net.timesteps)])
+    np.testing.assert_allclose(norms, data["layer_norms_f64"], rtol=tolerance)
     if "moving_names" in data:
         check_statistics(net, data, 1e-3 if name.endswith("batch2") else 2e-5)
     if "grad_names" in data:
         labels = torch.from_numpy(data["labels"].astype(np.int64))
         sum(functional.nll_loss(p, labels) for p in log_probs).backward()
-        check_gradients(net, image, data)
+        check_gradients(net, image, data, name in LARGE)
 
 
 def check_statistics(net: RCNNSAT, data: dict[str, np.ndarray], rtol: float) -> None:
@@ -99,13 +102,16 @@ def check_statistics(net: RCNNSAT, data: dict[str, np.ndarray], rtol: float) -> 
         np.testing.assert_allclose(samples(value), expected, rtol=100 * rtol, atol=rtol)
 
 
-def check_gradients(net: RCNNSAT, image: Tensor, data: dict[str, np.ndarray]) -> None:
+def check_gradients(net: RCNNSAT, image: Tensor, data: dict[str, np.ndarray], single: bool) -> None:
     ours = {e.theirs[0]: p.grad for n, p in net.named_parameters() if (e := keras_entry(n)) is not None}
+    errors = {}
     for name, norm, expected in zip(data["grad_names"], data["grad_norm_f64"], data["grad_samples_f64"], strict=True):
         key = str(name).split(":")[0]
-        grad = image.grad.permute(0, 2, 3, 1).numpy() if key == "input" else keras_layout(ours[key])
-        np.testing.assert_allclose(np.linalg.norm(grad), norm, rtol=1e-9, err_msg=key)
-        np.testing.assert_allclose(samples(grad), expected, rtol=1e-7, atol=1e-9 * norm, err_msg=key)
+        grad = image.grad.permute(0, 2, 3, 1).double().numpy() if key == "input" else keras_layout(ours[key].double())
+        errors[key] = max(abs(np.linalg.norm(grad) - norm) / norm, np.abs(samples(grad) - expected).max() / norm)
+    # In float32 a tie of a relu or a maximum may be decided differently.
+    assert max(errors.values()) < (2e-2 if single else 1e-9), max(errors, key=errors.get)
+    assert np.median(list(errors.values())) < (1e-3 if single else 1e-9)
 
 
 @pytest.mark.parametrize("name", LAYERS)

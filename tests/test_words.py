@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role, compile_schedule, rollout
 from rnndyn_fast.graph.areas import ZERO
-from rnndyn_fast.graph.cells import LSTM, UGRNN, GRUGates, IntersectionRNN, ReciprocalGated, TimeDecay
 from rnndyn_fast.graph.spec import FIT, SAME, Activation
 from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.ops.cells import LSTM, UGRNN, GRUGates, IntersectionRNN, ReciprocalGated, TimeDecay
 
 PLAIN: dict[str, Any] = {"norm": Norm.NONE, "activation": Activation.IDENTITY}
 

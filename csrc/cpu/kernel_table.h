@@ -2,6 +2,7 @@
 // each build exports one table; dispatch.cpp chooses among them at run time.
 #pragma once
 #include "area_step.h"
+#include "gate_step.h"
 #include "readout_zones.h"
 #include "winograd_conv.h"
 
@@ -13,6 +14,8 @@ struct KernelTable {
   void (*area_step_forward_f64)(const AreaStepForwardParams<double>&);
   void (*area_step_backward_f32)(const AreaStepBackwardParams<float>&);
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
+  void (*gate_step_f32)(const GateStepParams<float>&, bool backward);
+  void (*gate_step_f64)(const GateStepParams<double>&, bool backward);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
   void (*winograd_conv)(const WinogradConvParams&);

@@ -16,6 +16,7 @@
 namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
+#include "cpu/gate_step_kernel.h"
 #include "cpu/readout_zones_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
@@ -29,6 +30,8 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::area_step_forward<double>,
       RNNDYN_ISA::area_step_backward<float>,
       RNNDYN_ISA::area_step_backward<double>,
+      RNNDYN_ISA::gate_step<float>,
+      RNNDYN_ISA::gate_step<double>,
       RNNDYN_ISA::readout_zones<float>,
       RNNDYN_ISA::readout_zones<double>,
       RNNDYN_ISA::winograd_conv,

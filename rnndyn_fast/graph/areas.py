@@ -6,8 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
-from rnndyn_fast.graph.activations import Activation
-from rnndyn_fast.graph.cells import Cell
+from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.ops.cells import Cell
 
 ABSENT: Literal["absent"] = "absent"
 ZERO: Literal["zero"] = "zero"

@@ -376,9 +376,9 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations, every term
-            once; any device and float dtype), "reference" (nothing is scheduled), or None: native where it can run, else scheduled with
-            a warning that gives the reason.
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
+            once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
+            native where it can run, else scheduled with a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
@@ -428,7 +428,8 @@ def rollout(
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
     if backend == "scheduled":
-        return rollout_scheduled(compile_schedule(network, timesteps, names), inputs, used, statistics)
+        schedule = compile_schedule(network, timesteps, names)
+        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not _forward_mode(tensors))
     if backend == "reference" or _forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

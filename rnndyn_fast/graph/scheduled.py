@@ -14,18 +14,28 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
-from rnndyn_fast.graph.spec import Connection
+from rnndyn_fast.graph.spec import Area, Connection
+from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_step
 from rnndyn_fast.reference.rollout import Maps, Statistics, term, update_area
 
 
 class _Run:
     def __init__(
-        self, schedule: Schedule, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], statistics: Statistics | None, *, keep: bool
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        statistics: Statistics | None,
+        *,
+        keep: bool,
+        native_cells: bool,
     ) -> None:
         self.schedule = schedule
         self.network = schedule.network
-        self.parameters = parameters
+        # Once, in the layout of the maps: else every convolution would reorder its weight again.
+        self.parameters = {name: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for name, p in parameters.items()}
         self.statistics = statistics
+        self.native_cells = native_cells
         self.keep = keep  # maps past their last reader: autograd holds them anyway
         nodes = {node.name: node for node in self.network.inputs}
         self.inputs = {name: (nodes[name], x) for name, x in zip(nodes, inputs, strict=True)}
@@ -42,10 +52,9 @@ class _Run:
         """One map of a node, [N, C, H, W]."""
         if (node, slot) not in self.maps:
             spec, x = self.inputs[node]
+            shown = x[slot] if spec.frames else x
             if spec.off_at is not None and slot == 1:
                 shown = torch.full_like(x, spec.off_value)
-            else:
-                shown = x[slot] if spec.frames else x
             self.maps[node, slot] = {None: shown.contiguous(memory_format=torch.channels_last)}
         return self.maps[node, slot][state]
 
@@ -82,10 +91,22 @@ class _Run:
         schedule, area = self.schedule, self.network.area(name)
         terms = [(t.connection, self.value(t)) for t in schedule.terms[name, slot]]
         terms += [(c, self.zero_term(c)) for c in schedule.zeros[name, slot]]
-        like = (self.samples, *self.network.shapes[name])
-        maps = update_area(self.network, area, schedule.slot_of[name].index(slot), terms, self.parameters, self.statistics, like)
+        self.maps[name, slot] = self.step(area, schedule.slot_of[name].index(slot), terms)
+
+    def step(self, area: Area, t: int, terms: list[tuple[Connection, Tensor]]) -> Maps:
+        """The maps of an area from its terms: a cell by its fused kernel where that can run."""
+        if area.cell is not None and self.native_cells and can_run_gate_step(area.cell, self.example):
+            ports: dict[str, list[Tensor]] = {}
+            for c, value in terms:
+                ports.setdefault(self.network.port(c), []).append(value)
+            prefix = f"{area.cell_parameter}."
+            own = {name.removeprefix(prefix): p for name, p in self.parameters.items() if name.startswith(prefix)}
+            states: Maps = dict(zip(area.states, gate_step(area.cell, ports, own), strict=True))
+            return {**states, None: states[area.states[0]]}
+        like = (self.samples, *self.network.shapes[area.name])
+        maps = update_area(self.network, area, t, terms, self.parameters, self.statistics, like)
         assert maps is not None
-        self.maps[name, slot] = maps
+        return maps
 
     def update_all(self, component: Component) -> None:
         """All slots of an area without recurrence, as one batch."""
@@ -94,8 +115,7 @@ class _Run:
         terms = []
         for t in self.schedule.terms[name, 0]:
             terms.append((t.connection, torch.cat([self.drives[t.drive, k] for k in range(slots)])))
-        maps = update_area(self.network, self.network.area(name), 0, terms, self.parameters, self.statistics)
-        assert maps is not None
+        maps = self.step(self.network.area(name), 0, terms)
         for slot in range(slots):
             rows = slice(slot * self.samples, (slot + 1) * self.samples)
             self.maps[name, slot] = {state: m[rows] for state, m in maps.items()}
@@ -117,11 +137,16 @@ def rollout_scheduled(
     inputs: Sequence[Tensor],  # [N, C, H, W], or [T, N, C, H, W] where the input has frames
     parameters: Mapping[str, Tensor],  # and buffers, where there are any
     statistics: Statistics | None = None,
+    *,
+    native_cells: bool = True,
 ) -> list[Tensor]:
-    """Run a schedule. Returns, for each recorded area, its states [T', N, C, H, W]."""
+    """Run a schedule. Returns, for each recorded area, its states [T', N, C, H, W].
+
+    ``native_cells``: cells by their fused kernels, which have no forward mode and no second derivative.
+    """
     recorded = [schedule.network.recorded(name) for name in schedule.record]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters.values()))
-    run = _Run(schedule, inputs, parameters, statistics, keep=keep)
+    run = _Run(schedule, inputs, parameters, statistics, keep=keep, native_cells=native_cells)
     states: list[dict[int, Tensor]] = [{} for _ in recorded]
 
     def collect(name: str, slot: int) -> None:

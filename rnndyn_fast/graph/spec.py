@@ -12,7 +12,7 @@ A connection whose source has no state yet is left out (at the first time step t
 whose drive terms is there yet has no state itself. Absent is not zero: a bias is added only with the term it belongs to. (An area may be
 declared zero, or given by an input, before its first state: :class:`~rnndyn_fast.graph.areas.Area`.)
 
-An area may have a gated *cell* as its update rule instead (:mod:`rnndyn_fast.graph.cells`): then connections enter its ports. Whatever
+An area may have a gated *cell* as its update rule instead (:mod:`rnndyn_fast.ops.cells`): then connections enter its ports. Whatever
 else a layer has (a convolution before or after the cell, a bypass, pooling) is a further area, connected without delay. An area of several
 streams is listed as several, one per stream, which share parameters by name.
 
@@ -27,10 +27,10 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from rnndyn_fast.graph.activations import Activation
 from rnndyn_fast.graph.areas import ABSENT, ZERO, Area, Input, Interaction, Norm
 from rnndyn_fast.graph.connections import FIT, SAME, Connection, Pool, Role, Shape, Window, pooled_shape
 from rnndyn_fast.graph.encoding import from_plain, to_plain
+from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.convolution import Operator
 
 __all__ = [

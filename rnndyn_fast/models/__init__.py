@@ -10,8 +10,8 @@ from typing import Any
 from rnndyn_fast.models.accelerate import accelerate
 from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
 from rnndyn_fast.models.blt_vs_net import BLTVS, blt_vs
-from rnndyn_fast.models.convrnn_nets import ConvRNN, convrnn
 from rnndyn_fast.models.convrnn_checkpoint import load_tf_checkpoint
+from rnndyn_fast.models.convrnn_nets import ConvRNN, convrnn
 from rnndyn_fast.models.rcnn_sat_nets import RCNNSAT, load_keras_checkpoint, rcnn_sat
 from rnndyn_fast.nn import RecurrentNetwork
 

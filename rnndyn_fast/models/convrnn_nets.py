@@ -2,7 +2,7 @@
 
 Source: Nayebi et al., "Recurrent connections in the primate ventral visual stream mediate a trade-off between task performance and network
 size during core object recognition", Neural Computation 34 (2022). Every layer takes one time step (biological unroll) and starts from
-zero maps; cells as in :mod:`rnndyn_fast.graph.cells`, layers as in :mod:`rnndyn_fast.nn.cell_graphs`.
+zero maps; cells as in :mod:`rnndyn_fast.ops.cells`, layers as in :mod:`rnndyn_fast.nn.cell_graphs`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Layers of the task-driven ConvRNNs as areas and connections: a cell, and what stands before and after it.
 
-Source: Nayebi et al., Neural Computation 34 (2022); cells as in :mod:`rnndyn_fast.graph.cells`. Parameters are named after the published
+Source: Nayebi et al., Neural Computation 34 (2022); cells as in :mod:`rnndyn_fast.ops.cells`. Parameters are named after the published
 checkpoints' variables.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rnndyn_fast.graph.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
 from rnndyn_fast.graph.spec import SAME, ZERO, Activation, Area, Connection, Norm, Operator, Role
+from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
 
 MEDIAN_TAU, MEDIAN_GATE = 0.9219348064291611, 0.7006566684988862
 LN_EPS = 1e-12

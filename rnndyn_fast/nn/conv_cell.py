@@ -17,7 +17,7 @@ def _frames(name: str, channels: int, size: tuple[int, int]) -> Input:
 
 
 class ConvCell(RecurrentNetwork):
-    r"""A published cell (equations: :mod:`rnndyn_fast.graph.cells`), with TensorFlow's SAME padding.
+    r"""A published cell (equations: :mod:`rnndyn_fast.ops.cells`), with TensorFlow's SAME padding.
 
     Args:
         kind: "timedecay", "simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow" or "rgc_median".

@@ -1,4 +1,4 @@
-"""The cells of :mod:`rnndyn_fast.graph.cells` in plain PyTorch: one step, from ports to states."""
+"""The cells of :mod:`rnndyn_fast.ops.cells` in plain PyTorch: one step, from ports to states."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph.activations import Activation
-from rnndyn_fast.graph.cells import (
+from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.ops.cells import (
     LSTM,
     UGRNN,
     Cell,
@@ -34,7 +34,7 @@ Maps = Mapping[str, Tensor]
 def _normed(cell: GRUGates | GRUUpdate | LSTM | IntersectionRNN, x: Tensor, parameters: Maps, name: str, groups: int) -> Tensor:
     if not cell.layer_norm:
         return x
-    return functional.group_norm(x, groups, parameters[f"{name}.weight"], parameters[f"{name}.bias"], cell.eps)
+    return torch.group_norm(x, groups, parameters[f"{name}.weight"], parameters[f"{name}.bias"], cell.eps)
 
 
 def _gain(gain: Gain, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _normed(area: Area, value: Tensor, t: int, parameters: Mapping[str, Tensor],
         shape = value.shape[1:]
         return functional.layer_norm(value, shape, gamma.reshape(shape), beta.reshape(shape), area.eps)
     if area.norm is Norm.GROUP:
-        return functional.group_norm(value, area.norm_groups, gamma, beta, area.eps)
+        return torch.group_norm(value, area.norm_groups, gamma, beta, area.eps)
     if statistics is None:
         mean, var = parameters[f"{prefix}.running_mean"], parameters[f"{prefix}.running_var"]
         return functional.batch_norm(value, mean, var, gamma, beta, False, 0.0, area.eps)

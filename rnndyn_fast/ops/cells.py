@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rnndyn_fast.graph.activations import Activation
+from rnndyn_fast.ops.activations import Activation
 
 
 @dataclass(frozen=True)
