@@ -21,8 +21,8 @@ from rnndyn_fast.models.rcnn_sat_nets import EPS, MOMENTUM, keras_entry
 from rnndyn_fast.nn import RecurrentNetwork
 
 CASES = [
-    "b_tiny", "bl_tiny_t8", "bl_tiny_t8_cumulative", "bl_tiny_t4_train", "b", "b_k", "b_f", "b_d", "b_train", "bl_t1", "bl_t3", "bl_t8_cumulative",
-    "bl_t8_train_batch2",
+    "b_tiny", "bl_tiny_t8", "bl_tiny_t8_cumulative", "bl_tiny_t4_train", "b", "b_k", "b_f", "b_d", "b_train", "bl_t1", "bl_t3",
+    "bl_t8_cumulative", "bl_t8_train_batch2",
 ]  # fmt: skip
 LARGE = ["bl_t8", "bl_t3_train"]  # with gradients, in float32: a minute each in float64
 LAYERS = ["layer_static", "layer_static_train", "layer_dynamic", "layer_dynamic_train"]

@@ -100,7 +100,6 @@ def extract(
     readout = net.network.readout
     if readout is None:
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
-    parameters = dict(net.named_parameters())
 
     with ImageFile(data, required_splits=(split,)) as file, ExitStack() as outputs:
         _check_fits(file, contents)
@@ -116,11 +115,11 @@ def extract(
         }
         schedule = net.schedule(areas)
         first_step = {name: schedule.first_step[name] for name in (*areas, readout.source)}
+        first_step[readout.source] = max(first_step[readout.source], readout.first_step)
         descriptors = _descriptors(used, contents, {**contents["model"], "timesteps": net.timesteps}, file, len(images), options)
         descriptors["first_step"] = first_step  # 0 but in a biological unroll, where later areas start later
         reducer = ReadoutZoneReducer(
-            parameters[f"{readout.parameter}.weight"],
-            parameters.get(f"{readout.parameter}.bias"),
+            *net.readout_map(),
             timesteps=net.timesteps - first_step[readout.source],
             keep_samples=keep_samples,
             backend=backend,

@@ -427,10 +427,10 @@ def rollout(
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
-    if backend == "scheduled":
+    if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
         schedule = compile_schedule(network, timesteps, names)
         return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not _forward_mode(tensors))
-    if backend == "reference" or _forward_mode(tensors):
+    if backend in ("scheduled", "reference") or _forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():

@@ -260,6 +260,7 @@ def convrnn(
 
     Raises: ``ValueError`` naming the argument; for an unknown name with the nearest ones.
 
+    >>> import torch
     >>> net = convrnn("gru_shallow", image_size=96, num_classes=10, widths=dict(conv1=2, conv2=2, conv3=3, conv4=3, conv5=3))
     >>> net(torch.zeros(1, 3, 96, 96)).shape
     torch.Size([11, 1, 10])

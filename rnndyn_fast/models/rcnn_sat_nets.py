@@ -172,7 +172,7 @@ def rcnn_sat(
     Source: Spoerer et al., PLoS Computational Biology 16(10), 2020.
 
     >>> sum(p.numel() for p in rcnn_sat("bl", 10, timesteps=3, width_divisor=32).parameters())
-    31842
+    28002
     """
     options = dict(
         kind=kind, num_classes=num_classes, timesteps=timesteps, cumulative_readout=cumulative_readout, image_size=image_size,

@@ -63,6 +63,18 @@ class RecurrentNetwork(nn.Module):
         """The schedule of this network's rollout; ``print`` it for the plan."""
         return compile_schedule(self.network, self.timesteps if timesteps is None else timesteps, self._recorded(self.network, record))
 
+    def readout_map(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [classes, D] and bias [classes] of the readout; without a map of its own, ones that select its channels."""
+        readout = self.network.readout
+        if readout is None:
+            raise ValueError(f"network {self.network.name!r} has no readout")
+        if readout.parameter is not None:
+            module = self.get_submodule(readout.parameter)
+            assert isinstance(module, nn.Linear)
+            return module.weight, module.bias
+        example = next(self.parameters())
+        return torch.eye(readout.num_classes, self.network.shapes[readout.source][0], dtype=example.dtype, device=example.device), None
+
     def logits(
         self,
         representations: Tensor,  # [T, N, D]
@@ -113,8 +125,8 @@ class RecurrentNetwork(nn.Module):
         recorded = {name: state for name, state in zip(names, states, strict=True) if name in record}
         if self.network.readout is None:
             return recorded or {names[0]: states[0]}
-        # (From the readout's first step on; its states are recorded from the first one that there is.)
-        skipped = max(0, self.network.readout.first_step - self.schedule(record).first_step[names[0]])
+        # From the readout's first step on. (Its states are those of the last steps.)
+        skipped = max(0, self.network.readout.first_step - (self.timesteps - len(states[0])))
         if skipped >= len(states[0]):
             raise ValueError(f"timesteps: the readout begins at step {self.network.readout.first_step}, got {self.timesteps}")
         representations = states[0][skipped:].flatten(2)
