@@ -12,6 +12,7 @@
 
 #include "area_step.h"
 #include "cpu/kernel_table.h"
+#include "gate_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
 
@@ -63,6 +64,41 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
     kernels().area_step_forward_f32(p);
   } else {
     kernels().area_step_forward_f64(p);
+  }
+}
+
+// Ports as lists of terms (backward: one each) and states or gradients as addresses, in the order of gate_step.h.
+template <typename Real>
+void gate_step(int rule, int64_t pixels, int64_t channels, int num_threads, double forget_bias,
+               const std::array<double, 3>& tau, const std::array<double, 3>& gate, int activation,
+               const std::vector<std::vector<Address>>& ports, const std::vector<Address>& sums,
+               const std::vector<Address>& states, const std::vector<Address>& grad_ports, bool backward) {
+  if (ports.size() > kMaxPorts || states.size() > kMaxStates)
+    throw std::invalid_argument("gate_step: at most " + std::to_string(kMaxPorts) + " ports and " +
+                                std::to_string(kMaxStates) + " states");
+  GateStepParams<Real> p{};
+  p.rule = static_cast<GateRule>(rule), p.pixels = pixels, p.channels = channels, p.num_threads = num_threads;
+  p.forget_bias = forget_bias, p.activation = static_cast<GateActivation>(activation);
+  p.tau = {tau[0], tau[1], tau[2]}, p.gate = {gate[0], gate[1], gate[2]};
+  for (size_t k = 0; k < ports.size(); ++k) {
+    if (ports[k].empty() || ports[k].size() > kMaxPortTerms)
+      throw std::invalid_argument("gate_step: 1 to " + std::to_string(kMaxPortTerms) + " terms of a port, got " +
+                                  std::to_string(ports[k].size()));
+    p.num_terms[k] = static_cast<int>(ports[k].size());
+    for (size_t i = 0; i < ports[k].size(); ++i) p.terms[k][i] = pointer<const Real>(ports[k][i]);
+    p.sum[k] = k < sums.size() ? pointer<Real>(sums[k]) : nullptr;
+    if (p.num_terms[k] > 1 && p.sum[k] == nullptr) throw std::invalid_argument("gate_step: several terms need a sum");
+    p.grad_port[k] = k < grad_ports.size() ? pointer<Real>(grad_ports[k]) : nullptr;
+  }
+  for (size_t k = 0; k < states.size(); ++k) {
+    p.state[k] = backward ? nullptr : pointer<Real>(states[k]);
+    p.grad_state[k] = backward ? pointer<const Real>(states[k]) : nullptr;
+  }
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().gate_step_f32(p, backward);
+  } else {
+    kernels().gate_step_f64(p, backward);
   }
 }
 
@@ -476,6 +512,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("area_step_forward_float64", &area_step_forward<double>);
   m.def("area_step_backward_float32", &area_step_backward<float>);
   m.def("area_step_backward_float64", &area_step_backward<double>);
+  m.def("gate_step_float32", &gate_step<float>);
+  m.def("gate_step_float64", &gate_step<double>);
   m.def("readout_zones_float32", &readout_zones<float>);
   m.def("readout_zones_float64", &readout_zones<double>);
   m.def("trajectory_norms_float32", &trajectory_norms<float>);

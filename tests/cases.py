@@ -313,7 +313,7 @@ def _poolings(interaction: Interaction) -> Network:
     connections = [lateral("a", 1)]
     areas = [Area("a", 3, interaction)]
     for source in ("image", "a"):
-        for pool in Pool:
+        for pool in (Pool.NONE, Pool.MAX, Pool.MEAN):
             for i in range(2):
                 name = f"{source}_{pool.value}_{i}"
                 areas.append(Area(name, 2 if i else 3, norm=Norm.NONE if i else Norm.LAYER))

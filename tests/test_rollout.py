@@ -453,7 +453,7 @@ def _call(change: str) -> object:
         ("none to record", ValueError, "record: the network has no readout"),
         ("nothing to record", ValueError, "record: expected at least one area"),
         ("twice", ValueError, "record: expected every area once"),
-        ("backend", ValueError, 'backend: expected "native", "reference" or None, got \'cuda\''),
+        ("backend", ValueError, 'backend: expected "native", "scheduled", "reference" or None, got \'cuda\''),
     ],
 )
 def test_bad_input(change: str, error: type[Exception], message: str) -> None:

@@ -4,6 +4,7 @@
 #include "amx_conv.h"
 #include "area_step.h"
 #include "ctrnn.h"
+#include "gate_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
 #include "winograd_conv.h"
@@ -16,6 +17,8 @@ struct KernelTable {
   void (*area_step_forward_f64)(const AreaStepForwardParams<double>&);
   void (*area_step_backward_f32)(const AreaStepBackwardParams<float>&);
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
+  void (*gate_step_f32)(const GateStepParams<float>&, bool backward);
+  void (*gate_step_f64)(const GateStepParams<double>&, bool backward);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
   void (*trajectory_norms_f32)(const TrajectoryNormsParams<float>&);

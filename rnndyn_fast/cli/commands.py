@@ -19,14 +19,20 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, **options: Any) -> None:
+def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> None:
     """`rnndyn plan`"""
+    import torch
+
     from rnndyn_fast import models
     from rnndyn_fast.graph.plan import describe
 
-    if options["image_size"] is None:
-        del options["image_size"]
-    print(describe(models.build({"model": model, **options}).schedule(), options["engine"]))
+    if network["image_size"] is None:
+        del network["image_size"]
+    # The options of the command are those of blt_net; other models have options of their own.
+    config = {"model": model, **(network if model.startswith("blt_net") else {"engine": network["engine"]}), **(options or {})}
+    with torch.device("meta"):
+        net = models.build(config)
+    print(describe(net.schedule(), network["engine"]))
 
 
 def train(**options: Any) -> None:

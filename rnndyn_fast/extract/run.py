@@ -137,9 +137,9 @@ def extract(
         rdm_options["classes"] = range(min(classes, MOST_CLASSES)) if rdm_classes is None else rdm_classes
     elif rdm_classes is not None:
         raise ValueError("rdm_classes: expected either rdm_classes or rdm_images, got both")
-    parameters = dict(net.named_parameters())
-    weight, bias = (parameters.get(f"{net.network.readout.parameter}.{kind}") for kind in ("weight", "bias"))
-    steps = net.timesteps - net.schedule().first_step[representations]
+    weight, bias = net.readout_map()
+    begins = max(net.schedule().first_step[representations], net.network.readout.first_step)
+    steps = net.timesteps - begins
     makers: dict[str, Callable[[], Reducer]] = {
         "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=backend),
         "norms": lambda: NormReducer(measured),
@@ -152,6 +152,7 @@ def extract(
     needed = tuple(dict.fromkeys((*(area for reducer in patterns for area in reducer.requires), *chosen["save"])))
     where = choose_device(device)
     first_step = {name: net.schedule(needed).first_step[name] for name in (*needed, representations)}
+    first_step[representations] = begins
     forward = network_forward(net.to(where), needed, *(np.asarray(trained[name]) for name in ("mean", "std")))
     options: dict[str, Any] = {
         "split": split, "reducers": [r.name for r in patterns], "areas": list(measured), "pooled": list(compared),

@@ -6,39 +6,63 @@ import torch
 
 from rnndyn_fast.graph.operands import drive_engine
 from rnndyn_fast.graph.saved import SavedBuffer, saved_buffers
-from rnndyn_fast.graph.schedule import Component, Drive, Schedule, is_drive_term
-from rnndyn_fast.graph.spec import Interaction, Norm, Operator, Pool
+from rnndyn_fast.graph.schedule import Component, Schedule
+from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
+from rnndyn_fast.graph.support import unknown_to_native
 
-_POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MEAN: "mean({})"}
+_POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MAX_SAME: "maxpool2same({})", Pool.MEAN: "mean({})"}
+_FACTOR = {Interaction.MULTIPLICATIVE: "(1 + {})", Interaction.SQUASHED: "2 sigmoid({})"}
+_NORM = {Norm.LAYER: "LayerNorm({})", Norm.GROUP: "GroupNorm({})", Norm.BATCH: "BatchNorm[t]({})"}
 
 
 def _map(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape)
 
 
-def _drive(drive: Drive) -> str:
-    c = drive.connection
-    source = _POOL[c.pool].format(c.source)
+def _term(network: Network, c: Connection, source: str) -> str:
+    """A connection's term as text."""
+    text = _POOL[c.pool].format(source if c.state is None else f"{source}:{c.state}")
+    if c.resize:
+        text = f"resize({text})"
     if c.operator is Operator.IDENTITY:
-        return source
+        return text
     if c.operator is Operator.LINEAR:
-        return f"{c.parameter} * {source}"
+        return f"{c.parameter} * {text}"
+    kernel = network.window(c).kernel
+    size = str(kernel[0]) if kernel[0] == kernel[1] else _map(kernel)
     kind = "conv" if c.operator is Operator.CONV else "convT"
     stride = f"/{c.stride}" if c.stride > 1 else ""
-    return f"{kind}{c.kernel_size}{stride}({source}, {c.parameter})"
+    groups = f"[{c.groups} groups]" if c.groups > 1 else ""
+    first = "1x1 " if c.middle_channels is not None else ""
+    return f"{first}{kind}{size}{stride}{groups}({text}, {c.parameter})"
+
+
+def _sums(schedule: Schedule, name: str) -> dict[str, str]:
+    """The terms of each port at the update that has most of them."""
+    network = schedule.network
+    slots = [item for item in schedule.terms if item[0] == name]
+    item = max(slots, key=lambda i: (len(schedule.terms[i]), len(schedule.zeros[i])))
+    reads = [(t.connection, schedule.drives[t.drive].source) for t in schedule.terms[item]]
+    reads += [(c, c.source) for c in schedule.zeros[item]]
+    sums: dict[str, list[str]] = {port: [] for port in network.area(name).ports}
+    for c, source in reads:
+        sums[network.port(c)].append(_term(network, c, source))
+    return {port: " + ".join(texts) for port, texts in sums.items() if texts}
 
 
 def _equation(schedule: Schedule, name: str) -> str:
-    area = schedule.network.area(name)
-    terms = max((schedule.terms[item] for item in schedule.terms if item[0] == name), key=len)
-    drives = [_drive(schedule.drives[t.drive]) for t in terms if is_drive_term(schedule.network, t.connection)]
-    modulators = [_drive(schedule.drives[t.drive]) for t in terms if not is_drive_term(schedule.network, t.connection)]
-    text = " + ".join(drives)
-    if area.interaction is Interaction.MULTIPLICATIVE and modulators:
-        text = f"({text}) * (1 + {' + '.join(modulators)})" if len(drives) > 1 else f"{text} * (1 + {' + '.join(modulators)})"
-    if area.norm is Norm.LAYER:
-        text = f"LayerNorm({text})"
-    if area.activation.value != "identity":
+    area, sums = schedule.network.area(name), _sums(schedule, name)
+    if area.cell is not None:
+        return f"{area.cell.kind}({', '.join(f'{port}={text}' for port, text in sums.items())})"
+    text = sums.get("drive", "0")
+    if area.drive_activation is not Activation.IDENTITY:
+        text = f"{area.drive_activation.value}({text})"
+    if "modulator" in sums:
+        product = f"({text})" if " + " in text and area.drive_activation is Activation.IDENTITY else text
+        text = f"{product} * {_FACTOR[area.interaction].format(sums['modulator'])}"
+    if area.norm in _NORM:
+        text = _NORM[area.norm].format(text)
+    if area.activation not in (None, Activation.IDENTITY):
         text = f"{area.activation.value}({text})"
     return text
 
@@ -58,7 +82,8 @@ def _component(schedule: Schedule, component: Component) -> list[str]:
         drive = schedule.drives[d]
         if drive.connection.operator is not Operator.IDENTITY:
             how = "once" if drive.static else f"one call over {len(drive.slots)} steps x N"
-            lines.append(f"    {how}: {_drive(drive)}  [{_map(drive.shape)}]")
+            text = _term(schedule.network, drive.connection, drive.source)
+            lines.append(f"    {how}: {text}  [{_map(drive.shape)}]")
     slots = {name: schedule.num_slots[name] for name in component.areas}
     if component.recurrent:
         lines.append(f"    for each of {max(slots.values())} steps:")
@@ -112,6 +137,15 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
     lines += [
         "",
         f"  multiply-adds per image: {scheduled / 1e9:.4g} G (every term at every step: {every_step / 1e9:.4g} G)",
+    ]
+    reason = unknown_to_native(network)
+    if reason:
+        return "\n".join([*lines, "", f"  backend: scheduled, in PyTorch's operations ({reason})"])
+    return "\n".join([*lines, *_native(schedule, engine)])
+
+
+def _native(schedule: Schedule, engine: str) -> list[str]:
+    lines = [
         "  weight gradients: one call per connection, over all its steps",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
@@ -128,5 +162,4 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
             size *= n
         shape = _map((b.shape[2], b.shape[0], b.shape[1])) if len(b.shape) == 3 else "1"
         lines.append(f"    {b.owner + '.' + b.kind:<28} {b.slots:>3} x {shape:<14} {_size(size)}")
-    lines.append(f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers))}")
-    return "\n".join(lines)
+    return [*lines, f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers))}"]

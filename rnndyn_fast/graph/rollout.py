@@ -20,7 +20,9 @@ from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
+from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
@@ -289,7 +291,7 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     Args:
         raise_error: raise ``ValueError`` with the reason instead of returning False.
     """
-    reason = _launch.unavailable
+    reason = _launch.unavailable or unknown_to_native(network)
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
@@ -302,7 +304,7 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     return reason is None
 
 
-def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     if len(inputs) != len(network.inputs):
         raise ValueError(f"inputs: expected {len(network.inputs)} ({[n.name for n in network.inputs]}), got {len(inputs)}")
     samples = None
@@ -326,7 +328,7 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         if samples is not None and n != samples:
             raise ValueError(f"{node.name}: expected N = {samples} like the first input, got {n}")
         samples = n
-    for name, shape in network.parameter_shapes.items():
+    for name, shape in shapes.items():
         if name not in parameters:
             raise ValueError(f"parameters: {name!r} {list(shape)} is missing")
         p = parameters[name]
@@ -348,6 +350,7 @@ def rollout(
     *,
     backend: str | None = None,
     engine: str = "auto",
+    statistics: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[Tensor]:
     """Run a network through time and return the states of some of its areas.
 
@@ -355,13 +358,17 @@ def rollout(
         network: the spec; its docstring has the equations.
         timesteps: T >= 1.
         inputs: one tensor per input of the network, float32 or float64 (reference: any float dtype).
-        parameters: by name, with the shapes of ``network.parameter_shapes``; others are ignored.
-        record: areas to return; the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "reference", or None: native where it can run, else the
-            reference with a warning that gives the reason.
+        parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
+            ``network.buffer_shapes``; others are ignored.
+        record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
+            once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
+            native where it can run, else scheduled with a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
+        statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
+            and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
 
     Returns: per recorded area its states [T', N, C, H, W] (any strides), T' counted from the first step at which it has a state.
 
@@ -382,8 +389,8 @@ def rollout(
         if network.readout is None:
             raise ValueError("record: the network has no readout, so name the areas to return")
         record = (network.readout.source,)
-    if backend not in (None, "native", "reference"):
-        raise ValueError(f'backend: expected "native", "reference" or None, got {backend!r}')
+    if backend not in (None, "native", "scheduled", "reference"):
+        raise ValueError(f'backend: expected "native", "scheduled", "reference" or None, got {backend!r}')
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if isinstance(record, str):
@@ -391,22 +398,26 @@ def rollout(
     names = tuple(record)
     if not torch.compiler.is_compiling():  # (then the op's fake implementation does it)
         compile_schedule(network, timesteps, names)  # raises for bad time steps and names
-    _check(network, inputs, parameters)
+    shapes = network.parameter_shapes if statistics is not None else {**network.parameter_shapes, **network.buffer_shapes}
+    _check(network, inputs, parameters, shapes)
     for node, x in zip(network.inputs, inputs, strict=True):
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
-    used = {name: parameters[name] for name in network.parameter_shapes}
+    used = {name: parameters[name] for name in shapes}
     if backend is None:
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
             warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
-            backend = "reference"
+            backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
-    if backend == "reference" or in_forward_mode(tensors):
-        return reference_rollout(network, timesteps, inputs, used, names)
+    if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
+        schedule = compile_schedule(network, timesteps, names)
+        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not in_forward_mode(tensors))
+    if backend in ("scheduled", "reference") or in_forward_mode(tensors):
+        return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     precise = with_precision(engine)
     if torch.compiler.is_compiling():

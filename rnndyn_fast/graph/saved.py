@@ -90,7 +90,7 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
         # An input with frames keeps its index by time step, whichever of them are read.
         slots = schedule.timesteps if name in inputs and inputs[name].frames else schedule.num_slots[name]
         readers = [d for d in schedule.drives if d.source == name]
-        for pool in Pool:
+        for pool in POOL_KIND:
             wanted = any(
                 d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied) for d in readers
             )

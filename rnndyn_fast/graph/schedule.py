@@ -4,6 +4,7 @@ The network is unrolled symbolically. Every value an area takes gets a *slot*, a
 enter are the same (value numbering). From that alone follow, with no rule for any particular network:
 
 - static drives: whatever does not depend on time has one slot, is computed once, and its gradient is summed over time first;
+- constants: a term of a map that is zero (before a first state that is declared so) is its bias, and is not evaluated;
 - terms once: a term is evaluated per slot of its source, however many time steps or areas read it;
 - what nothing reads is not computed.
 
@@ -18,10 +19,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from rnndyn_fast.graph.spec import Connection, Interaction, Network, Operator, Pool, Role, Shape
+from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
 
 AreaSlot = tuple[str, int]
+ZERO_SLOT = -2
+
+
+class Read(NamedTuple):
+    """What a connection finds at its source: a value of a node (the source, or the input that gives its initial state), or zero."""
+
+    connection: Connection
+    node: str
+    slot: int  # ZERO_SLOT: a map of zeros
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Drive:
 
     index: int
     connection: Connection  # the first of those that share it
-    source: str
+    source: str  # the connection's source, or the input that is its state before the first step
     slots: tuple[int, ...]  # source slots at which it is evaluated, ascending
     shape: Shape  # channels, height, width of the result
 
@@ -62,9 +73,8 @@ class Component:
 
 
 def is_drive_term(network: Network, connection: Connection) -> bool:
-    """Whether a connection enters its area's drive (rather than the modulator)."""
-    area = network.area(connection.target)
-    return area.interaction is Interaction.ADDITIVE or connection.role is Role.BOTTOM_UP
+    """Whether a connection enters its area's drive (rather than the modulator); with a cell, its first port."""
+    return network.port(connection) == next(iter(network.area(connection.target).ports))
 
 
 class Schedule:
@@ -75,7 +85,8 @@ class Schedule:
     slot_of: for each input and area, its slot at every time step; -1 where it has no state, or none that is read.
     num_slots: distinct values of each input and area.
     first_step: the first time step at which an area has a state.
-    terms: for each (area, slot) the terms that enter.
+    terms: for each (area, slot) the terms that enter and have to be evaluated.
+    zeros: for each (area, slot) the connections that read a map of zeros: of each, its bias enters.
     drives, components: see :class:`Drive`, :class:`Component`.
     """
 
@@ -86,103 +97,132 @@ class Schedule:
         self.slot_of: dict[str, list[int]] = {}
         self.num_slots: dict[str, int] = {}
         self.first_step: dict[str, int] = {}
-        raw_terms = self._number_values()
-        raw_terms = self._drop_unread(raw_terms)
-        self._make_drives(raw_terms)
+        self._make_drives(self._drop_unread(self._number_values()))
         self._make_components()
 
     # ---------------------------------------------------------------- values
 
-    def _number_values(self) -> dict[AreaSlot, tuple[tuple[Connection, int], ...]]:
+    def _number_values(self) -> dict[AreaSlot, tuple[Read, ...]]:
         network = self.network
         for node in network.inputs:
-            self.slot_of[node.name] = list(range(self.timesteps)) if node.frames else [0] * self.timesteps
+            on = self.timesteps if node.off_at is None else min(node.off_at, self.timesteps)
+            self.slot_of[node.name] = list(range(self.timesteps)) if node.frames else [0] * on + [1] * (self.timesteps - on)
         for area in network.areas:
             self.slot_of[area.name] = [-1] * self.timesteps
+            if area.norm is Norm.BATCH and area.norm_steps is not None and self.timesteps > area.norm_steps:
+                raise ValueError(
+                    f"timesteps: area {area.name!r} of network {network.name!r} has batch norms for {area.norm_steps} time steps, "
+                    f"got {self.timesteps}"
+                )
         incoming = {a.name: [c for c in network.connections if c.target == a.name] for a in network.areas}
-        numbers: dict[str, dict[tuple[tuple[Connection, int], ...], int]] = {a.name: {} for a in network.areas}
-        terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]] = {}
+        numbers: dict[str, dict[object, int]] = {a.name: {} for a in network.areas}
+        reads: dict[AreaSlot, tuple[Read, ...]] = {}
+        self._naive = 0
         for t in range(self.timesteps):
             for area in network.areas:
-                present = []
-                for c in incoming[area.name]:
-                    when = t - network.delay(c)
-                    if when >= 0 and self.slot_of[c.source][when] >= 0:
-                        present.append((c, self.slot_of[c.source][when]))
-                if any(is_drive_term(network, c) for c, _ in present):
-                    key = tuple(present)
-                    slot = numbers[area.name].setdefault(key, len(numbers[area.name]))
-                    self.slot_of[area.name][t] = slot
-                    terms[area.name, slot] = key
+                found = [r for c in incoming[area.name] if (r := self._read(c, t)) is not None]
+                entering = _entering(network, area, found)
+                if entering is None:
+                    continue
+                # A batch norm has parameters of its own at every time step.
+                key = (entering, t if area.norm is Norm.BATCH else None)
+                slot = numbers[area.name].setdefault(key, len(numbers[area.name]))
+                self.slot_of[area.name][t] = slot
+                reads[area.name, slot] = entering
+                self._naive += sum(network.multiply_adds(r.connection) for r in found if r.slot != ZERO_SLOT)
         for name in self.record:
-            steps = [t for t, slot in enumerate(self.slot_of[name]) if slot >= 0]
+            steps = [t for t, slot in enumerate(self.slot_of[self.network.recorded(name)[0]]) if slot >= 0]
             if not steps:
                 raise ValueError(
                     f"timesteps: area {name!r} of network {network.name!r} has no state within {self.timesteps} time steps "
                     f"({network.unroll.value} unroll); more are needed"
                 )
             self.first_step[name] = steps[0]
-        return terms
+        return reads
 
-    def _drop_unread(self, terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]) -> dict[AreaSlot, tuple[tuple[Connection, int], ...]]:
+    def _read(self, c: Connection, t: int) -> Read | None:
+        """What a connection finds at time step t; None: nothing."""
+        when = t - self.network.delay(c)
+        slot = self.slot_of[c.source][when] if when >= 0 else -1
+        if slot >= 0:
+            return Read(c, c.source, slot)
+        if any(node.name == c.source for node in self.network.inputs):
+            return None
+        initial = self.network.area(c.source).initial_of(c.state)
+        if initial == ABSENT:
+            return None
+        return Read(c, c.source, ZERO_SLOT) if initial == ZERO else Read(c, initial, 0)
+
+    def _drop_unread(self, reads: dict[AreaSlot, tuple[Read, ...]]) -> dict[AreaSlot, tuple[Read, ...]]:
         """Keep what the recorded areas need, and number the kept slots without gaps."""
         needed: set[AreaSlot] = set()
-        stack = [(name, slot) for name in self.record for slot in self.slot_of[name] if slot >= 0]
+        recorded = {self.network.recorded(name)[0] for name in self.record}
+        stack = [(name, slot) for name in recorded for slot in self.slot_of[name] if slot >= 0]
         while stack:
             item = stack.pop()
             if item not in needed:
                 needed.add(item)
-                stack.extend((c.source, slot) for c, slot in terms.get(item, ()))
+                stack.extend((r.node, r.slot) for r in reads.get(item, ()) if r.slot != ZERO_SLOT)
         renumber: dict[str, dict[int, int]] = {}
+        inputs = {node.name for node in self.network.inputs}
         for name, slots in self.slot_of.items():
-            kept = sorted(slot for slot in set(slots) if (name, slot) in needed)
-            renumber[name] = {slot: i for i, slot in enumerate(kept)}
-            # Frames keep their index, which is the time step.
-            if any(node.name == name and node.frames for node in self.network.inputs):
-                renumber[name] = {slot: slot for slot in kept}
+            kept = sorted(slot for slot in {*slots, 0} if (name, slot) in needed)
+            # Inputs keep their index: of frames it is the time step.
+            renumber[name] = {slot: slot if name in inputs else i for i, slot in enumerate(kept)}
             self.slot_of[name] = [renumber[name].get(slot, -1) for slot in slots]
             self.num_slots[name] = len(kept)
         return {
-            (name, renumber[name][slot]): tuple((c, renumber[c.source][s]) for c, s in entries)
-            for (name, slot), entries in terms.items()
+            (name, renumber[name][slot]): tuple(
+                r if r.slot == ZERO_SLOT else Read(r.connection, r.node, renumber[r.node][r.slot]) for r in entries
+            )
+            for (name, slot), entries in reads.items()
             if (name, slot) in needed
         }
 
-    def _make_drives(self, raw_terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]) -> None:
-        first: dict[tuple, Connection] = {}
+    def _make_drives(self, reads: dict[AreaSlot, tuple[Read, ...]]) -> None:
+        first: dict[tuple, Read] = {}
         used: dict[tuple, set[int]] = defaultdict(set)
 
         # A term is shared by its readers where it is one and the same map with one bias; a recurrent one (between areas that step
         # together) is evaluated step by step, and so apart from one of the same weights that leaves the component.
-        component = self._component_numbers(raw_terms)
+        component = self._component_numbers(reads)
 
-        def key(c: Connection) -> tuple:
-            inside = component.get(c.source) == component[c.target]
-            return c.source, c.operator, c.kernel_size, c.stride, c.padding, c.output_padding, c.pool, c.parameter, c.bias, inside
+        def key(r: Read) -> tuple:
+            c = r.connection
+            inside = component.get(r.node) == component[c.target]
+            made = self.network.term_shape(c) if c.resize or c.output_padding == FIT else None
+            return (
+                r.node, c.state, c.operator, c.kernel_size, c.stride, c.padding, c.output_padding, c.pool, c.parameter, c.bias,
+                c.groups, c.middle_channels, c.middle_bias, c.cut_kernel, c.concat, made, inside,
+            )  # fmt: skip
 
-        for entries in raw_terms.values():
-            for c, slot in entries:
-                first.setdefault(key(c), c)
-                used[key(c)].add(slot)
+        self.zeros = {item: tuple(r.connection for r in entries if r.slot == ZERO_SLOT) for item, entries in reads.items()}
+        evaluated = {item: tuple(r for r in entries if r.slot != ZERO_SLOT) for item, entries in reads.items()}
+        for entries in evaluated.values():
+            for r in entries:
+                first.setdefault(key(r), r)
+                used[key(r)].add(r.slot)
         order = {c: i for i, c in enumerate(self.network.connections)}
-        keys = sorted(first, key=lambda k: order[first[k]])
+        keys = sorted(first, key=lambda k: order[first[k].connection])
         self.drives = tuple(
-            Drive(i, first[k], first[k].source, tuple(sorted(used[k])), self.network.shapes[first[k].target]) for i, k in enumerate(keys)
+            Drive(i, first[k].connection, first[k].node, tuple(sorted(used[k])), self.network.term_shape(first[k].connection))
+            for i, k in enumerate(keys)
         )
         index = {k: i for i, k in enumerate(keys)}
         position = [{slot: i for i, slot in enumerate(d.slots)} for d in self.drives]
         self.terms: dict[AreaSlot, tuple[Term, ...]] = {
-            item: tuple(Term(c, index[key(c)], position[index[key(c)]][slot]) for c, slot in entries) for item, entries in raw_terms.items()
+            item: tuple(Term(r.connection, index[key(r)], position[index[key(r)]][r.slot]) for r in entries)
+            for item, entries in evaluated.items()
         }
 
     # ---------------------------------------------------------------- order
 
-    def _component_numbers(self, raw_terms: dict[AreaSlot, tuple[tuple[Connection, int], ...]]) -> dict[str, int]:
+    def _component_numbers(self, reads: dict[AreaSlot, tuple[Read, ...]]) -> dict[str, int]:
         """The strongly connected component of each area that is computed."""
         areas = [a.name for a in self.network.areas if self.num_slots[a.name]]
         self.reads: dict[str, set[str]] = {name: set() for name in areas}
-        for (name, _), entries in raw_terms.items():
-            self.reads[name] |= {c.source for c, _ in entries} & set(areas)
+        for (name, _), entries in reads.items():
+            self.reads[name] |= {r.node for r in entries if r.slot != ZERO_SLOT} & set(areas)
         self.members = _strong_components(areas, self.reads)
         return {name: i for i, members in enumerate(self.members) for name in members}
 
@@ -200,11 +240,12 @@ class Schedule:
 
     def _aligned(self, updates: list[AreaSlot]) -> bool:
         """Whether slot k of the area reads position k of every term, so that all slots are one batch."""
-        patterns = {tuple((t.connection, t.drive) for t in self.terms[item]) for item in updates}
+        patterns = {(tuple((t.connection, t.drive) for t in self.terms[item]), self.zeros[item]) for item in updates}
         return (
             len(patterns) == 1
+            and self.network.area(updates[0][0]).norm is not Norm.BATCH
             and all(t.position == slot for name, slot in updates for t in self.terms[name, slot])
-            and all(len(self.drives[d].slots) == len(updates) for _, d in next(iter(patterns)))
+            and all(len(self.drives[d].slots) == len(updates) for _, d in next(iter(patterns))[0])
         )
 
     def _time_order(self) -> list[AreaSlot]:
@@ -229,29 +270,22 @@ class Schedule:
         return pools | ({Pool.NONE} if name in self.record else set())
 
     def multiplications(self, samples: int = 1) -> tuple[int, int]:
-        """Multiply-adds of all drives as scheduled, and as they would be with every term evaluated at every time step."""
-        per_slot = []
-        for d in self.drives:
-            c, (channels, height, width) = d.connection, d.shape
-            source = self.network.shapes[d.source][0]
-            if c.operator is Operator.IDENTITY:
-                per_slot.append(0)
-            elif c.operator is Operator.CONV_TRANSPOSE:
-                per_slot.append(source * channels * c.kernel_size**2 * height * width // c.stride**2)
-            else:
-                per_slot.append(source * channels * c.kernel_size**2 * height * width)
-        scheduled = sum(n * len(d.slots) for n, d in zip(per_slot, self.drives, strict=True))
-        every_step = 0
-        for area in self.network.areas:
-            for slot in self.slot_of[area.name]:
-                if slot >= 0:
-                    every_step += sum(per_slot[t.drive] for t in self.terms[area.name, slot])
-        return samples * scheduled, samples * every_step
+        """Multiply-adds of all drives as scheduled, and with every term of every area evaluated at every time step."""
+        scheduled = sum(self.network.multiply_adds(d.connection) * len(d.slots) for d in self.drives)
+        return samples * scheduled, samples * self._naive
 
     def __str__(self) -> str:
         from rnndyn_fast.graph.plan import describe
 
         return describe(self)
+
+
+def _entering(network: Network, area: Area, found: Sequence[Read]) -> tuple[Read, ...] | None:
+    """Those of the terms found that its value depends on; None if it has no value yet."""
+    if any(is_drive_term(network, r.connection) for r in found):
+        return tuple(found)
+    # Zero times the squashed modulator: a value, and always the same one.
+    return () if found and area.interaction is Interaction.SQUASHED else None
 
 
 def _strong_components(nodes: list[str], reads: dict[str, set[str]]) -> list[tuple[str, ...]]:
@@ -287,7 +321,7 @@ def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) ->
     Args:
         network: the spec.
         timesteps: T >= 1.
-        record: areas whose states are wanted at every time step at which they have one.
+        record: areas ("area", or "area:state") whose states are wanted at every time step at which they have one.
 
     Raises:
         ValueError: timesteps below 1, an unknown or repeated area, or an area that has no state within the time steps.
@@ -303,8 +337,7 @@ def compile_schedule(network: Network, timesteps: int, record: Sequence[str]) ->
     if not names:
         raise ValueError("record: expected at least one area")
     for name in names:
-        if name not in [area.name for area in network.areas]:
-            raise ValueError(f"record: unknown area {name!r}; areas are {[area.name for area in network.areas]}")
+        network.recorded(name)
         if names.count(name) > 1:
             raise ValueError(f"record: expected every area once, got {list(names)}")
     return _compiled(network, timesteps, names)

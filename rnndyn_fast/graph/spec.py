@@ -9,7 +9,12 @@ identity) to the map of its source and feeds its target. One area at one time st
     state      = activation(norm(value))
 
 A connection whose source has no state yet is left out (at the first time step there is no lateral and no top-down term); an area none of
-whose drive terms is there yet has no state itself. Absent is not zero: a bias is added only with the term it belongs to.
+whose drive terms is there yet has no state itself. Absent is not zero: a bias is added only with the term it belongs to. (An area may be
+declared zero, or given by an input, before its first state: :class:`~rnndyn_fast.graph.areas.Area`.)
+
+An area may have a gated *cell* as its update rule instead (:mod:`rnndyn_fast.ops.cells`): then connections enter its ports. Whatever
+else a layer has (a convolution before or after the cell, a bypass, pooling) is a further area, connected without delay. An area of several
+streams is listed as several, one per stream, which share parameters by name.
 
 Source: Thorat, Doerig & Kietzmann, "Characterising representation dynamics in recurrent neural networks for object recognition",
 arXiv 2308.12435.
@@ -17,54 +22,21 @@ arXiv 2308.12435.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
 
-from rnndyn_fast.ops.convolution import Geometry, Operator
+from rnndyn_fast.graph.areas import ABSENT, ZERO, Area, Input, Interaction, Norm
+from rnndyn_fast.graph.connections import FIT, SAME, Connection, Pool, Role, Shape, Window, pooled_shape
+from rnndyn_fast.graph.encoding import from_plain, to_plain
+from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.ops.convolution import Operator
 
-Shape = tuple[int, int, int]  # channels, height, width
-
-
-class Role(enum.Enum):
-    """The term that a connection contributes to its target."""
-
-    BOTTOM_UP = "bottom_up"
-    LATERAL = "lateral"
-    TOP_DOWN = "top_down"
-
-
-class Pool(enum.Enum):
-    """What a connection does to the map of its source first: nothing, 2 x 2 maximum (stride 2), or the mean over the map."""
-
-    NONE = "none"
-    MAX = "max"
-    MEAN = "mean"
-
-
-class Interaction(enum.Enum):
-    """How the terms of an area combine: ``b + l + d`` or ``b * (1 + l + d)``."""
-
-    ADDITIVE = "additive"
-    MULTIPLICATIVE = "multiplicative"
-
-
-class Norm(enum.Enum):
-    """Normalisation of an area's value: none, or LayerNorm over (C, H, W) with an affine value per element."""
-
-    NONE = "none"
-    LAYER = "layer"
-
-
-class Activation(enum.Enum):
-    """Pointwise function after the norm."""
-
-    IDENTITY = "identity"
-    RELU = "relu"
+__all__ = [
+    "ABSENT", "FIT", "SAME", "ZERO", "Activation", "Area", "Connection", "Input", "Interaction", "Network", "Norm", "Operator", "Pool",
+    "Readout", "Role", "Shape", "Unroll", "Window", "pooled_shape",
+]  # fmt: skip
 
 
 class Unroll(enum.Enum):
@@ -79,99 +51,20 @@ class Unroll(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Input:
-    """An external map. ``frames=False``: one map for all time steps, [N, C, H, W]; True: one per step, [T, N, C, H, W]."""
-
-    name: str
-    channels: int
-    height: int
-    width: int
-    frames: bool = False
-
-
-@dataclass(frozen=True)
-class Area:
-    """A population with one map per time step; its height and width follow from its connections.
-
-    ``norm_parameter`` is the prefix of its LayerNorm's parameters (``<prefix>.weight``, ``<prefix>.bias``; shape:
-    :meth:`Network.norm_shape`).
-    """
-
-    name: str
-    channels: int
-    interaction: Interaction = Interaction.ADDITIVE
-    norm: Norm = Norm.LAYER
-    activation: Activation = Activation.RELU
-    norm_parameter: str | None = None
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.norm is not Norm.NONE and self.norm_parameter is None:
-            object.__setattr__(self, "norm_parameter", f"{self.name}_ln")
-
-
-@dataclass(frozen=True)
-class Connection:
-    """A term of ``target`` computed from ``source``.
-
-    ``padding=None`` keeps the size (CONV: (K-1)/2) or, transposed, doubles it with stride 2 (padding (K-1)/2, output_padding stride-1).
-    ``delay`` in time steps: 0 (the source's map of the same step), 1, or None: what the network's ``unroll`` says. ``parameter`` is the
-    prefix of ``<prefix>.weight`` and ``<prefix>.bias``; connections of one source with one prefix share the term.
-    """
-
-    source: str
-    target: str
-    role: Role
-    operator: Operator = Operator.CONV
-    kernel_size: int = 1
-    stride: int = 1
-    padding: int | None = None
-    output_padding: int | None = None
-    pool: Pool = Pool.NONE
-    bias: bool = False
-    parameter: str | None = None
-    delay: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.operator is not Operator.IDENTITY and self.parameter is None:
-            object.__setattr__(self, "parameter", f"{self.target}.{self.role.value}")
-        if self.padding is None:
-            object.__setattr__(self, "padding", (self.kernel_size - 1) // 2)
-        if self.output_padding is None:
-            object.__setattr__(self, "output_padding", self.stride - 1 if self.operator is Operator.CONV_TRANSPOSE else 0)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The linear map, as the convolution op takes it."""
-        assert self.padding is not None
-        assert self.output_padding is not None
-        return Geometry(self.operator, self.stride, self.padding, self.output_padding)
-
-    @property
-    def label(self) -> str:
-        """A short name for plans and messages."""
-        return f"{self.source} -> {self.target} ({self.role.value})"
-
-
-@dataclass(frozen=True)
 class Readout:
-    """A linear readout of an area with a 1 x 1 map; log-probabilities are clamped: log(clamp(softmax(logits), 1e-10, 1))."""
+    """Class probabilities from an area with a 1 x 1 map: a linear map, or with ``parameter=None`` its first ``num_classes`` channels.
+
+    Log-probabilities are clamped, log(clamp(softmax(logits), clamp, 1)); with ``clamp=None`` they are the log-softmax itself.
+    ``cumulative``: the logits of all steps so far are summed. ``first_step``: time steps before it give no probabilities.
+    """
 
     source: str
     num_classes: int
     bias: bool = True
-    parameter: str = "readout"
-    clamp: float = 1e-10
-
-
-def pooled_shape(shape: Shape, pool: Pool) -> Shape:
-    """The shape of a map after pooling."""
-    channels, height, width = shape
-    if pool is Pool.MAX:
-        return channels, height // 2, width // 2
-    if pool is Pool.MEAN:
-        return channels, 1, 1
-    return shape
+    parameter: str | None = "readout"
+    clamp: float | None = 1e-10
+    cumulative: bool = False
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,38 +90,119 @@ class Network:
         self._check_order()
         for area in self.areas:
             self._check_connections_into(area)
-        if self.readout is not None:
-            if self.readout.source not in self.shapes:
-                raise ValueError(f"readout: unknown area {self.readout.source!r}; areas are {[a.name for a in self.areas]}")
-            if self.shapes[self.readout.source][1:] != (1, 1):
-                raise ValueError(f"readout: area {self.readout.source!r} must have a 1 x 1 map, has {self.shapes[self.readout.source]}")
-            if self.readout.num_classes < 1:
-                raise ValueError(f"readout: expected num_classes >= 1, got {self.readout.num_classes}")
+        self._check_initial()
+        self._check_readout()
         # At once, not at first use: torch.compile can read an attribute, but not trace the encoder.
-        object.__setattr__(self, "_json", json.dumps(_plain(self), separators=(",", ":")))
+        object.__setattr__(self, "_json", json.dumps(to_plain(self), separators=(",", ":")))
+
+    # ---------------------------------------------------------------- checks
 
     def _check_names(self) -> None:
         names = [node.name for node in self.inputs] + [area.name for area in self.areas]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"network {self.name!r}: the name {name!r} is used more than once")
+            if name in (ABSENT, ZERO) or ":" in name:
+                raise ValueError(f"network {self.name!r}: the name {name!r} has a meaning of its own")
         for node in self.inputs:
             if min(node.channels, node.height, node.width) < 1:
                 raise ValueError(f"input {node.name!r}: expected positive channels, height, width, got {node}")
+            if node.off_at is not None and (node.frames or node.off_at < 1):
+                raise ValueError(f"input {node.name!r}: off_at: expected a time step >= 1 of an input without frames, got {node.off_at}")
         for area in self.areas:
-            if area.channels < 1:
-                raise ValueError(f"area {area.name!r}: expected channels >= 1, got {area.channels}")
+            area.check()
         for c in self.connections:
             if c.source not in names:
                 raise ValueError(f"connection {c.label}: unknown source {c.source!r}; there are {names}")
             if c.target not in [a.name for a in self.areas]:
                 raise ValueError(f"connection {c.label}: unknown target {c.target!r}; areas are {[a.name for a in self.areas]}")
-            if c.kernel_size < 1 or c.stride < 1:
-                raise ValueError(f"connection {c.label}: expected kernel_size and stride >= 1, got {c.kernel_size} and {c.stride}")
-            if c.operator is Operator.IDENTITY and c.bias:
-                raise ValueError(f"connection {c.label}: the identity has no parameters, so expected bias=False")
-            if c.delay not in (None, 0, 1):
-                raise ValueError(f"connection {c.label}: expected delay 0, 1 or None, got {c.delay}")
+            c.check()
+            states = self._areas[c.source].states if c.source in self._areas else (None,)
+            if c.state is not None and c.state not in states:
+                raise ValueError(f"connection {c.label}: unknown state {c.state!r} of {c.source!r}; there are {list(states)}")
+            ports = self._areas[c.target].ports
+            if c.port is not None and c.port not in ports:
+                raise ValueError(f"connection {c.label}: unknown port {c.port!r} of {c.target!r}; there are {list(ports)}")
+
+    @cached_property
+    def _areas(self) -> dict[str, Area]:
+        return {area.name: area for area in self.areas}
+
+    def _check_order(self) -> None:
+        position = {node.name: -1 for node in self.inputs} | {area.name: i for i, area in enumerate(self.areas)}
+        for c in self.connections:
+            if self.delay(c) == 0 and position[c.source] >= position[c.target]:
+                raise ValueError(
+                    f"connection {c.label}: it has no delay, so {c.source!r} must stand before {c.target!r} in areas "
+                    "(or give the connection delay=1)"
+                )
+
+    def _check_connections_into(self, area: Area) -> None:
+        incoming = [c for c in self.connections if c.target == area.name]
+        if area.cell is None:
+            if not any(c.role is Role.BOTTOM_UP for c in incoming):
+                raise ValueError(f"area {area.name!r}: expected at least one bottom-up connection")
+        elif not any(self.port(c) == next(iter(area.ports)) for c in incoming):
+            raise ValueError(f"area {area.name!r}: expected at least one connection into port {next(iter(area.ports))!r} of its cell")
+        for c in incoming:
+            self._check_channels(c)
+            size = self.shapes[area.name][1:]
+            if c.output_padding == FIT:
+                pooled = pooled_shape(self.shapes[c.source], c.pool)
+                c.window((pooled[1], pooled[2]), (size[0], size[1]))
+            elif c.resize:
+                if c.operator is not Operator.IDENTITY and (c.stride, c.window(size).kernel) != (1, (1, 1)) and c.padding != SAME:
+                    made = c.output_size((self.shapes[c.source][0], *size))
+                    if made != size:
+                        raise ValueError(f"connection {c.label}: after resizing it makes a map of {made}, but the area has {size}")
+            elif (made := c.output_size(self.shapes[c.source])) != size:
+                raise ValueError(f"connection {c.label}: it makes a map of {made}, but the area has {size}")
+
+    def _check_channels(self, c: Connection) -> None:
+        source, target = self.shapes[c.source][0], self.target_channels(c)
+        if c.operator is Operator.IDENTITY and source != target:
+            port = f" (port {self.port(c)!r})" if self.area(c.target).cell is not None else ""
+            raise ValueError(f"connection {c.label}: the identity needs equal channels, got {source} and {target}{port}")
+        made = target if c.middle_channels is None else c.middle_channels
+        if c.groups > 1 and (source % c.groups or made % c.groups):
+            raise ValueError(f"connection {c.label}: expected groups that divide {source} and {made} channels, got {c.groups}")
+        if c.concat is not None:
+            first, total = c.concat
+            if first < 0 or first + source > total:
+                raise ValueError(f"connection {c.label}: concat: channels {first} .. {first + source} are not within {total}")
+
+    def _check_initial(self) -> None:
+        inputs = {node.name: node for node in self.inputs}
+        for area in self.areas:
+            for state in area.states:
+                name = area.initial_of(state)
+                if name in (ABSENT, ZERO):
+                    continue
+                if name not in inputs:
+                    raise ValueError(
+                        f'area {area.name!r}: initial: expected "absent", "zero" or one of the inputs {list(inputs)}, got {name!r}'
+                    )
+                if self.shapes[name] != self.shapes[area.name] or inputs[name].frames:
+                    raise ValueError(
+                        f"area {area.name!r}: initial: input {name!r} must be one map of {self.shapes[area.name]}, has {self.shapes[name]}"
+                    )
+
+    def _check_readout(self) -> None:
+        if self.readout is None:
+            return
+        if self.readout.source not in self.shapes:
+            raise ValueError(f"readout: unknown area {self.readout.source!r}; areas are {[a.name for a in self.areas]}")
+        if self.shapes[self.readout.source][1:] != (1, 1):
+            raise ValueError(f"readout: area {self.readout.source!r} must have a 1 x 1 map, has {self.shapes[self.readout.source]}")
+        if self.readout.num_classes < 1:
+            raise ValueError(f"readout: expected num_classes >= 1, got {self.readout.num_classes}")
+        if self.readout.parameter is None and self.readout.num_classes > self.shapes[self.readout.source][0]:
+            raise ValueError(
+                f"readout: expected num_classes of at most the {self.shapes[self.readout.source][0]} channels of {self.readout.source!r}, "
+                f"got {self.readout.num_classes}"
+            )
+
+    # ---------------------------------------------------------------- what follows from the graph
 
     def delay(self, connection: Connection) -> int:
         """Time steps between a connection's source and its target."""
@@ -240,79 +214,104 @@ class Network:
             return 1
         return 0 if connection.role is Role.BOTTOM_UP else 1
 
-    def _check_order(self) -> None:
-        position = {node.name: -1 for node in self.inputs} | {area.name: i for i, area in enumerate(self.areas)}
-        for c in self.connections:
-            if self.delay(c) == 0 and position[c.source] >= position[c.target]:
-                raise ValueError(
-                    f"connection {c.label}: it has no delay, so {c.source!r} must stand before {c.target!r} in areas "
-                    "(or give the connection delay=1)"
-                )
+    def port(self, c: Connection) -> str:
+        """The port of its target that a connection enters."""
+        if c.port is not None:
+            return c.port
+        area = self._areas[c.target]
+        if area.cell is not None:
+            return next(iter(area.ports))
+        return "drive" if area.interaction is Interaction.ADDITIVE or c.role is Role.BOTTOM_UP else "modulator"
+
+    def target_channels(self, c: Connection) -> int:
+        """Channels of the term that a connection makes."""
+        return self._areas[c.target].ports[self.port(c)]
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Channels, height and width of every input and area."""
         shapes: dict[str, Shape] = {node.name: (node.channels, node.height, node.width) for node in self.inputs}
-        channels = {area.name: area.channels for area in self.areas}
         pending = list(self.areas)
         while pending:
-            ready = [(area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes]
+            ready = [
+                (area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes and c.sizes_target
+            ]
             if not ready:
                 raise ValueError(f"areas {[a.name for a in pending]} are not reached from any input")
             # Bottom-up first: it gives an area its size, the other terms must then fit.
             area, connection = min(ready, key=lambda pair: list(Role).index(pair[1].role))
-            shapes[area.name] = (channels[area.name], *self.output_size(connection, shapes[connection.source]))
+            shapes[area.name] = (area.channels, *connection.output_size(shapes[connection.source]))
             pending.remove(area)
         return shapes
 
-    @staticmethod
-    def output_size(c: Connection, source: Shape) -> tuple[int, int]:
-        """Height and width that a connection makes from a source's shape [C, H, W]."""
-        _, *size = pooled_shape(source, c.pool)
-        g = c.geometry
-        if c.operator is Operator.CONV:
-            size = [(n + 2 * g.padding - c.kernel_size) // g.stride + 1 for n in size]
-        elif c.operator is Operator.CONV_TRANSPOSE:
-            size = [(n - 1) * g.stride - 2 * g.padding + c.kernel_size + g.output_padding for n in size]
-        elif c.operator is Operator.LINEAR and tuple(size) != (1, 1):
-            raise ValueError(f"connection {c.label}: a linear map needs a 1 x 1 map (pool=Pool.MEAN?), got {size[0]} x {size[1]}")
-        if min(size) < 1:
-            raise ValueError(f"connection {c.label}: the source map {source} is too small, the result would be {size[0]} x {size[1]}")
-        return size[0], size[1]
+    def read_size(self, c: Connection) -> tuple[int, int]:
+        """Height and width of the map that a connection's linear map reads: after pooling and resizing."""
+        _, height, width = self.shapes[c.target] if c.resize else pooled_shape(self.shapes[c.source], c.pool)
+        return height, width
 
-    def _check_connections_into(self, area: Area) -> None:
-        incoming = [c for c in self.connections if c.target == area.name]
-        if not any(c.role is Role.BOTTOM_UP for c in incoming):
-            raise ValueError(f"area {area.name!r}: expected at least one bottom-up connection")
-        for c in incoming:
-            size = self.output_size(c, self.shapes[c.source])
-            if size != self.shapes[area.name][1:]:
-                raise ValueError(f"connection {c.label}: it makes a map of {size}, but the area has {self.shapes[area.name][1:]}")
-            if c.operator is Operator.IDENTITY and self.shapes[c.source][0] != area.channels:
-                raise ValueError(
-                    f"connection {c.label}: the identity needs equal channels, got {self.shapes[c.source][0]} and {area.channels}"
-                )
+    def window(self, c: Connection) -> Window:
+        """How a connection's kernel lies on the map it reads."""
+        _, height, width = self.shapes[c.target]
+        return c.window(self.read_size(c), (height, width))
+
+    def term_shape(self, c: Connection) -> Shape:
+        """Channels, height and width of a connection's term."""
+        return (self.target_channels(c), *self.shapes[c.target][1:])
 
     def area(self, name: str) -> Area:
         """The area of that name; ``ValueError`` lists those there are."""
-        for area in self.areas:
-            if area.name == name:
-                return area
-        raise ValueError(f"unknown area {name!r}; areas are {[a.name for a in self.areas]}")
+        if name not in self._areas:
+            raise ValueError(f"unknown area {name!r}; areas are {list(self._areas)}")
+        return self._areas[name]
+
+    def recorded(self, name: str) -> tuple[str, str | None]:
+        """Area and state that a name in ``record`` means: "area", its output, or "area:state"."""
+        area, _, state = name.partition(":")
+        if area not in self._areas:
+            raise ValueError(f"record: unknown area {area!r}; areas are {list(self._areas)}")
+        states = self._areas[area].states
+        if state and state not in states:
+            raise ValueError(f"record: area {area!r} has no state {state!r}; it has {[s for s in states if s]}")
+        return area, state or None
+
+    def weight_shapes(self, c: Connection) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a connection's weights (see :class:`Operator`); none for the identity."""
+        if c.operator is Operator.IDENTITY:
+            return {}
+        source, target = self.shapes[c.source][0], self.target_channels(c)
+        if c.concat is not None:
+            source = c.concat[1]
+        if c.operator is Operator.LINEAR:
+            return {c.weights[0]: (target, source)}
+        kernel = self.window(c).kernel
+        if c.operator is Operator.CONV_TRANSPOSE:
+            return {c.weights[0]: (source, target, *kernel)}
+        first = (target if c.middle_channels is None else c.middle_channels, source // c.groups, *kernel)
+        if c.middle_channels is None:
+            return {c.weights[0]: first}
+        return {c.weights[0]: first, c.weights[1]: (target, c.middle_channels, 1, 1)}
 
     def weight_shape(self, c: Connection) -> tuple[int, ...]:
-        """Shape of a connection's weight (see :class:`Operator`); () for the identity."""
-        source, target, k = self.shapes[c.source][0], self.shapes[c.target][0], c.kernel_size
-        return {
-            Operator.CONV: (target, source, k, k),
-            Operator.CONV_TRANSPOSE: (source, target, k, k),
-            Operator.LINEAR: (target, source),
-            Operator.IDENTITY: (),
-        }[c.operator]
+        """Shape of a connection's (first) weight; () for the identity."""
+        return next(iter(self.weight_shapes(c).values()), ())
+
+    def multiply_adds(self, c: Connection) -> int:
+        """Multiplications that a connection's term takes, per sample and evaluation."""
+        _, height, width = self.term_shape(c)
+        total = 0
+        for shape in self.weight_shapes(c).values():
+            products = 1
+            for n in shape:
+                products *= n
+            if c.concat is not None:
+                products = products // c.concat[1] * self.shapes[c.source][0]
+            size = self.read_size(c) if c.operator is Operator.CONV_TRANSPOSE else (height, width)
+            total += products * size[0] * size[1]
+        return total
 
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters that a rollout takes, area by area: connections, then norm. (The readout has its own.)"""
+        """Names and shapes of the parameters that a rollout takes, area by area: connections, norm, cell. (The readout has its own.)"""
         shapes: dict[str, tuple[int, ...]] = {}
 
         def add(name: str, shape: tuple[int, ...]) -> None:
@@ -321,20 +320,44 @@ class Network:
 
         for area in self.areas:
             for c in self.connections:
-                if c.target == area.name and c.operator is not Operator.IDENTITY:
-                    add(f"{c.parameter}.weight", self.weight_shape(c))
-                    if c.bias:
-                        add(f"{c.parameter}.bias", (area.channels,))
-            if area.norm is Norm.LAYER:
-                add(f"{area.norm_parameter}.weight", self.norm_shape(area))
-                add(f"{area.norm_parameter}.bias", self.norm_shape(area))
+                if c.target == area.name:
+                    weights = self.weight_shapes(c)
+                    for name, shape in weights.items():
+                        add(name, shape)
+                        bias = name.removesuffix("weight") + "bias"
+                        if bias in c.biases:
+                            add(bias, (shape[0] if c.operator is not Operator.CONV_TRANSPOSE else shape[1],))
+            for prefix in self.norm_prefixes(area):
+                add(f"{prefix}.weight", self.norm_shape(area))
+                add(f"{prefix}.bias", self.norm_shape(area))
+            if area.cell is not None:
+                for name, shape in area.cell.parameter_shapes(*self.shapes[area.name]).items():
+                    add(f"{area.cell_parameter}.{name}", shape)
         return shapes
 
+    @cached_property
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the running statistics of its batch norms."""
+        kinds = ("running_mean", "running_var")
+        prefixes = [(p, a.channels) for a in self.areas if a.norm is Norm.BATCH for p in self.norm_prefixes(a)]
+        return {f"{prefix}.{kind}": (channels,) for prefix, channels in prefixes for kind in kinds}
+
+    def norm_prefixes(self, area: Area) -> list[str]:
+        """Prefixes of an area's norm parameters: none, one, or one per time step."""
+        if area.norm is Norm.NONE:
+            return []
+        if area.norm is Norm.BATCH:
+            assert area.norm_steps is not None
+            return [f"{area.norm_parameter}.{t}" for t in range(area.norm_steps)]
+        assert area.norm_parameter is not None
+        return [area.norm_parameter]
+
     def norm_shape(self, area: Area) -> tuple[int, ...]:
-        """Shape of a norm's parameters: [C, H, W], or [C] where the area is a vector by construction (fed by means or linear maps)."""
+        """Shape of a norm's parameters: [C]; LAYER: [C, H, W], or [C] where the area is a vector by construction (fed by means or linear
+        maps)."""
         incoming = [c for c in self.connections if c.target == area.name]
         vector = all(c.pool is Pool.MEAN or c.operator is Operator.LINEAR for c in incoming)
-        return (area.channels,) if vector else self.shapes[area.name]
+        return (area.channels,) if vector or area.norm is not Norm.LAYER else self.shapes[area.name]
 
     def to_json(self) -> str:
         """The network as JSON, for files and for the rollout op; :meth:`from_json` undoes it."""
@@ -346,28 +369,14 @@ class Network:
         return _network_from_json(text)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.name.startswith("_")}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _decode(cls: type, values: Mapping[str, Any], enums: Mapping[str, type[enum.Enum]]) -> Any:
-    return cls(**{k: enums[k](v) if k in enums else v for k, v in values.items()})
-
-
 @lru_cache(maxsize=256)
 def _network_from_json(text: str) -> Network:
     data = json.loads(text)
     return Network(
         name=data["name"],
-        inputs=tuple(Input(**v) for v in data["inputs"]),
-        areas=tuple(_decode(Area, v, {"interaction": Interaction, "norm": Norm, "activation": Activation}) for v in data["areas"]),
-        connections=tuple(_decode(Connection, v, {"role": Role, "operator": Operator, "pool": Pool}) for v in data["connections"]),
+        inputs=tuple(from_plain(Input, v) for v in data["inputs"]),
+        areas=tuple(from_plain(Area, v) for v in data["areas"]),
+        connections=tuple(from_plain(Connection, v) for v in data["connections"]),
         unroll=Unroll(data["unroll"]),
-        readout=Readout(**data["readout"]) if data["readout"] else None,
+        readout=from_plain(Readout, data["readout"]) if data["readout"] else None,
     )

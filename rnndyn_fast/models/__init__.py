@@ -9,9 +9,19 @@ from typing import Any
 
 from rnndyn_fast.models.accelerate import accelerate
 from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
+from rnndyn_fast.models.blt_vs_net import BLTVS, blt_vs
+from rnndyn_fast.models.convrnn_checkpoint import load_tf_checkpoint
+from rnndyn_fast.models.convrnn_nets import ConvRNN, convrnn
+from rnndyn_fast.models.rcnn_sat_nets import RCNNSAT, load_keras_checkpoint, rcnn_sat
 from rnndyn_fast.nn import RecurrentNetwork
 
-MODELS: dict[str, Callable[..., RecurrentNetwork]] = {"blt_net_64": blt_net_64, "blt_net_128": blt_net_128}
+MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
+    "blt_net_64": blt_net_64,
+    "blt_net_128": blt_net_128,
+    "blt_vs": blt_vs,
+    "convrnn": convrnn,
+    "rcnn_sat": rcnn_sat,
+}
 
 
 def build(config: Mapping[str, Any]) -> RecurrentNetwork:
@@ -31,4 +41,7 @@ def build(config: Mapping[str, Any]) -> RecurrentNetwork:
     return MODELS[name](**options)
 
 
-__all__ = ["MODELS", "BLTNet", "accelerate", "blt_net_64", "blt_net_128", "build"]
+__all__ = [
+    "BLTVS", "MODELS", "RCNNSAT", "BLTNet", "ConvRNN", "accelerate", "blt_net_64", "blt_net_128", "blt_vs", "build", "convrnn",
+    "load_keras_checkpoint", "load_tf_checkpoint", "rcnn_sat",
+]  # fmt: skip

@@ -103,6 +103,31 @@ def area_step_forward(
     )
 
 
+def gate_step(
+    scalars: tuple[int, float, list[float], list[float], int],  # rule, forget bias, gains (constant, factor, slope), activation
+    ports: Sequence[Sequence[Tensor]],  # terms of each port, [N, H, W, m * D]
+    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms
+    states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
+    grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
+    *,
+    backward: bool,
+) -> None:
+    """Launch ``gate_step``; the order of ports and states is that of the cell."""
+    n, h, w, channels = shape = tuple(states[0].shape)
+    dtype = states[0].dtype
+    rule, forget_bias, tau, gate, activation = scalars
+    sizes = [(n, h, w, terms[0].shape[3]) for terms in ports]
+    launch = _core.gate_step_float32 if dtype == torch.float32 else _core.gate_step_float64
+    launch(
+        rule, n * h * w, channels, torch.get_num_threads(), forget_bias, tau, gate, activation,
+        [_addresses(terms, f"ports[{k}]", size, dtype) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
+        [_address(total, f"sums[{k}]", sizes[k], dtype) for k, total in enumerate(sums)],
+        _addresses(states, "states", shape, dtype),
+        [_address(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],
+        backward,
+    )  # fmt: skip
+
+
 def area_step_backward(
     shape: tuple[int, int, int, int],  # N, H, W, C
     dtype: torch.dtype,

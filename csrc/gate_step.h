@@ -1,0 +1,40 @@
+// Parameters of the gate_step op: the pointwise arithmetic of one gated cell at one time step (or of many stacked as samples).
+//
+// Maps are channels-last and contiguous: a port of multiple m has m * D channels at each of `pixels` positions. The enums and
+// the order of ports and states are those of rnndyn_fast/ops/cells.py. Every buffer is owned by the caller, who allocates it.
+// No output may alias an input, except that `sum[p]` may be the very buffer of a port's first term.
+#pragma once
+#include <cstdint>
+
+namespace rnndyn {
+
+constexpr int kMaxPorts = 4;
+constexpr int kMaxPortTerms = 6;
+constexpr int kMaxStates = 2;
+
+enum class GateRule : int { kGruGates, kGruUpdate, kLstm, kUgrnn, kIntersection, kReciprocal };
+enum class GateActivation : int { kIdentity, kRelu, kElu, kTanh };
+
+// offset + multiplier * nonlinearity(x), with the logistic sigmoid and tanh both written as a + b tanh(s x).
+struct GateGain {
+  double constant, factor, slope;  // constant + factor * tanh(slope * x)
+};
+
+template <typename Real>
+struct GateStepParams {
+  GateRule rule;
+  int64_t pixels, channels;  // N * H * W and D, each at least 1
+  int num_threads;
+  double forget_bias;
+  GateGain tau, gate;         // of a reciprocal gated cell
+  GateActivation activation;  // of a reciprocal gated cell
+  // Forward: terms of each port, summed into `sum` where there are several. Backward: num_terms is 1 everywhere.
+  int num_terms[kMaxPorts];
+  const Real* terms[kMaxPorts][kMaxPortTerms];  // [pixels, m * D] each
+  Real* sum[kMaxPorts];                         // [pixels, m * D], required with several terms
+  Real* state[kMaxStates];                      // [pixels, D] forward: outputs
+  const Real* grad_state[kMaxStates];           // [pixels, D] backward
+  Real* grad_port[kMaxPorts];                   // [pixels, m * D] backward: outputs
+};
+
+}  // namespace rnndyn

@@ -1,0 +1,172 @@
+"""The fused gate kernels against the reference: values, gradients, accuracy, instruction sets, threads, awkward inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnndyn_fast import _core
+from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
+from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_step
+from rnndyn_fast.reference.cells import cell_step
+
+CELLS: dict[str, Cell] = {
+    "gru_gates": GRUGates(forget_bias=0.7),
+    "gru_gates_norm": GRUGates(layer_norm=True),
+    "gru_update": GRUUpdate(),
+    "gru_update_norm": GRUUpdate(layer_norm=True),
+    "lstm": LSTM(forget_bias=1.3),
+    "ugrnn": UGRNN(),
+    "intersection_rnn": IntersectionRNN(forget_bias=0.4),
+    "intersection_rnn_norm": IntersectionRNN(layer_norm=True),
+    "reciprocal": ReciprocalGated(),
+    "reciprocal_median": ReciprocalGated(Gain(0.92, -0.92), Gain(0.7, -0.7, Activation.TANH)),
+    **{f"reciprocal_{a.value}": ReciprocalGated(activation=a) for a in (Activation.IDENTITY, Activation.RELU, Activation.TANH)},
+}
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (1, 33, 3, 7), (3, 64, 4, 4)]
+by_cell = pytest.mark.parametrize("name", CELLS)
+
+
+@pytest.fixture(params=_core.build_info()["isa_supported"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _core.build_info()["isa"]
+    _core.select_isa(request.param)
+    yield request.param
+    _core.select_isa(before)
+
+
+def tensors(
+    cell: Cell, shape: tuple[int, ...], terms: int, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Terms of every port, channels-last, and the cell's parameters."""
+    generator = torch.Generator().manual_seed(1)
+    n, d, h, w = shape
+
+    def draw(*size: int) -> Tensor:
+        return (scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype)
+
+    ports = {name: [draw(n, h, w, m * d).permute(0, 3, 1, 2).requires_grad_(True) for _ in range(terms)] for name, m in cell.ports.items()}
+    parameters = {k: (1 + 0.1 * draw(*s)).detach().requires_grad_(True) for k, s in cell.parameter_shapes(d, h, w).items()}
+    return ports, parameters
+
+
+def results(cell: Cell, shape: tuple[int, ...], terms: int, dtype: torch.dtype, native: bool, scale: float = 1.0) -> dict[str, Tensor]:
+    """States, and gradients of a weighted sum of them."""
+    ports, parameters = tensors(cell, shape, terms, dtype, scale)
+    if native:
+        states = gate_step(cell, ports, parameters)
+    else:
+        states = cell_step(cell, {name: torch.stack(values).sum(0) for name, values in ports.items()}, parameters)
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(s.shape, generator=generator, dtype=torch.float64).to(dtype) for s in states]
+    sum((s * w).sum() for s, w in zip(states, weights, strict=True)).backward()
+    found = {f"state {name}": s.detach() for name, s in zip(cell.states, states, strict=True)}
+    found |= {f"grad {name}[{i}]": t.grad for name, values in ports.items() for i, t in enumerate(values)}
+    return {**found, **{f"grad {name}": p.grad for name, p in parameters.items()}}
+
+
+@by_cell
+@pytest.mark.parametrize("terms", [1, 2, 3, 8])
+def test_equals_the_reference_in_float64(name: str, terms: int, isa: str) -> None:
+    for shape in SHAPES[1:] if "norm" in name else SHAPES:  # (one value, normalised, is rounding alone)
+        ours, theirs = results(CELLS[name], shape, terms, torch.float64, True), results(CELLS[name], shape, terms, torch.float64, False)
+        for key, expected in theirs.items():
+            torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@by_cell
+def test_accuracy_in_float32(name: str, isa: str) -> None:
+    """Error in norm against float64: at most twice that of plain PyTorch, plus a few roundings."""
+    cell, shape = CELLS[name], (3, 64, 4, 4)
+    truth = results(cell, shape, 2, torch.float64, False)
+    ours, plain = results(cell, shape, 2, torch.float32, True), results(cell, shape, 2, torch.float32, False)
+    for key, expected in truth.items():
+        error, reference = ((x[key].double() - expected).norm() / expected.norm() for x in (ours, plain))
+        assert error <= 2 * reference + 2e-7, (key, error.item(), reference.item())
+
+
+@by_cell
+def test_large_values_saturate(name: str, isa: str) -> None:
+    cell = CELLS[name]
+    for dtype in (torch.float32, torch.float64):
+        ours, theirs = results(cell, (1, 8, 3, 3), 1, dtype, True, 200.0), results(cell, (1, 8, 3, 3), 1, dtype, False, 200.0)
+        for key, expected in theirs.items():
+            assert ours[key].isfinite().all(), key
+            torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_small_values_keep_their_digits(isa: str) -> None:
+    """tanh and elu near zero, relative to their size."""
+    small = torch.tensor([1e-7, -1e-7, 3e-4, -3e-4, 1e-20, 0.0]).view(1, -1, 1, 1)
+    zero = torch.zeros_like(small)
+    (h,) = gate_step(GRUUpdate(), {"candidate": [small], "update": [zero], "memory": [zero]}, {})
+    torch.testing.assert_close(h, torch.tanh(small), rtol=3e-7, atol=0)
+    one = Gain(1.0, 0.0)
+    (h,) = gate_step(ReciprocalGated(one, one), {"drive": [small], "memory": [zero]}, {})
+    torch.testing.assert_close(h, torch.nn.functional.elu(small), rtol=3e-7, atol=0)
+
+
+@by_cell
+def test_nan_goes_through(name: str, isa: str) -> None:
+    ports, parameters = tensors(CELLS[name], (1, 4, 2, 2), 1, torch.float32)
+    first = next(iter(ports))
+    with torch.no_grad():
+        ports[first][0][0, :, 0, 0] = torch.nan
+    states = gate_step(CELLS[name], ports, parameters)
+    assert states[0][0, :, 0, 0].isnan().all()
+    if "norm" not in name:
+        assert states[0][0, :, 1, 1].isfinite().all()
+
+
+def test_absent_ports_and_layouts_and_threads() -> None:
+    cell = LSTM()
+    gates = torch.randn(2, 12, 6, 5)
+    expected = cell_step(cell, {"gates": gates}, {})
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for layout in (gates, gates.contiguous(memory_format=torch.channels_last), torch.randn(2, 24, 6, 5)[:, ::2] * 0 + gates):
+                for a, b in zip(gate_step(cell, {"gates": [layout]}, {}), expected, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients_by_finite_differences() -> None:
+    for name, cell in CELLS.items():
+        ports, parameters = tensors(cell, (1, 2, 2, 1), 1, torch.float64)
+        names = list(ports)
+
+        def run(*terms: Tensor, cell: Cell = cell, names: list[str] = names, own: Any = parameters) -> tuple[Tensor, ...]:
+            return gate_step(cell, {n: [t] for n, t in zip(names, terms, strict=True)}, own)
+
+        assert torch.autograd.gradcheck(run, [ports[n][0] for n in names]), name
+
+
+def test_second_derivatives_raise() -> None:
+    x = torch.randn(1, 8, 2, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="gate_step cannot be differentiated twice"):
+        torch.autograd.grad(gate_step(UGRNN(), {"gates": [x]}, {})[0].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "message"),
+    [
+        (TimeDecay(), torch.float32, "there is no kernel of time_decay"),
+        (LSTM(peepholes=True), torch.float32, "no LSTM with a norm of its memory or peepholes"),
+        (ReciprocalGated(activation=Activation.SIGMOID), torch.float32, "the kernel has no activation sigmoid"),
+        (ReciprocalGated(Gain(nonlinearity=Activation.RELU)), torch.float32, "gains of the sigmoid and of tanh only"),
+        (UGRNN(), torch.float16, r"it takes float32 and float64 on the CPU, not torch.float16 on cpu"),
+    ],
+)
+def test_says_what_it_cannot_run(cell: Cell, dtype: torch.dtype, message: str) -> None:
+    example = torch.zeros(1, dtype=dtype)
+    assert not can_run_gate_step(cell, example)
+    with pytest.raises(ValueError, match=f"gate_step: .*{message}"):
+        can_run_gate_step(cell, example, raise_error=True)
