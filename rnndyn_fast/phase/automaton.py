@@ -320,6 +320,8 @@ def agreement(
         said = answers(system.outputs(final).numpy())
         rule = np.where(sequences.sum(1) % system.modulus == 0, 1, -1)
         predicted = extraction.automaton.answers(sequences)
-        rates = [float((a == b).mean()) for a, b in ((said, rule), (predicted, rule), (predicted, said))]
-        out.append(Agreement(length, len(sequences), *rates, steps))
+        network_rule, automaton_rule, automaton_network = (
+            float((a == b).mean()) for a, b in ((said, rule), (predicted, rule), (predicted, said))
+        )
+        out.append(Agreement(length, len(sequences), network_rule, automaton_rule, automaton_network, steps))
     return out

@@ -74,7 +74,7 @@ def figure_ends(record: PhaseAnalysis) -> Figure:
         for accepted in (True, False):
             shown = (sums == k) & ((outputs > 0) == accepted)
             face = colour(k) if accepted else "none"
-            axes.scatter(*ends[shown, :2].T, s=14, marker=MARKERS[k % 8], facecolors=face, edgecolors=colour(k), linewidths=0.8)
+            axes.scatter(ends[shown, 0], ends[shown, 1], s=14, marker=MARKERS[k % 8], facecolors=face, edgecolors=colour(k), linewidths=0.8)
         axes.plot([], [], MARKERS[k % 8], color=colour(k), markersize=5, label=f"sum {k}")
     _plane(axes)
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=4, fontsize=8)
@@ -187,7 +187,7 @@ def figure_automaton(transitions: np.ndarray, accept: np.ndarray, start: int, su
         _arrow(axes, place[source], place[target], radius, data["symbol"])
     for state, centre in place.items():
         _ring(axes, centre, radius, int(accept[state]))
-        axes.text(*centre, str(state), ha="center", va="center", fontsize=11 if states <= 12 else 8)
+        axes.text(centre[0], centre[1], str(state), ha="center", va="center", fontsize=11 if states <= 12 else 8)
     outward = place[start] / max(float(np.hypot(*place[start])), 1e-9)
     axes.annotate(
         "start",

@@ -81,7 +81,8 @@ def find_fixed_points(
     # the residual loses a direction, so this is not asked to the last digit, and slow points are merged more generously.)
     still = ~fixed & (gradient <= 0.02 * speed) & (speed <= slow * typical)
     near = (states - centre).norm(dim=1) <= 3 * spread + merge * size
-    index, counts = torch.zeros(0, dtype=torch.int64), []
+    index = torch.zeros(0, dtype=torch.int64)
+    counts: list[int] = []
     for mask, distance in ((fixed, merge * spread), (still, 20 * merge * spread)):
         kept = torch.nonzero(mask & near)[:, 0]
         kept = kept[speed[kept].argsort(stable=True)]
