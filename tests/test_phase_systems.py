@@ -139,9 +139,10 @@ def test_files_of_a_run_and_published_files_load_the_same(tmp_path: Path) -> Non
         load_systems(tmp_path, jobs=[5])
     with pytest.raises(ValueError, match=r"jobs: .* holds one network"):
         load_systems(tmp_path / "one.npz", "a_", jobs=[0])
-    (tmp_path / "torn.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"truncated or not an \.npz file"):
-        load_systems(tmp_path / "torn.npz")
+    for torn in (b"PK", (tmp_path / "networks.npz").read_bytes()[:200]):
+        (tmp_path / "torn.npz").write_bytes(torn)
+        with pytest.raises(ValueError, match=r"truncated or not an \.npz file"):
+            load_systems(tmp_path / "torn.npz")
     with pytest.raises(FileNotFoundError, match="networks: expected a file"):
         load_systems(tmp_path / "nothing")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class PhaseAnalysis:
                 arrays = {key: file[key] for key in file.files}
             header = json.loads(str(arrays.pop("header")))
             found = header["format"], header["format_version"]
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"path: expected a file of rnndyn phase analyse, {path} is none ({error})") from error
         if found != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"path: expected format {FORMAT!r} {FORMAT_VERSION}, got {found[0]!r} {found[1]} in {path}")

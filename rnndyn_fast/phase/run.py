@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def load_systems(path: str | os.PathLike[str], prefix: str = "", jobs: Sequence[
     try:
         with np.load(file, allow_pickle=False) as arrays:
             ours = "format" in arrays.files and str(arrays["format"]) == NETWORKS_FORMAT
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"networks: {file} is truncated or not an .npz file: {error}") from error
     if not ours:
         if jobs is not None:
