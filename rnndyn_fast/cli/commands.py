@@ -82,6 +82,19 @@ def summary_lines(result: Any) -> str:
     return f"{result.n:,} trajectories; accuracy in % at t = 0..{result.timesteps - 1}: {accuracy}\n{groups}"
 
 
+def predict(areas: str, **options: Any) -> None:
+    """`rnndyn predict`"""
+    from rnndyn_fast.predictivity import predict as run
+
+    for result in run(**options, areas=tuple(area.strip() for area in areas.split(",") if area.strip())):
+        corrected, plain = result.over_bins("corrected"), result.over_bins("correlation")
+        print(
+            f"{result.area}: corrected {corrected.median:.3f} ({corrected.low:.3f} to {corrected.high:.3f}, n = {int(corrected.n)}), "
+            f"uncorrected {plain.median:.3f} (n = {int(plain.n)}), {len(result.bins)} time bins"
+        )
+    print(options["out"])
+
+
 def doctor() -> None:
     """`rnndyn doctor`"""
     from rnndyn_fast.cli.doctor import report

@@ -20,11 +20,12 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
 
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--correct_fit")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -59,7 +60,8 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+    names = "|".join(re.escape(name.replace(" ", ".")) for name in COMMANDS)
+    return re.sub(rf"\b(?:{names})\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -190,6 +192,29 @@ def _analyse(parser: ArgumentParser) -> None:
     _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
 
 
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument("features", help="trajectories of rnndyn extract --save, or NPZ: an array [time, stimuli, ...] per area")
+    parser.add_argument("recordings", help="NPZ (responses, bin_edges_ms, rows, neurons) or NWB")
+    _add(parser, "out", str, "folder for results, tables, figure and report; files of the same names are replaced")
+    _add(parser, "areas", str, "areas to compare, as v4,it; default: all in the file", "")
+    _add(parser, "method", Literal["ridge", "pls"], "regression", "ridge")
+    _add(parser, "mapping", Literal["per_bin", "fixed"], "a map for every time bin, or one for all", "per_bin")
+    _add(parser, "step_ms", float | None, "duration of a model step; default: time bin b is step b", None)
+    _add(parser, "latency_ms", float, "time after onset at which step 0 begins", 0.0)
+    _add(parser, "num_folds", int, "folds of stimuli", 5)
+    _add(parser, "num_splits", int, "random halvings of the repeats", 100)
+    _add(parser, "min_reliability", float, "neurons below it in a time bin do not count there", 0.1)
+    _add(parser, "correct_fit", bool, "correct also for what the recording's noise costs the fit", False)
+    _add(parser, "max_dimensions", int | None, "principal components that larger features are reduced to", 1000)
+    _add(parser, "num_components", int, "of PLS", 25)
+    _add(parser, "seed", int, "of folds and halvings", 0)
+    _add(parser, "table", str, "NWB: table of presentations", "trials")
+    _add(parser, "stimulus_column", str, "NWB: its column that tells stimuli apart", "stimulus_id")
+    _add(parser, "start_ms", float, "NWB: start of the first time bin, relative to a presentation", 0.0)
+    _add(parser, "stop_ms", float, "NWB: end of the last", 260.0)
+    _add(parser, "bin_ms", float, "NWB: width of a time bin", 10.0)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -209,6 +234,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "extract": _extract,
     "analyse": _analyse,
+    "predict": _predict,
     "doctor": _doctor,
     "demo": _demo,
 }
