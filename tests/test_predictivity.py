@@ -146,12 +146,12 @@ def test_steps_of_bins() -> None:
 def test_corrected_value_is_the_explainable_one(method: str, noise: float) -> None:
     """Neurons whose signal correlates 0.7 with what the features hold: recovered whatever the noise.
 
-    One neuron's corrected value has a standard error near 0.06 at the higher noise; the median of 2 x 40 is good to 0.03. Fits to 320
-    noisy averages lose some more, and always in one direction.
+    One neuron's corrected value has a standard error near 0.06 at the higher noise; the median of 2 x 40 is good to 0.02. Fits to 320
+    noisy averages lose up to 0.05 more, always in one direction.
     """
     features, recordings = simulated(noise=noise, same_map=False)
     result = predictivity(features, recordings, method=method, num_components=12)
-    assert 0.7 - 0.05 < result.over_bins().median < 0.7 + 0.03
+    assert 0.7 - 0.06 < result.over_bins().median < 0.7 + 0.03
     uncorrected = 0.7 * np.sqrt(1 / (1 + noise**2 / 6))
     assert result.over_bins("correlation").median == pytest.approx(uncorrected, abs=0.04)
     np.testing.assert_allclose(result.summary("reliability").median, 1 / (1 + noise**2 / 6), atol=0.04)

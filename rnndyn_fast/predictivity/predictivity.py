@@ -166,7 +166,7 @@ class _Maps:
         stimuli = values.shape[1]
         if fixed:
             x = reduced(values[steps].reshape(len(steps) * stimuli, -1), max_dimensions, seed)
-            self._x = x.reshape(len(steps), stimuli, -1)
+            self._x = list(x.reshape(len(steps), stimuli, -1))
         else:
             of_step = {int(t): reduced(values[t], max_dimensions, seed) for t in np.unique(steps)}
             self._x = [of_step[int(t)] for t in steps]
@@ -175,7 +175,7 @@ class _Maps:
         bins, stimuli, neurons = y.shape
         stimulus = np.arange(stimuli)
         if self._fixed:
-            rows = np.concatenate(list(self._x))
+            rows = np.concatenate(self._x)
             flat = y.reshape(bins * stimuli, neurons)
             return held_out_predictions(rows, flat, np.tile(stimulus, bins), self._fold, self._fit, self._seed).reshape(y.shape)
         return np.stack(

@@ -74,15 +74,12 @@ class PredictivityResult:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to an NPZ file, whole or not at all."""
-        arrays = {
-            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in ("descriptors", "bin_edges_ms")
-        }
-        if self.bin_edges_ms is not None:
-            arrays["bin_edges_ms"] = self.bin_edges_ms
+        arrays: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        arrays |= {"format": FORMAT, "descriptors": json.dumps(dict(self.descriptors))}
+        if self.bin_edges_ms is None:
+            del arrays["bin_edges_ms"]
         with replaced_atomically(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file, format=FORMAT, descriptors=json.dumps(dict(self.descriptors)), **{k: np.asarray(v) for k, v in arrays.items()}
-            )
+            np.savez_compressed(file, **arrays)
         return Path(path)
 
     @classmethod
