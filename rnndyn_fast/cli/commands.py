@@ -82,6 +82,26 @@ def summary_lines(result: Any) -> str:
     return f"{result.n:,} trajectories; accuracy in % at t = 0..{result.timesteps - 1}: {accuracy}\n{groups}"
 
 
+def react(out: str, unreached: str, **options: Any) -> None:
+    """`rnndyn react`"""
+    from pathlib import Path
+
+    from rnndyn_fast.extract import react as run
+    from rnndyn_fast.report.speed_accuracy import write_reaction_times
+
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FileExistsError(f"out: expected a folder, {out} is a file")
+    result, comparison = run(**options, unreached=unreached)
+    write_reaction_times(result, out, comparison, unreached=unreached)
+    best = result.matched(unreached, accuracy=float(result.curve(unreached).accuracy.max()))
+    print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")
+    print(f"best by threshold: {100 * best.accuracy:.1f}% at {best.threshold:.3g} nats, {best.mean_step + 1:.2f} steps on average")
+    if comparison is not None:
+        (mean, half), (low, _), (high, _) = (comparison.mean(name) for name in ("correlation", "ceiling_low", "ceiling_high"))
+        print(f"rank correlation with people {mean:.3f} (+- {half:.3f}), noise ceiling {low:.3f} to {high:.3f}")
+    print(out)
+
+
 def predict(areas: str, **options: Any) -> None:
     """`rnndyn predict`"""
     from rnndyn_fast.predictivity import predict as run

@@ -20,12 +20,13 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
     "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
 
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--correct_fit")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--correct_fit", "--strict", "--cumulative")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -175,6 +176,11 @@ def _extract(parser: ArgumentParser) -> None:
     _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
     _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
     _add(parser, "untrained", bool, "the network as it was before training", False)
+    _add_engine(parser)
+    _add(parser, "overwrite", bool, "replace files that exist", False)
+
+
+def _add_engine(parser: ArgumentParser) -> None:
     _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
@@ -183,13 +189,27 @@ def _extract(parser: ArgumentParser) -> None:
         "convolutions: ours where they save work, PyTorch's, or ours wherever they can run",
         "auto",
     )
-    _add(parser, "overwrite", bool, "replace files that exist", False)
 
 
 def _analyse(parser: ArgumentParser) -> None:
     parser.add_argument("result", help="file of rnndyn extract")
     _add(parser, "out", str, "folder for tables and figures; files of the same names are replaced")
     _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
+
+
+def _react(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
+    parser.add_argument("data", help="HDF5 image file")
+    _add(parser, "out", str, "folder for result, tables, figures and report; files of the same names are replaced")
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "test")
+    _add(parser, "human", str | None, "reaction times of people: CSV (subject, image, reaction_time) or NPZ [subjects, images]", None)
+    _add(parser, "strict", bool, "stop where the entropy is below the threshold, not at most equal to it", False)
+    _add(parser, "cumulative", bool, "decide by the softmax of the logits summed over time", False)
+    _add(parser, "unreached", Literal["last", "exclude"], "images that never reach a threshold: last step, or left out", "last")
+    _add(parser, "batch_size", int, "images at a time", 250)
+    _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
+    _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add_engine(parser)
 
 
 def _predict(parser: ArgumentParser) -> None:
@@ -234,6 +254,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "extract": _extract,
     "analyse": _analyse,
+    "react": _react,
     "predict": _predict,
     "doctor": _doctor,
     "demo": _demo,

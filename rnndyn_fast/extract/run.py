@@ -103,7 +103,7 @@ def extract(
     parameters = dict(net.named_parameters())
 
     with ImageFile(data, required_splits=(split,)) as file, ExitStack() as outputs:
-        _check_fits(file, contents)
+        check_fits(file, contents)
         images = limited(file.split(split), limit)
         options = {
             "split": split,
@@ -189,7 +189,8 @@ def _check_areas(net: RecurrentNetwork, save: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(save))
 
 
-def _check_fits(file: ImageFile, contents: dict[str, Any]) -> None:
+def check_fits(file: ImageFile, contents: dict[str, Any]) -> None:
+    """Raise ValueError unless a data file has the image size and the categories that a checkpoint was trained on."""
     trained = contents["data"]
     if file.image_size != trained["image_size"]:
         raise ValueError(

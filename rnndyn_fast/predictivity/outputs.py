@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rnndyn_fast.analysis.inputs import nearest
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.files import replaced_atomically
 from rnndyn_fast.predictivity.predictivity import predictivity
-from rnndyn_fast.predictivity.recordings import load_recordings, nearest
+from rnndyn_fast.predictivity.recordings import load_recordings
 from rnndyn_fast.predictivity.results import PredictivityResult
 
 if TYPE_CHECKING:

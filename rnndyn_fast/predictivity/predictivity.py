@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rnndyn_fast.analysis.inputs import check_choice
 from rnndyn_fast.predictivity.fits import METHODS, Fit, assign_folds, held_out_predictions, pls_fit, reduced, ridge_fit
-from rnndyn_fast.predictivity.recordings import Recordings, nearest
+from rnndyn_fast.predictivity.recordings import Recordings
 from rnndyn_fast.predictivity.reliability import correlation, half_means, split_half_reliability
 from rnndyn_fast.predictivity.results import PredictivityResult
 
@@ -242,10 +243,8 @@ def _steps(
 
 
 def _check(method: str, mapping: str, num_splits: int, min_reliability: float, num_components: int, max_dimensions: int | None) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method: unknown method {method!r}; {nearest(method, METHODS)}")
-    if mapping not in MAPPINGS:
-        raise ValueError(f"mapping: unknown mapping {mapping!r}; {nearest(mapping, MAPPINGS)}")
+    check_choice("method", method, METHODS)
+    check_choice("mapping", mapping, MAPPINGS)
     for name, value in (("num_splits", num_splits), ("num_components", num_components), ("max_dimensions", max_dimensions)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

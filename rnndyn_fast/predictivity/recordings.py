@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rnndyn_fast.analysis.inputs import nearest
 
 EXTRA = 'pip install "rnndyn-fast[nwb]"'
 
@@ -222,10 +223,3 @@ def _from_spikes(
         rates[:, which, repeat, k] = per_bin.T
     rows = ids.astype(np.int64) if ids.dtype.kind in "iu" and ids.min() >= 0 else None
     return Recordings(rates, edges_ms, rows, names)
-
-
-def nearest(name: str, there: Iterable[str]) -> str:
-    """What there is, and which of it is meant: the end of messages about unknown names."""
-    names = sorted(there)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"{f'did you mean {near}? ' if near else ''}there are {names}"
