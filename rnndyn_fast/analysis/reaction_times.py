@@ -66,12 +66,13 @@ def _entropy(values: Tensor) -> Tensor:
 
 
 def default_thresholds(num_classes: int) -> np.ndarray:  # [102]
-    """0, and 101 values from 1e-4 ln(classes) to ln(classes), evenly spaced in their logarithm.
+    """0, ln(classes), and 100 values between them, evenly spaced in their log-odds: dense at both ends, where entropies gather.
 
-    >>> default_thresholds(10)[[0, -1]].round(3).tolist()
-    [0.0, 2.303]
+    >>> default_thresholds(10)[[0, 1, -2, -1]].round(4).tolist()
+    [0.0, 0.0002, 2.3024, 2.3026]
     """
-    return np.concatenate([[0.0], np.log(num_classes) * np.logspace(-4, 0, 101)])
+    inner = 1 / (1 + np.exp(-np.linspace(-9.2, 9.2, 100)))
+    return np.log(num_classes) * np.concatenate([[0.0], inner, [1.0]])
 
 
 class ReactionTimeReducer:
