@@ -27,10 +27,13 @@ def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> N
 
     if network["image_size"] is None:
         del network["image_size"]
-    # The options of the command are those of blt_net; other models have options of their own.
-    config = {"model": model, **(network if model.startswith("blt_net") else {"engine": network["engine"]}), **(options or {})}
+    what = models.named(model)
+    if "network" in what:  # a spec, with a size and classes of its own
+        network = {name: network[name] for name in ("timesteps", "engine")}
+    elif not model.startswith("blt_net"):  # the options of the command are those of blt_net; other models have options of their own
+        network = {"engine": network["engine"]}
     with torch.device("meta"):
-        net = models.build(config)
+        net = models.build({**what, **network, **(options or {})})
     print(describe(net.schedule(), network["engine"]))
 
 

@@ -130,7 +130,7 @@ def _data_make(parser: ArgumentParser) -> None:
 
 
 def _plan(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="blt_net_64, blt_net_128, or with --options: convrnn, blt_vs, rcnn_sat")
+    parser.add_argument("model", help="blt_net_64, blt_net_128, a file (YAML) with a spec, or with --options: convrnn, blt_vs, rcnn_sat")
     _add(parser, "options", dict[str, Any] | None, "options of the model, as YAML, e.g. '{name: gru_shallow}'; before those below", None)
     _add_network_options(parser)
     _add(parser, "num_classes", int, "classes of the readout", 100)
