@@ -118,6 +118,20 @@ def predict(areas: str, **options: Any) -> None:
     print(options["out"])
 
 
+def search(**options: Any) -> None:
+    """`rnndyn search`"""
+    from rnndyn_fast.search import SearchConfig
+    from rnndyn_fast.search import search as run
+
+    config = SearchConfig(**options)
+    try:
+        path = run(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn search --config {config.out}/search.yaml --resume")
+        raise
+    print(path)
+
+
 def doctor() -> None:
     """`rnndyn doctor`"""
     from rnndyn_fast.cli.doctor import report

@@ -16,6 +16,8 @@ _OPTIONAL = {
     "jsonargparse": "the command line",
     "kornia": "augmentation in training",
     "matplotlib": "figures",
+    "optuna": "the architecture search (extra search)",
+    "pynwb": "recordings in NWB files (extra nwb)",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "analyse": ("Write tables and figures of an extraction.", commands.analyse),
     "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
     "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
+    "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
 }
@@ -235,6 +236,16 @@ def _predict(parser: ArgumentParser) -> None:
     _add(parser, "bin_ms", float, "NWB: width of a time bin", 10.0)
 
 
+def _search(parser: ArgumentParser) -> None:
+    import dataclasses
+
+    from rnndyn_fast.search.config import SearchConfig
+
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
+    for item in dataclasses.fields(SearchConfig):
+        _add_field(parser, SearchConfig, item.name)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -256,6 +267,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "analyse": _analyse,
     "react": _react,
     "predict": _predict,
+    "search": _search,
     "doctor": _doctor,
     "demo": _demo,
 }

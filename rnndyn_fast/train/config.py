@@ -94,12 +94,12 @@ class TrainConfig:
         self._take_spec()
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), hints[item.name])
+            check_type(item.name, getattr(self, item.name), hints[item.name])
         for name, least in (("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0)):
-            _check_least(name, getattr(self, name), least)
+            check_least(name, getattr(self, name), least)
         for name in ("max_train_images", "max_val_images", "threads"):
             if getattr(self, name) is not None:
-                _check_least(name, getattr(self, name), 1)
+                check_least(name, getattr(self, name), 1)
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -169,7 +169,8 @@ class TrainConfig:
             raise ValueError(f"resume: the run in {self.out} was started with other options: {'; '.join(different)}")
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise TypeError or, where there are choices, ValueError, unless a field's value is of its declared type."""
     if not _matches(value, hint):
         if typing.get_origin(hint) is Literal or any(typing.get_origin(h) is Literal for h in typing.get_args(hint)):
             raise ValueError(f"{name}: expected one of {_choices(hint)}, got {value!r}")
@@ -202,6 +203,7 @@ def _choices(hint: Any) -> list[Any]:
     return found
 
 
-def _check_least(name: str, value: int, least: int) -> None:
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError where a field is less than it may be."""
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
