@@ -10,15 +10,17 @@ from typing import Any
 from rnndyn_fast.analysis.inputs import check_choice
 from rnndyn_fast.graph.cells import Gain, ReciprocalGated
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.models.convrnn_layers import CellSpec, Graph, Source, add_cell
+from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
 
-# Names of this module -> those of models.convrnn_layers; the others are convolutional layers without a cell of their own.
+# Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
 GATED = {
     "timedecay": "timedecay", "simplernn": "simplernn", "gru": "gru", "lstm": "lstm", "ugrnn": "ugrnn",
-    "intersectionrnn": "intersectionrnn", "rgc": "rgc_shallow",
+    "intersectionrnn": "intersectionrnn", "rgc": "rgc_shallow", "rgc_separable": "rgc_median",
 }  # fmt: skip
 FEEDFORWARD, BLT = "feedforward", "blt"
 CELLS = (FEEDFORWARD, BLT, *GATED)
+_WITHOUT_KERNEL = ("timedecay", "rgc_separable")  # the separable one has the published 7 x 7 gates
+_RECIPROCAL = ("rgc", "rgc_separable")
 _WITH_LAYER_NORM = ("simplernn", "gru", "lstm", "intersectionrnn")
 
 
@@ -54,7 +56,7 @@ class Architecture:
     interaction: str = _option("additive", "of blt: additive or multiplicative")
     cell_norm: bool = _option(False, "layer norm within simplernn, gru, lstm, intersectionrnn")
     peepholes: bool = _option(False, "of lstm")
-    gating: bool = _option(True, "of rgc: its halves gate each other")
+    gating: bool = _option(True, "of rgc, rgc_separable: the halves gate each other")
     bypass: bool = _option(False, "a layer's input, pooled, is added to its output (1 x 1 convolution where channels differ)")
     feedback: tuple[tuple[int, int], ...] = _option((), "pairs (from, to) of layers, 1-based, from > to")
     feedback_kernel_size: int = _option(3, "kernels of the feedback convolutions")
@@ -88,11 +90,11 @@ class Architecture:
 
 # Choices that mean nothing with other values of other choices, and when they do mean something.
 MEANT: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "cell_kernel_size": lambda a: a["cell"] not in (FEEDFORWARD, "timedecay"),
+    "cell_kernel_size": lambda a: a["cell"] not in (FEEDFORWARD, *_WITHOUT_KERNEL),
     "interaction": lambda a: a["cell"] == BLT,
     "cell_norm": lambda a: a["cell"] in _WITH_LAYER_NORM,
     "peepholes": lambda a: a["cell"] == "lstm",
-    "gating": lambda a: a["cell"] == "rgc",
+    "gating": lambda a: a["cell"] in _RECIPROCAL,
     "growth": lambda a: a["depth"] > 1,
     "feedback_kernel_size": lambda a: bool(a["feedback"]),
 }
@@ -164,14 +166,16 @@ def _layer(graph: Graph, a: Architecture, layer: str, width: int, below: str, ch
 
 
 def _cell(graph: Graph, a: Architecture, name: str, entry: str, width: int) -> None:
-    options: dict[str, Any] = {} if a.cell == "timedecay" else {"kernel_size": a.cell_kernel_size}
+    options: dict[str, Any] = {} if a.cell in _WITHOUT_KERNEL else {"kernel_size": a.cell_kernel_size}
     if a.cell in _WITH_LAYER_NORM:
         options["layer_norm"] = a.cell_norm
+    if a.cell == "rgc_separable":
+        options["cell_channels"] = width
     if a.cell == "lstm":
         options["peepholes"] = a.peepholes
     first = len(graph.areas), len(graph.connections)
     add_cell(graph, GATED[a.cell], CellSpec(name, Source(entry, width), width, name), **options)
-    if a.cell == "rgc" and not a.gating:
+    if a.cell in _RECIPROCAL and not a.gating:
         graph.areas[first[0] :] = [_ungated(area) for area in graph.areas[first[0] :]]
         graph.connections[first[1] :] = [c for c in graph.connections[first[1] :] if c.port != "gate"]
 
