@@ -93,7 +93,8 @@ def _number(where: str, hint: Any, value: Any) -> Any:
             value = float(value)
         except ValueError as error:
             raise TypeError(f"{where}: expected a number, got {value!r}") from error
-    wanted = {int: int, float: (int, float), bool: bool, str: str}.get(hint)
+    kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    wanted = kinds.get(hint)
     if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool)):
         raise TypeError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
@@ -149,7 +150,7 @@ def network_yaml(network: Network) -> str:
     class Dumper(yaml.SafeDumper):
         pass
 
-    class Line(dict):  # type: ignore[type-arg]
+    class Line(dict[str, Any]):
         pass
 
     Dumper.add_representer(Line, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True))

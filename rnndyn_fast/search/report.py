@@ -221,8 +221,9 @@ def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
     cells = sorted({str(t.params.get("cell", "network")) for t in best})
     for k, cell in enumerate(cells):
         points = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in best if str(t.params.get("cell", "network")) == cell]
-        style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
-        axes.scatter(*zip(*points, strict=True), label=cell, s=36, **style)  # type: ignore[arg-type]
+        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, 36, label=cell, **style)
     front = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in pareto_front(best)]
     axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1, zorder=0)
     axes.set_xscale("log")
@@ -251,8 +252,10 @@ def figure_history(done: Sequence[FrozenTrial]) -> Figure:
     values = [(t.number, 100 * float(t.value or 0)) for t in done if t.state is TrialState.COMPLETE]
     pruned = [(t.number, 100 * max(t.intermediate_values.values())) for t in done if t.state is TrialState.PRUNED and t.intermediate_values]
     if pruned:
-        axes.scatter(*zip(*pruned, strict=True), color=GREY, marker="x", s=24, label="pruned (best epoch)")
-    axes.scatter(*zip(*values, strict=True), color=BLUE, s=24, label="completed")
+        x, y = zip(*pruned, strict=True)
+        axes.scatter(x, y, 24, color=GREY, marker="x", label="pruned (best epoch)")
+    x, y = zip(*values, strict=True)
+    axes.scatter(x, y, 24, color=BLUE, label="completed")
     axes.plot([n for n, _ in values], np.maximum.accumulate([v for _, v in values]), color=ORANGE, label="best so far")
     axes.set_xlabel("trial")
     axes.set_ylabel("correct (%)")

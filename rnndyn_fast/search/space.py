@@ -102,6 +102,7 @@ class Space:
         for name, choice in self.choices.items():
             edge = FEEDBACK.fullmatch(name)
             for value in _ends(choice):
+                one: dict[str, Any] = {name: value}
                 if edge:
                     if not isinstance(value, bool):
                         raise ValueError(f"space: {name}: expected true or false, got {value!r}")
@@ -110,9 +111,9 @@ class Space:
                 elif name in fields:
                     if type(value) is not type(fields[name].default) and not (name == "growth" and isinstance(value, int)):
                         raise ValueError(f"space: {name}: expected {type(fields[name].default).__name__}, got {value!r}")
-                    Architecture(**{name: value})
+                    Architecture(**one)
                 else:
-                    TrainConfig(data="", out="", **{name: value})
+                    TrainConfig(data="", out="", **one)
 
     def to_plain(self) -> dict[str, Any]:
         """The inverse of :meth:`from_plain`."""
