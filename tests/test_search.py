@@ -218,6 +218,25 @@ def test_resume_goes_on_and_checks_what_it_goes_on_with(searched: tuple[SearchCo
         search(SearchConfig(**{**values, "out": str(tmp_path / "no"), "resume": True}))
 
 
+def test_folders_share_a_study_in_a_storage(images: Path, tmp_path: Path) -> None:
+    """As on two machines with a database between them (which here is SQLite; nothing but the URL differs)."""
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({"cell": ["blt", "feedforward"], "depth": 1, "width": [4, 6, 8]}))
+    common = {"data": str(images), "space": str(space), "storage": f"sqlite:///{tmp_path}/shared.db", **QUICK, "epochs": 1}
+    search(SearchConfig(**common, out=str(tmp_path / "one"), trials=1), say=lambda _: None)
+    with pytest.raises(FileExistsError, match="there is a study 'search' already"):
+        search(SearchConfig(**common, out=str(tmp_path / "two"), trials=2))
+    with pytest.raises(FileNotFoundError, match="no study 'other'"):
+        search(SearchConfig(**common, out=str(tmp_path / "three"), trials=2, study="other", resume=True))
+    joined = SearchConfig(**common, out=str(tmp_path / "two"), trials=2, resume=True)
+    search(joined, say=lambda _: None)
+    trials = finished(open_study(joined, create=False).get_trials())
+    assert [t.number for t in trials] == [0, 1]
+    folders = [[path.name for path in (tmp_path / name).glob("trials/*")] for name in ("one", "two")]
+    assert folders in ([["0000"], ["0001"]], [["0000"], []])  # (nothing to train where the second drew the choices of the first)
+    assert not (tmp_path / "one" / "study.db").exists()
+
+
 def test_same_choices_are_not_trained_twice(searched: tuple[SearchConfig, list[str]]) -> None:
     config, _ = searched
     study = open_study(config, create=False)

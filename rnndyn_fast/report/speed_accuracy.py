@@ -63,13 +63,13 @@ def figure_speed_accuracy(result: ReactionTimeResult, unreached: str = "last") -
 
 
 def figure_reaction_times(result: ReactionTimeResult) -> Figure:
-    """Distribution of reaction times at some thresholds."""
+    """Distribution of reaction times at thresholds whose means lie near a quarter, half and three quarters of the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     curve = result.curve()
-    goals = np.quantile(curve.mean_step, [0.25, 0.5, 0.75])
+    goals = (result.timesteps - 1) * np.array([0.25, 0.5, 0.75])
     chosen = dict.fromkeys(int(np.abs(curve.mean_step - goal).argmin()) for goal in goals)
     steps = np.arange(result.timesteps)
     for i, k in enumerate(chosen):

@@ -74,7 +74,7 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
     except (ArgumentError, NoSuchModuleError) as error:
         raise ValueError(f"storage: expected a database URL as postgresql://user@host/name, got {url!r}: {error}") from error
     except ImportError as error:
-        raise ImportError(f"storage: {url} needs a driver that is not installed: {error}") from error
+        raise ImportError(f"storage: the driver for {url} is not installed; for PostgreSQL: pip install psycopg[binary]") from error
     except SQLAlchemyError as error:
         raise OSError(f"storage: {url} cannot be used: {error}") from error
 
