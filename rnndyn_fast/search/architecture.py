@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rnndyn_fast.analysis.inputs import check_choice
-from rnndyn_fast.graph.cells import Gain, ReciprocalGated
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
+from rnndyn_fast.ops.cells import Gain, ReciprocalGated
 
 # Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
 GATED = {

@@ -242,7 +242,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
     try:
         with warnings.catch_warnings():
             # Which engine runs an architecture is no news in a search over many.
-            warnings.filterwarnings("ignore", message="running the slow plain PyTorch rollout")
+            warnings.filterwarnings("ignore", message="running the slow")
             train(options, reporter=QuietReporter(), on_epoch=on_epoch)
     except FloatingPointError as error:
         trial.set_user_attr("diverged", str(error))
