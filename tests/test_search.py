@@ -295,6 +295,9 @@ def test_trial_of_a_dead_worker_is_queued_once(images: Path, tmp_path: Path) -> 
     states = [t.state.name for t in study.get_trials()]
     assert states == ["RUNNING", "FAIL", "WAITING"]
     again = study.ask()
+    # Running, and not signed yet: the dead worker's name must not be on it, or the next look would take it for lost.
+    assert WORKER not in again.user_attrs
+    assert recover(study) == []
     assert retried(study.get_trials()[again.number]) == dead.number
     assert again.suggest_categorical("cell", ["blt", "gru"]) == dead.params["cell"]
 

@@ -168,9 +168,9 @@ def work(config: SearchConfig, index: int, *, parent: int | None = None, say: Sa
         image = {"image_size": file.image_size, "num_classes": file.num_classes}
     while True:
         _check_parent(parent)
-        recover(study)
         # Held until the trial runs: no two workers take the last one.
         with locked(out) as lock:
+            recover(study)
             trials = study.get_trials(deepcopy=False)
             done = len(finished(trials))
             if done >= config.trials:
@@ -184,7 +184,7 @@ def work(config: SearchConfig, index: int, *, parent: int | None = None, say: Sa
                     try:
                         return run_trial(trial, study, config, space, image, parent)
                     except KeyboardInterrupt:
-                        queue_again(study, trial.number)
+                        queue_again(study, study.get_trials()[trial.number], None)  # stopping by hand costs no try
                         raise
 
                 study.optimize(objective, n_trials=1, catch=(), callbacks=[lambda s, t: say(_line(t))])

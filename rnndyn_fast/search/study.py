@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import socket
@@ -48,7 +49,7 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
         OSError: the database cannot be reached.
     """
     optuna = import_optuna()
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     url = storage_url(config)
@@ -62,7 +63,7 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
             engine_kwargs=engine,
             heartbeat_interval=config.heartbeat_s,
             grace_period=5 * config.heartbeat_s,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+            heartbeat_stale_trial_callback=queue_again,
         )
         if create:
             return optuna.create_study(
@@ -110,7 +111,7 @@ def recover(study: Study) -> list[int]:
     Workers of this machine are looked up at once; of others, signs of life are waited for (`heartbeat_s`).
     """
     import optuna
-    from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
+    from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
 
     found = []
@@ -120,17 +121,22 @@ def recover(study: Study) -> list[int]:
                 study.tell(trial.number, state=TrialState.FAIL)
             except (ValueError, RuntimeError, optuna.exceptions.UpdateFinishedTrialError):  # another worker was faster
                 continue
-            RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, study.get_trials()[trial.number])
+            queue_again(study, study.get_trials()[trial.number])
             found.append(trial.number)
     fail_stale_trials(study)
     return found
 
 
-def queue_again(study: Study, number: int) -> None:
-    """Have a trial that was interrupted repeated: by whoever takes the next one, or on a resume."""
+def queue_again(study: Study, trial: FrozenTrial, max_retry: int | None = MAX_RETRIES) -> None:
+    """Have a trial repeated, by whoever takes the next one: the same choices, and none of what its worker left on record.
+
+    (With the dead worker's name on it, the new trial would look lost itself until its own worker has signed it.)
+    """
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
-    RetryHeartbeatStaleTrialCallback()(study, study.get_trials()[number])
+    bare = copy.deepcopy(trial)
+    bare.user_attrs = {}
+    RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, bare)
 
 
 def retried(trial: FrozenTrial) -> int | None:
