@@ -3,13 +3,16 @@
 from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
 from rnndyn_fast.analysis.claims import Claim, check_claims
 from rnndyn_fast.analysis.decodability import DecodabilityReducer
+from rnndyn_fast.analysis.human_times import ReactionTimeComparison, compare_reaction_times, load_reaction_times
 from rnndyn_fast.analysis.moments import MomentReducer
 from rnndyn_fast.analysis.norms import NormReducer, RepresentationChangeReducer
 from rnndyn_fast.analysis.outputs import tables, write_tables
 from rnndyn_fast.analysis.protocol import Batch, Reducer, ReducerResult, SumReducer, Table
 from rnndyn_fast.analysis.rdm import RdmReducer
+from rnndyn_fast.analysis.reaction_times import ReactionTimeReducer, entropies, reaction_times
 from rnndyn_fast.analysis.reducer import ReadoutZoneReducer, readout_zones
 from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.analysis.speed_accuracy import ReactionTimeResult
 from rnndyn_fast.analysis.trajectory_files import load_result
 
 __all__ = [
@@ -20,6 +23,9 @@ __all__ = [
     "MomentReducer",
     "NormReducer",
     "RdmReducer",
+    "ReactionTimeComparison",
+    "ReactionTimeReducer",
+    "ReactionTimeResult",
     "ReadoutZoneReducer",
     "ReadoutZoneResult",
     "Reducer",
@@ -29,7 +35,11 @@ __all__ = [
     "Table",
     "bootstrap",
     "check_claims",
+    "compare_reaction_times",
+    "entropies",
+    "load_reaction_times",
     "load_result",
+    "reaction_times",
     "readout_zones",
     "tables",
     "write_tables",

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except ImportError as error:
-        return _fail(error, f"{error}" if EXTRA in str(error) else f"{error}; the command line needs: {EXTRA}")
+        return _fail(error, f"{error}" if "pip install" in str(error) else f"{error}; the command line needs: {EXTRA}")
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return _fail(error, str(error))
 

@@ -28,10 +28,13 @@ def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> N
 
     if network["image_size"] is None:
         del network["image_size"]
-    # The options of the command are those of blt_net; other models have options of their own.
-    config = {"model": model, **(network if model.startswith("blt_net") else {"engine": network["engine"]}), **(options or {})}
+    what = models.named(model)
+    if "network" in what:  # a spec, with a size and classes of its own
+        network = {name: network[name] for name in ("timesteps", "engine")}
+    elif not model.startswith("blt_net"):  # the options of the command are those of blt_net; other models have options of their own
+        network = {"engine": network["engine"]}
     with torch.device("meta"):
-        net = models.build(config)
+        net = models.build({**what, **network, **(options or {})})
     print(describe(net.schedule(), network["engine"]))
 
 
@@ -117,6 +120,53 @@ def _train_phase(config: Any, command: str) -> None:
         path = train_phase(config)
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: rnndyn phase {command} --config {config.out}/phase.yaml --resume")
+        raise
+    print(path)
+
+
+def react(out: str, unreached: str, **options: Any) -> None:
+    """`rnndyn react`"""
+    from pathlib import Path
+
+    from rnndyn_fast.extract import react as run
+    from rnndyn_fast.report.speed_accuracy import write_reaction_times
+
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FileExistsError(f"out: expected a folder, {out} is a file")
+    result, comparison = run(**options, unreached=unreached)
+    write_reaction_times(result, out, comparison, unreached=unreached)
+    best = result.matched(unreached, accuracy=float(result.curve(unreached).accuracy.max()))
+    print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")
+    print(f"best by threshold: {100 * best.accuracy:.1f}% at {best.threshold:.3g} nats, {best.mean_step + 1:.2f} steps on average")
+    if comparison is not None:
+        (mean, half), (low, _), (high, _) = (comparison.mean(name) for name in ("correlation", "ceiling_low", "ceiling_high"))
+        print(f"rank correlation with people {mean:.3f} (+- {half:.3f}), noise ceiling {low:.3f} to {high:.3f}")
+    print(out)
+
+
+def predict(areas: str, **options: Any) -> None:
+    """`rnndyn predict`"""
+    from rnndyn_fast.predictivity import predict as run
+
+    for result in run(**options, areas=tuple(area.strip() for area in areas.split(",") if area.strip())):
+        corrected, plain = result.over_bins("corrected"), result.over_bins("correlation")
+        print(
+            f"{result.area}: corrected {corrected.median:.3f} ({corrected.low:.3f} to {corrected.high:.3f}, n = {int(corrected.n)}), "
+            f"uncorrected {plain.median:.3f} (n = {int(plain.n)}), {len(result.bins)} time bins"
+        )
+    print(options["out"])
+
+
+def search(**options: Any) -> None:
+    """`rnndyn search`"""
+    from rnndyn_fast.search import SearchConfig
+    from rnndyn_fast.search import search as run
+
+    config = SearchConfig(**options)
+    try:
+        path = run(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn search --config {config.out}/search.yaml --resume")
         raise
     print(path)
 

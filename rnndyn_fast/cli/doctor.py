@@ -17,6 +17,8 @@ _OPTIONAL = {
     "kornia": "augmentation in training",
     "matplotlib": "figures",
     "networkx": "drawing automata",
+    "optuna": "the architecture search (extra search)",
+    "pynwb": "recordings in NWB files (extra nwb)",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",

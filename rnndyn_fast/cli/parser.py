@@ -24,6 +24,9 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
     "phase analyse": ("Analyse networks of phase train or sweep: oscillation, automaton, kind of solution.", commands.phase_analyse),
     "phase report": ("Write a page with figures of analysed networks.", commands.phase_report),
+    "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
+    "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
+    "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
@@ -31,7 +34,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative")
 LISTS = ("--widths", "--keep", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
@@ -67,7 +70,8 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|phase\.\w+|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
+    names = "|".join(re.escape(name.replace(" ", ".")) for name in COMMANDS)
+    return re.sub(rf"\b(?:{names})\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -136,7 +140,7 @@ def _data_make(parser: ArgumentParser) -> None:
 
 
 def _plan(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="blt_net_64, blt_net_128, or with --options: convrnn, blt_vs, rcnn_sat")
+    parser.add_argument("model", help="blt_net_64, blt_net_128, a file (YAML) with a spec, or with --options: convrnn, blt_vs, rcnn_sat")
     _add(parser, "options", dict[str, Any] | None, "options of the model, as YAML, e.g. '{name: gru_shallow}'; before those below", None)
     _add_network_options(parser)
     _add(parser, "num_classes", int, "classes of the readout", 100)
@@ -197,6 +201,11 @@ def _extract(parser: ArgumentParser) -> None:
     _add(parser, "resize", bool, "scale and crop image files of other sizes", False)
     _add(parser, "device", str | None, "cpu, cuda, ...; default: a GPU where there is one", None)
     _add(parser, "untrained", bool, "the network as it was before training", False)
+    _add_engine(parser)
+    _add(parser, "overwrite", bool, "replace files that exist", False)
+
+
+def _add_engine(parser: ArgumentParser) -> None:
     _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
@@ -205,7 +214,6 @@ def _extract(parser: ArgumentParser) -> None:
         "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )
-    _add(parser, "overwrite", bool, "replace files that exist", False)
 
 
 def _analyse(parser: ArgumentParser) -> None:
@@ -248,6 +256,54 @@ def _phase_report(parser: ArgumentParser) -> None:
     _add(parser, "featured", list[str] | None, "systems shown in full; default: the first of every kind", None)
 
 
+def _react(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
+    parser.add_argument("data", help="HDF5 image file")
+    _add(parser, "out", str, "folder for result, tables, figures and report; files of the same names are replaced")
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "test")
+    _add(parser, "human", str | None, "reaction times of people: CSV (subject, image, reaction_time) or NPZ [subjects, images]", None)
+    _add(parser, "strict", bool, "stop where the entropy is below the threshold, not at most equal to it", False)
+    _add(parser, "cumulative", bool, "decide by the softmax of the logits summed over time", False)
+    _add(parser, "unreached", Literal["last", "exclude"], "images that never reach a threshold: last step, or left out", "last")
+    _add(parser, "batch_size", int, "images at a time", 250)
+    _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
+    _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add_engine(parser)
+
+
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument("features", help="trajectories of rnndyn extract --save, or NPZ: an array [time, stimuli, ...] per area")
+    parser.add_argument("recordings", help="NPZ (responses, bin_edges_ms, rows, neurons) or NWB")
+    _add(parser, "out", str, "folder for results, tables, figure and report; files of the same names are replaced")
+    _add(parser, "areas", str, "areas to compare, as v4,it; default: all in the file", "")
+    _add(parser, "method", Literal["ridge", "pls"], "regression", "ridge")
+    _add(parser, "mapping", Literal["per_bin", "fixed"], "a map for every time bin, or one for all", "per_bin")
+    _add(parser, "step_ms", float | None, "duration of a model step; default: time bin b is step b", None)
+    _add(parser, "latency_ms", float, "time after onset at which step 0 begins", 0.0)
+    _add(parser, "num_folds", int, "folds of stimuli", 5)
+    _add(parser, "num_splits", int, "random halvings of the repeats", 100)
+    _add(parser, "min_reliability", float, "neurons below it in a time bin do not count there", 0.1)
+    _add(parser, "correct_fit", bool, "correct also for what the recording's noise costs the fit", False)
+    _add(parser, "max_dimensions", int | None, "principal components that larger features are reduced to", 1000)
+    _add(parser, "num_components", int, "of PLS", 25)
+    _add(parser, "seed", int, "of folds and halvings", 0)
+    _add(parser, "table", str, "NWB: table of presentations", "trials")
+    _add(parser, "stimulus_column", str, "NWB: its column that tells stimuli apart", "stimulus_id")
+    _add(parser, "start_ms", float, "NWB: start of the first time bin, relative to a presentation", 0.0)
+    _add(parser, "stop_ms", float, "NWB: end of the last", 260.0)
+    _add(parser, "bin_ms", float, "NWB: width of a time bin", 10.0)
+
+
+def _search(parser: ArgumentParser) -> None:
+    import dataclasses
+
+    from rnndyn_fast.search.config import SearchConfig
+
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
+    for item in dataclasses.fields(SearchConfig):
+        _add_field(parser, SearchConfig, item.name)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -285,6 +341,9 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "phase sweep": _phase_sweep,
     "phase analyse": _phase_analyse,
     "phase report": _phase_report,
+    "react": _react,
+    "predict": _predict,
+    "search": _search,
     "doctor": _doctor,
     "study": _study,
     "demo": _demo,

@@ -1,6 +1,7 @@
 """Extraction: images through a network, its trajectories into streaming reducers and files."""
 
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
+from rnndyn_fast.extract.reactions import react
 from rnndyn_fast.extract.record import record
 from rnndyn_fast.extract.results import load_results, save_results
 from rnndyn_fast.extract.run import REDUCERS, extract, network_forward, sha256
@@ -16,6 +17,7 @@ __all__ = [
     "extract",
     "load_results",
     "network_forward",
+    "react",
     "record",
     "save_results",
     "sha256",

@@ -13,6 +13,7 @@ from rnndyn_fast.models.blt_vs_net import BLTVS, blt_vs
 from rnndyn_fast.models.convrnn_checkpoint import load_tf_checkpoint
 from rnndyn_fast.models.convrnn_nets import ConvRNN, convrnn
 from rnndyn_fast.models.rcnn_sat_nets import RCNNSAT, load_keras_checkpoint, rcnn_sat
+from rnndyn_fast.models.spec_network import NETWORK, SpecNetwork, named
 from rnndyn_fast.nn import RecurrentNetwork
 
 MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
@@ -21,11 +22,12 @@ MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
     "blt_vs": blt_vs,
     "convrnn": convrnn,
     "rcnn_sat": rcnn_sat,
+    NETWORK: SpecNetwork,
 }
 
 
 def build(config: Mapping[str, Any]) -> RecurrentNetwork:
-    """Build a model from its ``config``: the name under "model", and the factory's options.
+    """Build a model from its ``config``: the name under "model", and the factory's options. (The name "network": the spec under "network".)
 
     Raises ``ValueError`` for an unknown model (with the nearest names) or option.
     """
@@ -42,6 +44,6 @@ def build(config: Mapping[str, Any]) -> RecurrentNetwork:
 
 
 __all__ = [
-    "BLTVS", "MODELS", "RCNNSAT", "BLTNet", "ConvRNN", "accelerate", "blt_net_64", "blt_net_128", "blt_vs", "build", "convrnn",
-    "load_keras_checkpoint", "load_tf_checkpoint", "rcnn_sat",
+    "BLTVS", "MODELS", "RCNNSAT", "BLTNet", "ConvRNN", "SpecNetwork", "accelerate", "blt_net_64", "blt_net_128", "blt_vs", "build",
+    "convrnn", "load_keras_checkpoint", "load_tf_checkpoint", "named", "rcnn_sat",
 ]  # fmt: skip

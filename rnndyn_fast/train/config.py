@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 import typing
@@ -24,6 +25,7 @@ NETWORK_OPTIONS = (
     "backend",
     "engine",
 )
+OPTIONS_WITH_SPEC = ("timesteps", "backend", "engine")  # those of them that are no part of a spec
 # What a resumed run may change: how and how long it runs, not what it computes.
 FREE_ON_RESUME = ("data", "out", "epochs", "patience", "keep", "threads", "backend", "engine", "resume", "overwrite")
 
@@ -52,7 +54,8 @@ class TrainConfig:
 
     data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
-    model: Literal["blt_net_64", "blt_net_128"] = option("blt_net_64", "network; see rnndyn plan MODEL")
+    model: str = option("blt_net_64", "network: blt_net_64, blt_net_128, or a file (YAML) with a spec; see rnndyn plan MODEL")
+    network: dict[str, Any] | None = option(None, "the spec itself, in a configuration file (what a file under `model` becomes)")  # noqa: RUF009
     lateral_connections: bool = option(True, "recurrence within areas")
     topdown_connections: bool = option(False, "recurrence from the area above")
     LT_interaction: Literal["additive", "multiplicative"] = option(
@@ -96,6 +99,7 @@ class TrainConfig:
         for name in ("data", "out"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        self._take_spec()
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             check_type(item.name, getattr(self, item.name), hints[item.name])
@@ -110,11 +114,39 @@ class TrainConfig:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: expected a positive finite number, got {self.lr}")
+        self._check_model()
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of them, got both")
 
+    def _take_spec(self) -> None:
+        """Put the spec in the place of the file that names it, so that the configuration stands for itself."""
+        from rnndyn_fast.models import named
+
+        if isinstance(self.model, str) and self.network is None:
+            for name, value in named(self.model).items():
+                object.__setattr__(self, name, value)
+
+    def _check_model(self) -> None:
+        from rnndyn_fast.models import MODELS
+        from rnndyn_fast.models.spec_network import NETWORK
+
+        if self.model not in MODELS:
+            near = difflib.get_close_matches(self.model, MODELS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"model: expected one of {sorted(MODELS)} or a file of a spec, got {self.model!r}; {hint}a file ends in .yaml")
+        if (self.model == NETWORK) != (self.network is not None):
+            raise ValueError(f"network: expected a spec with model = {NETWORK!r} and with no other, got model = {self.model!r}")
+        if self.network is None:
+            return
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for name in NETWORK_OPTIONS:
+            if name not in OPTIONS_WITH_SPEC and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: is part of the spec of a network; expected its default, got {getattr(self, name)!r}")
+
     def network_options(self) -> dict[str, Any]:
         """Keyword options of the network that do not come from the data."""
+        if self.network is not None:
+            return {"network": self.network, **{name: getattr(self, name) for name in OPTIONS_WITH_SPEC}}
         return {name: getattr(self, name) for name in NETWORK_OPTIONS}
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,6 +194,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(_matches(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
     if hint in (int, float) and isinstance(value, bool):

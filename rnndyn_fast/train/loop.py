@@ -96,7 +96,9 @@ def loss_over_time(
     return functional.nll_loss(log_probs.flatten(0, 1), labels.repeat(timesteps), reduction="sum") / count
 
 
-def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
+def train(
+    config: TrainConfig, *, reporter: Reporter | None = None, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None = None
+) -> Path:
     """Train a network.
 
     In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
@@ -107,6 +109,8 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
     Args:
         config: what to do.
         reporter: shows progress; None chooses a bar or lines.
+        on_epoch: called after every epoch, when its checkpoint is written, with the metrics of all epochs so far; what it
+            raises ends the run.
 
     Returns:
         The path of ``last.pt``.
@@ -134,7 +138,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
             run.save(INITIAL)
         write_text(out / CONFIG, config_yaml(config.as_new()))
         with reporter or choose_reporter() as shown:
-            run.go(shown)
+            run.go(shown, on_epoch)
     return out / LAST
 
 
@@ -194,7 +198,7 @@ class _Run:
         self.generator.set_state(checkpoint["rng"])
         self.rows = [EpochMetrics.from_dict(row) for row in checkpoint["metrics"]]
 
-    def go(self, reporter: Reporter) -> None:
+    def go(self, reporter: Reporter, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None) -> None:
         """Train until `config.epochs` are done, or validation accuracy has stopped improving."""
         while len(self.rows) < self.config.epochs:
             if self.config.patience is not None and epochs_since_best(self.rows) >= self.config.patience:
@@ -213,6 +217,8 @@ class _Run:
                 self.save(kept_name(row.epoch))
             self.save(LAST)
             reporter.line(epoch_line(row, self.config.epochs))
+            if on_epoch is not None:
+                on_epoch(tuple(self.rows))
 
     def epoch(self, number: int, reporter: Reporter) -> EpochMetrics:
         """One pass over the training images and one over the validation images."""

@@ -1,0 +1,97 @@
+"""Images through a trained network into the analysis of reaction times."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rnndyn_fast.analysis.human_times import ReactionTimeComparison, compare_reaction_times, load_reaction_times
+from rnndyn_fast.analysis.inputs import check_choice
+from rnndyn_fast.analysis.reaction_times import ReactionTimeReducer
+from rnndyn_fast.analysis.speed_accuracy import UNREACHED, ReactionTimeResult
+from rnndyn_fast.data import SPLITS, normalise
+from rnndyn_fast.extract.plan import Rows
+from rnndyn_fast.extract.run import sha256
+from rnndyn_fast.extract.sources import open_source
+from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.train.checkpoint import load_checkpoint, versions
+from rnndyn_fast.train.progress import Reporter, choose_reporter
+
+
+def react(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    human: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+    cumulative: bool = False,
+    unreached: str = "last",
+    batch_size: int = 250,
+    timesteps: int | None = None,
+    limit: int | None = None,
+    backend: str | None = None,
+    engine: str = "auto",
+    reporter: Reporter | None = None,
+) -> tuple[ReactionTimeResult, ReactionTimeComparison | None]:
+    """Reaction times of a trained network on a split, and their comparison with those of people.
+
+    Args:
+        checkpoint: file written by ``train``.
+        data: HDF5 image file with this split.
+        split: "train", "val", "test" or "testplus".
+        human: file of reaction times, see :func:`rnndyn_fast.analysis.load_reaction_times`; its images are rows of the split.
+        strict, cumulative, unreached: see :class:`rnndyn_fast.analysis.ReactionTimeReducer` and ``ReactionTimeResult.curve``.
+        batch_size, timesteps, limit, backend, engine, reporter: as for ``extract``.
+
+    Returns:
+        The result, with the multiply-adds per image as cost, and the comparison (None without ``human``).
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: as ``extract``; ``limit`` together with ``human``.
+
+    Deterministic: yes on a CPU with a fixed number of threads. Memory: a few batches, and 9 T bytes per image with ``human``.
+    """
+    check_choice("split", split, SPLITS)
+    check_choice("unreached", unreached, UNREACHED)
+    if human is not None and limit is not None:
+        raise ValueError("limit: expected None together with human, whose images are rows of the whole split")
+    net, contents = load_checkpoint(checkpoint, timesteps=timesteps, backend=backend, engine=engine)
+    trained = contents["data"]
+    with open_source(data, split, trained["image_size"], trained["categories"]) as source:
+        rows = Rows(len(source), limit)
+        people = None if human is None else load_reaction_times(human, len(rows))
+        steps = net.timesteps - net.schedule().first_step[_readout(net)]
+        num_classes = len(trained["categories"])
+        reducer = ReactionTimeReducer(num_classes, steps, strict=strict, cumulative=cumulative, keep_samples=people is not None)
+        mean, std = (np.asarray(trained[name]) for name in ("mean", "std"))
+        with reporter or choose_reporter() as shown, torch.inference_mode():
+            shown.start(f"{split}, {len(rows)} images", len(rows))
+            for first in range(0, len(rows), batch_size):
+                pixels, labels = source.read(rows.between(first, min(first + batch_size, len(rows))))
+                reducer.update(net(normalise(pixels, mean, std)), labels)
+                shown.advance(len(labels), "")
+    descriptors = {
+        "checkpoint": {"path": str(Path(checkpoint)), "sha256": sha256(checkpoint), "epoch": contents["epoch"]},
+        "data": {"path": str(data), "split": split, "images": len(rows)},
+        "versions": versions(),
+    }
+    result = reducer.result(cost=costs(net), descriptors=descriptors)
+    if people is None:
+        return result, None
+    return result, compare_reaction_times(result.entropy, people, result.thresholds, strict=strict, unreached=unreached)
+
+
+def costs(net: RecurrentNetwork) -> np.ndarray:  # [T]
+    """Multiply-adds per image of stopping after each output, by the schedule, which computes nothing twice."""
+    first = net.schedule().first_step[_readout(net)]
+    return np.array([net.schedule(timesteps=t + 1).multiplications()[0] for t in range(first, net.timesteps)], dtype=np.float64)
+
+
+def _readout(net: RecurrentNetwork) -> str:
+    if net.network.readout is None:
+        raise ValueError(f"checkpoint: network {net.network.name!r} has no readout, so it has no reaction times")
+    return net.network.readout.source

@@ -1,0 +1,210 @@
+"""The architectures that a search chooses from: a stem, layers of one kind of cell, feedback between layers, and a readout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rnndyn_fast.analysis.inputs import check_choice
+from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
+from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
+from rnndyn_fast.ops.cells import Gain, ReciprocalGated
+
+# Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
+GATED = {
+    "timedecay": "timedecay", "simplernn": "simplernn", "gru": "gru", "lstm": "lstm", "ugrnn": "ugrnn",
+    "intersectionrnn": "intersectionrnn", "rgc": "rgc_shallow", "rgc_separable": "rgc_median",
+}  # fmt: skip
+FEEDFORWARD, BLT = "feedforward", "blt"
+CELLS = (FEEDFORWARD, BLT, *GATED)
+_WITHOUT_KERNEL = ("timedecay", "rgc_separable")  # the separable one has the published 7 x 7 gates
+_RECIPROCAL = ("rgc", "rgc_separable")
+_WITH_LAYER_NORM = ("simplernn", "gru", "lstm", "intersectionrnn")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture; each field is a choice that a search space may leave open.
+
+    The network::
+
+        stem     = relu(norm(conv(image)))
+        layer i  : 2 x 2 maximum of the layer below (but for the first layer), then its cell, then the bypass
+        gap      = mean over the last layer's map, read out linearly
+
+    A layer with a gated cell has a convolution (norm, relu) before the cell. The cell "blt" is the convolution with a lateral one added
+    or multiplied; "feedforward" is the convolution alone: the control.
+
+    >>> Architecture(depth=2, cell="gru", feedback=((2, 1),)).widths
+    (16, 24)
+    """
+
+    depth: int = _option(2, "layers after the stem")
+    width: int = _option(16, "channels of stem and first layer")
+    growth: float = _option(1.5, "channels of a layer divided by those of the layer below")
+    stem_kernel_size: int = _option(3, "kernel of the stem")
+    kernel_size: int = _option(3, "kernels of bottom-up convolutions")
+    norm: str = _option("layer", "after bottom-up convolutions: layer, group or none")
+    cell: str = _option(BLT, "recurrence within layers")
+    cell_kernel_size: int = _option(3, "kernels of the recurrent convolutions")
+    interaction: str = _option("additive", "of blt: additive or multiplicative")
+    cell_norm: bool = _option(False, "layer norm within simplernn, gru, lstm, intersectionrnn")
+    peepholes: bool = _option(False, "of lstm")
+    gating: bool = _option(True, "of rgc, rgc_separable: the halves gate each other")
+    bypass: bool = _option(False, "a layer's input, pooled, is added to its output (1 x 1 convolution where channels differ)")
+    feedback: tuple[tuple[int, int], ...] = _option((), "pairs (from, to) of layers, 1-based, from > to")
+    feedback_kernel_size: int = _option(3, "kernels of the feedback convolutions")
+    unroll: str = _option("engineering", "engineering or biological")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feedback", tuple(tuple(edge) for edge in self.feedback))
+        check_choice("cell", self.cell, CELLS)
+        check_choice("interaction", self.interaction, [word.value for word in Interaction if word is not Interaction.SQUASHED])
+        check_choice("norm", self.norm, [Norm.LAYER.value, Norm.GROUP.value, Norm.NONE.value])
+        check_choice("unroll", self.unroll, [word.value for word in Unroll])
+        for name in ("depth", "width", "stem_kernel_size", "kernel_size", "cell_kernel_size", "feedback_kernel_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+            if name.endswith("kernel_size") and value % 2 == 0:
+                raise ValueError(f"{name}: expected an odd number, got {value}")
+        if not self.growth > 0:
+            raise ValueError(f"growth: expected a positive number, got {self.growth!r}")
+        for edge in self.feedback:
+            if len(edge) != 2 or not self.depth >= edge[0] > edge[1] >= 1:
+                raise ValueError(f"feedback: expected pairs (from, to) with {self.depth} >= from > to >= 1, got {edge}")
+        if len(set(self.feedback)) != len(self.feedback):
+            raise ValueError(f"feedback: expected every edge once, got {self.feedback}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the layers, rounded to even numbers."""
+        return tuple(max(2, 2 * round(self.width * self.growth**k / 2)) for k in range(self.depth))
+
+
+# Choices that mean nothing with other values of other choices, and when they do mean something.
+MEANT: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "cell_kernel_size": lambda a: a["cell"] not in (FEEDFORWARD, *_WITHOUT_KERNEL),
+    "interaction": lambda a: a["cell"] == BLT,
+    "cell_norm": lambda a: a["cell"] in _WITH_LAYER_NORM,
+    "peepholes": lambda a: a["cell"] == "lstm",
+    "gating": lambda a: a["cell"] in _RECIPROCAL,
+    "growth": lambda a: a["depth"] > 1,
+    "feedback_kernel_size": lambda a: bool(a["feedback"]),
+}
+
+
+def build_network(
+    architecture: Architecture, *, image_size: int, num_classes: int, in_channels: int = 3, name: str = "searched"
+) -> Network:
+    """The spec of an architecture.
+
+    Feedback enters a layer's first convolution. Where the layer above has half the size it is a transposed convolution, elsewhere
+    a convolution of the map resized bilinearly.
+
+    Raises:
+        ValueError: the image is too small for so many layers.
+
+    >>> build_network(Architecture(depth=1), image_size=8, num_classes=10).areas[1].name
+    'layer1'
+    """
+    a = architecture
+    if image_size >> (a.depth - 1) < 2:
+        raise ValueError(f"depth: {a.depth} layers make maps of {image_size} px smaller than 2 x 2")
+    norm = Norm(a.norm)
+    bias = norm is Norm.NONE
+    graph = Graph([Area("stem", a.width, norm=norm)])
+    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, kernel_size=a.stem_kernel_size, bias=bias))
+    below, channels = "stem", a.width
+    for i, width in enumerate(a.widths, start=1):
+        pool = Pool.NONE if i == 1 else Pool.MAX
+        _layer(graph, a, f"layer{i}", width, below, channels, pool)
+        below, channels = f"layer{i}", width
+    for source, target in a.feedback:
+        _feedback(graph, a, source, target, image_size, bias)
+    graph.areas.append(Area("gap", channels, norm=Norm.NONE, activation=Activation.IDENTITY))
+    graph.connections.append(Connection(below, "gap", Role.BOTTOM_UP, Operator.IDENTITY, pool=Pool.MEAN))
+    return Network(
+        name,
+        (Input("image", in_channels, image_size, image_size),),
+        tuple(graph.areas),
+        tuple(graph.connections),
+        Unroll(a.unroll),
+        Readout("gap", num_classes),
+    )
+
+
+def _entry(a: Architecture, layer: str) -> str:
+    """The area of a layer that its convolution, and feedback, enter."""
+    return f"{layer}.in" if a.cell in GATED else f"{layer}.conv" if a.bypass else layer
+
+
+def _layer(graph: Graph, a: Architecture, layer: str, width: int, below: str, channels: int, pool: Pool) -> None:
+    bias = a.norm == "none"
+    entry = _entry(a, layer)
+    interaction = Interaction(a.interaction) if a.cell == BLT else Interaction.ADDITIVE
+    graph.areas.append(Area(entry, width, interaction, Norm(a.norm)))
+    graph.connections.append(Connection(below, entry, Role.BOTTOM_UP, kernel_size=a.kernel_size, pool=pool, bias=bias))
+    last = entry
+    if a.cell == BLT:
+        graph.connections.append(Connection(entry, entry, Role.LATERAL, kernel_size=a.cell_kernel_size, bias=bias))
+    elif a.cell in GATED:
+        last = f"{layer}.cell" if a.bypass else layer
+        _cell(graph, a, last, entry, width)
+    if a.bypass:
+        graph.areas.append(Area(layer, width, norm=Norm.NONE))
+        graph.connections.append(Connection(last, layer, Role.BOTTOM_UP, Operator.IDENTITY, delay=0))
+        operator = Operator.IDENTITY if channels == width else Operator.CONV
+        parameter = None if channels == width else f"{layer}.bypass"
+        graph.connections.append(Connection(below, layer, Role.BOTTOM_UP, operator, pool=pool, parameter=parameter))
+
+
+def _cell(graph: Graph, a: Architecture, name: str, entry: str, width: int) -> None:
+    options: dict[str, Any] = {} if a.cell in _WITHOUT_KERNEL else {"kernel_size": a.cell_kernel_size}
+    if a.cell in _WITH_LAYER_NORM:
+        options["layer_norm"] = a.cell_norm
+    if a.cell == "rgc_separable":
+        options["cell_channels"] = width
+    if a.cell == "lstm":
+        options["peepholes"] = a.peepholes
+    first = len(graph.areas), len(graph.connections)
+    add_cell(graph, GATED[a.cell], CellSpec(name, Source(entry, width), width, name), **options)
+    if a.cell in _RECIPROCAL and not a.gating:
+        graph.areas[first[0] :] = [_ungated(area) for area in graph.areas[first[0] :]]
+        graph.connections[first[1] :] = [c for c in graph.connections[first[1] :] if c.port != "gate"]
+
+
+def _ungated(area: Area) -> Area:
+    assert isinstance(area.cell, ReciprocalGated)
+    return dataclasses.replace(area, cell=dataclasses.replace(area.cell, gate_gain=Gain(1.0, 0.0)))
+
+
+def _feedback(graph: Graph, a: Architecture, source: int, target: int, image_size: int, bias: bool) -> None:
+    area, entry = f"layer{source}", _entry(a, f"layer{target}")
+    parameter = f"feedback_{source}_{target}"
+    options: dict[str, Any] = {"kernel_size": a.feedback_kernel_size, "bias": bias, "parameter": parameter, "delay": 1}
+    sizes = [image_size >> (layer - 1) for layer in (source, target)]
+    if sizes[1] == 2 * sizes[0] and a.feedback_kernel_size > 1:
+        graph.connections.append(Connection(area, entry, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, stride=2, **options))
+    else:
+        graph.connections.append(Connection(area, entry, Role.TOP_DOWN, resize=True, **options))
+
+
+def count_parameters(network: Network) -> int:
+    """Numbers that are trained, the readout's included."""
+    total = 0
+    for shape in network.parameter_shapes.values():
+        product = 1
+        for n in shape:
+            product *= n
+        total += product
+    if network.readout is not None and network.readout.parameter is not None:
+        features = network.shapes[network.readout.source][0]
+        total += network.readout.num_classes * (features + network.readout.bias)
+    return total

@@ -1,0 +1,275 @@
+"""The report of a search: best architectures, what mattered, accuracy against parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
+from rnndyn_fast.analysis.outputs import Row, write_csv
+from rnndyn_fast.files import write_text
+from rnndyn_fast.graph.files import network_from_plain, network_yaml
+from rnndyn_fast.report.page import Cell, Page, Plot
+from rnndyn_fast.search.config import SearchConfig
+from rnndyn_fast.search.space import Space
+from rnndyn_fast.search.study import INFEASIBLE, finished
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+BEST = 5
+NOT_MADE = "not made"  # a choice that meant nothing in a trial
+MIN_FOR_IMPORTANCE = 8
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#F0E442", "#000000", GREY)
+_MARKERS = "os^Dv*PX<"
+
+
+def completed(study: Study) -> list[FrozenTrial]:
+    """Completed trials, best first; of those that came out equal, the one with fewer parameters first. Repeated ones count once."""
+    from optuna.trial import TrialState
+
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
+    return sorted(done, key=lambda t: (-float(t.value or 0.0), t.user_attrs["parameters"]))
+
+
+def importances(study: Study, space: Space) -> dict[str, float]:
+    """The share of each open choice in the variance of the objective over completed trials (fANOVA), largest first.
+
+    Choices that were not made in a trial, because they meant nothing there, count as one more value. Empty with fewer than
+    MIN_FOR_IMPORTANCE trials.
+
+    Source: F. Hutter, H. Hoos, K. Leyton-Brown, ICML 2014.
+    """
+    import optuna
+
+    done = completed(study)
+    if len(done) < MIN_FOR_IMPORTANCE or len({t.value for t in done}) == 1:
+        return {}
+    table = {name: [t.params.get(name, NOT_MADE) for t in done] for name in space.open}
+    table = {name: values for name, values in table.items() if len(set(values)) > 1}
+    if not table:
+        return {}
+    distributions: dict[str, Any] = {}
+    for name, values in table.items():
+        if NOT_MADE in values or isinstance(values[0], bool | str):
+            distributions[name] = optuna.distributions.CategoricalDistribution(sorted(set(values), key=str))
+        else:
+            distributions[name] = optuna.distributions.FloatDistribution(float(min(values)), float(max(values)))
+            table[name] = [float(v) for v in values]
+    whole = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    for k, trial in enumerate(done):
+        whole.add_trial(
+            optuna.create_trial(
+                params={name: v[k] for name, v in table.items()}, distributions=distributions, value=float(trial.value or 0.0)
+            )
+        )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(whole, evaluator=evaluator)
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
+
+
+def trial_rows(study: Study, space: Space) -> list[Row]:
+    """Every trial, a row each."""
+    rows = []
+    for t in study.get_trials(deepcopy=False):
+        attributes = t.user_attrs
+        row: Row = {"trial": t.number, "state": INFEASIBLE if INFEASIBLE in attributes else t.state.name.lower()}
+        row["value"] = float("nan") if t.value is None else float(t.value)
+        row["epochs"] = len(t.intermediate_values)
+        for name in ("parameters", "multiply_adds", "seconds", "same_as"):
+            row[name] = attributes.get(name, "")
+        rows.append(row | {name: t.params.get(name, "") for name in space.open})
+    return rows
+
+
+def write_report(study: Study, config: SearchConfig, space: Space) -> Path:
+    """Write ``report.html``, ``trials.csv`` and ``best/<rank>.yaml`` to the folder of the search; returns the report's path."""
+    from matplotlib import rc_context
+
+    out, best = Path(config.out), completed(study)[:BEST]
+    write_csv(trial_rows(study, space), out / "trials.csv")
+    for rank, trial in enumerate(best, start=1):
+        write_text(out / "best" / f"{rank}.yaml", best_yaml(trial, out / "best" / str(rank)))
+    for stale in (out / "best").glob("*.yaml"):
+        if stale.stem.isdigit() and int(stale.stem) > len(best):
+            stale.unlink()
+    with rc_context(STYLE):
+        return search_page(study, config, space).save(out / "report.html")
+
+
+def best_yaml(trial: FrozenTrial, out: Path) -> str:
+    """The trial's configuration of training, for a run in another folder."""
+    import yaml
+
+    return yaml.safe_dump({**_train_config(trial), "out": str(out)}, sort_keys=False)
+
+
+def _train_config(trial: FrozenTrial) -> dict[str, Any]:
+    import yaml
+
+    loaded: dict[str, Any] = yaml.safe_load(trial.user_attrs["config"])
+    return loaded
+
+
+def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
+    """The report as a page."""
+    trials, best = study.get_trials(deepcopy=False), completed(study)
+    done = finished(trials)
+    page = Page(
+        "Search for architectures",
+        f"{len(done)} finished trials on {Path(config.data).name}"
+        + (f"; the best reaches {100 * float(best[0].value or 0):.2f}% validation accuracy." if best else "."),
+        "Accuracies are of validation images, which chose the winners: expect a little less on others.",
+    )
+    _trials(page, config, space, trials)
+    if not best:
+        page.section("Nothing to compare").text("No trial was trained to its end.")
+        return page
+    _best(page, best, space)
+    _choices(page, study, space, best)
+    page.section("Accuracy against parameters").text(
+        "Each point is a trial that was trained to its end. The line joins those that no smaller one reaches."
+    ).plots(
+        [
+            Plot(
+                figure_parameters(best),
+                "Validation accuracy against trained parameters, by kind of cell.",
+                "Scatter of accuracy against number of parameters.",
+            ),
+            Plot(figure_history(done), "Trials in the order in which they were made, and the best so far.", "Accuracy over trials."),
+        ]
+    )
+    return page
+
+
+def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[FrozenTrial]) -> None:
+    import yaml
+
+    passed = [t for t in trials if INFEASIBLE in t.user_attrs]
+    states: dict[str, int] = {}
+    for t in trials:
+        name = "passed over (too large, or no network)" if t in passed else t.state.name.lower()
+        states[name] = states.get(name, 0) + 1
+    seconds = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials)
+    section = page.section("What was run")
+    goal = "at the last time step" if config.objective == "last" else "mean over time steps"
+    section.text(
+        f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. A "
+        "trial that is worse than the median of the earlier ones after the same epoch is pruned. Architectures come from a tree-structured "
+        f"Parzen estimator after {config.startup_trials} random ones. Training took {seconds / 60:.1f} minutes in all workers together."
+    )
+    section.table(["trials", "number"], [[name, count] for name, count in sorted(states.items())], "Trials by what became of them.")
+    section.text("The space:").code(yaml.safe_dump(space.to_plain(), sort_keys=False, default_flow_style=None).strip())
+
+
+def _best(page: Page, best: Sequence[FrozenTrial], space: Space) -> None:
+    section = page.section("Best architectures")
+    top = best[:BEST]
+    made = [name for name in space.open if any(name in t.params for t in top)]
+    rows: list[list[Cell]] = [
+        [k, t.number, 100 * float(t.value or 0), int(t.user_attrs["parameters"]), t.user_attrs["multiply_adds"] / 1e6]
+        + [_shown(t.params.get(name)) for name in made]
+        for k, t in enumerate(top, start=1)
+    ]
+    header = ["rank", "trial", "correct (%)", "parameters", "multiply-adds (M)", *made]
+    section.table(header, rows, "The best trials and their choices.")
+    section.text(
+        "`rnndyn train --config best/1.yaml` trains the first of them again, `rnndyn plan best/1.yaml` says what it computes. Its spec:"
+    )
+    section.code(network_yaml(network_from_plain(_train_config(top[0])["network"])).strip())
+
+
+def _shown(value: Any) -> Cell:
+    return "" if value is None else ("yes" if value else "no") if isinstance(value, bool) else value
+
+
+def _choices(page: Page, study: Study, space: Space, best: Sequence[FrozenTrial]) -> None:
+    section = page.section("What mattered")
+    shares = importances(study, space)
+    if shares:
+        section.text(
+            "Importance is a choice's share in the variance of accuracy over completed trials (functional analysis of variance on a random "
+            f"forest). {len(best)} trials are few for it: read it as a hint. Pruned trials do not enter, so choices that fail early look "
+            "less important than they are."
+        )
+        section.plots([Plot(figure_importance(shares), "Importance of each choice.", "Bars, one per choice.")])
+    else:
+        section.text(f"Fewer than {MIN_FOR_IMPORTANCE} trials were completed: too few to say what mattered.")
+    rows: list[list[Cell]] = []
+    order = [*shares, *(name for name in space.open if name not in shares)]
+    for name in order:
+        values = sorted({t.params[name] for t in best if name in t.params}, key=lambda v: (isinstance(v, str), v))
+        if len(values) > 10:
+            continue
+        for value in values:
+            scores = [100 * float(t.value or 0) for t in best if t.params.get(name) == value]
+            rows.append([name, str(_shown(value)), len(scores), float(np.mean(scores)), float(np.max(scores))])
+    section.table(["choice", "value", "trials", "mean correct (%)", "best correct (%)"], rows, "Completed trials by value of each choice.")
+
+
+def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
+    """Accuracy against parameters, by cell, with the front of those that no smaller trial reaches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    cells = sorted({str(t.params.get("cell", "network")) for t in best})
+    for k, cell in enumerate(cells):
+        points = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in best if str(t.params.get("cell", "network")) == cell]
+        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, 36, label=cell, **style)
+    front = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in pareto_front(best)]
+    axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("correct (%)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that are better than every one with as many or fewer parameters, by parameters."""
+    front: list[FrozenTrial] = []
+    for t in sorted(trials, key=lambda t: (t.user_attrs["parameters"], -float(t.value or 0))):
+        if not front or float(t.value or 0) > float(front[-1].value or 0):
+            front.append(t)
+    return front
+
+
+def figure_history(done: Sequence[FrozenTrial]) -> Figure:
+    """Values in order, completed and pruned, with the best so far."""
+    from matplotlib.figure import Figure
+    from optuna.trial import TrialState
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    values = [(t.number, 100 * float(t.value or 0)) for t in done if t.state is TrialState.COMPLETE]
+    pruned = [(t.number, 100 * max(t.intermediate_values.values())) for t in done if t.state is TrialState.PRUNED and t.intermediate_values]
+    if pruned:
+        x, y = zip(*pruned, strict=True)
+        axes.scatter(x, y, 24, color=GREY, marker="x", label="pruned (best epoch)")
+    x, y = zip(*values, strict=True)
+    axes.scatter(x, y, 24, color=BLUE, label="completed")
+    axes.plot([n for n, _ in values], np.maximum.accumulate([v for _, v in values]), color=ORANGE, label="best so far")
+    axes.set_xlabel("trial")
+    axes.set_ylabel("correct (%)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def figure_importance(shares: dict[str, float]) -> Figure:
+    """Bars, the largest on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.0 + 0.28 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(shares), [100 * value for value in shares.values()], color=BLUE)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the variance (%)")
+    return figure

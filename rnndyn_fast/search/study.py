@@ -1,0 +1,182 @@
+"""The study of a search: its storage, and trials whose worker has died."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rnndyn_fast.search.config import SearchConfig
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+EXTRA = 'pip install "rnndyn-fast[search]"'
+STORAGE, LOCK = "study.db", ".lock"
+WORKER, INFEASIBLE = "worker", "infeasible"
+MAX_RETRIES = 3
+
+
+def import_optuna() -> Any:
+    """Optuna, told to be quiet. Raises ImportError that names the extra."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(f"the search needs optuna: {EXTRA}") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Heartbeats and what follows from them are called experimental.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def storage_url(config: SearchConfig) -> str:
+    """Where the study is kept."""
+    return config.storage or f"sqlite:///{(Path(config.out) / STORAGE).absolute()}"
+
+
+def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> Study:
+    """The study of a search, with sampler (TPE) and pruner (median).
+
+    Raises:
+        FileNotFoundError: there is none, and `create` is False. ImportError: optuna, or the database's driver, is missing.
+        OSError: the database cannot be reached.
+    """
+    optuna = import_optuna()
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+    url = storage_url(config)
+    # Two workers may want to write to an SQLite file at once: one waits for the other.
+    engine = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    sampler = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=config.startup_trials)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=config.pruning_trials, n_warmup_steps=config.pruning_epochs)
+    try:
+        storage = RDBStorage(
+            url,
+            engine_kwargs=engine,
+            heartbeat_interval=config.heartbeat_s,
+            grace_period=5 * config.heartbeat_s,
+            heartbeat_stale_trial_callback=queue_again,
+        )
+        if create:
+            return optuna.create_study(
+                storage=storage, sampler=sampler, pruner=pruner, study_name=config.study, direction="maximize", load_if_exists=True
+            )
+        return optuna.load_study(study_name=config.study, storage=storage, sampler=sampler, pruner=pruner)
+    except KeyError as error:
+        raise FileNotFoundError(f"resume: no study {config.study!r} in {url}") from error
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ValueError(f"storage: expected a database URL as postgresql://user@host/name, got {url!r}: {error}") from error
+    except ImportError as error:
+        raise ImportError(f"storage: the driver for {url} is not installed; for PostgreSQL: pip install psycopg[binary]") from error
+    except SQLAlchemyError as error:
+        raise OSError(f"storage: {url} cannot be used: {error}") from error
+
+
+def mark_worker() -> dict[str, Any]:
+    """What tells this process from every other one, before and after it."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started (a number of its own clock), None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:  # no /proc: at least whether there is a process of that number
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return "unknown"
+    return "unknown"
+
+
+def died(worker: Mapping[str, Any] | None) -> bool:
+    """Whether a trial's worker was on this machine and is no longer there."""
+    return worker is not None and worker["host"] == socket.gethostname() and _started(worker["pid"]) != worker["started"]
+
+
+def recover(study: Study) -> list[int]:
+    """Fail the running trials whose workers are gone, and queue them anew; returns their numbers.
+
+    Workers of this machine are looked up at once; of others, signs of life are waited for (`heartbeat_s`).
+    """
+    import optuna
+    from optuna.storages import fail_stale_trials
+    from optuna.trial import TrialState
+
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if died(trial.user_attrs.get(WORKER)):
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, RuntimeError, optuna.exceptions.UpdateFinishedTrialError):  # another worker was faster
+                continue
+            queue_again(study, study.get_trials()[trial.number])
+            found.append(trial.number)
+    fail_stale_trials(study)
+    return found
+
+
+def queue_again(study: Study, trial: FrozenTrial, max_retry: int | None = MAX_RETRIES) -> None:
+    """Have a trial repeated, by whoever takes the next one: the same choices, and none of what its worker left on record.
+
+    (With the dead worker's name on it, the new trial would look lost itself until its own worker has signed it.)
+    """
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    bare = copy.deepcopy(trial)
+    bare.user_attrs = {}
+    RetryHeartbeatStaleTrialCallback(max_retry=max_retry)(study, bare)
+
+
+def retried(trial: FrozenTrial) -> int | None:
+    """Number of the trial that this one repeats because its worker died."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    history = RetryHeartbeatStaleTrialCallback.retry_history(trial)
+    return history[-1] if history else None
+
+
+def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials that count: completed, or pruned after some training."""
+    from optuna.trial import TrialState
+
+    return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and INFEASIBLE not in t.user_attrs]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lock]:
+    """A lock between the processes of this machine that work on one folder. It ends with the block, or with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        lock = Lock(file)
+        lock.acquire()
+        try:
+            yield lock
+        finally:
+            lock.release()
+
+
+class Lock:
+    """A lock on an open file; releasing it twice does no harm."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def acquire(self) -> None:
+        """Wait for it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
