@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simt_harness
 import torch
 
 GOLDEN = Path(os.environ.get("RNNDYN_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
@@ -45,3 +46,9 @@ def golden_module(name: str) -> Any:
 def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  -- for libraries that draw from the global generator
+
+
+@pytest.fixture
+def simt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA kernels run on CPU tensors, in the SIMT harness; its module."""
+    return simt_harness.install(monkeypatch)

@@ -5,6 +5,7 @@ Callers hold every tensor in their own frame for the length of the call, so that
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -295,3 +296,34 @@ def winograd_weight_grad(
     address = _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
     _core.winograd_weight_grad(*arguments, x.address("x"), x.strides, phases, grads[0].strides, address, workspace)
     del kept
+
+
+# ---------------------------------------------------------------- devices (for _launch_cuda)
+
+
+class Use(enum.Enum):
+    """What a kernel does with a buffer: reads it, writes all it later reads, or adds to it."""
+
+    READ = "read"
+    WRITE = "write"
+    UPDATE = "update"
+
+
+def device_address(tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, use: Use) -> int:
+    """The address of a contiguous tensor on a device; 0 for None. ``use`` is for those who watch launches (the tests' SIMT harness)."""
+    if tensor is None:
+        return 0
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor {list(shape)} of {dtype} on {device}, got {list(tensor.shape)} of {tensor.dtype} "
+            f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        )
+    return tensor.data_ptr()
+
+
+def device_queue(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and the stream that torch uses there now."""
+    if device.type != "cuda":
+        raise ValueError(f"expected tensors on a CUDA device, got {device}")
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
