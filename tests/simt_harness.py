@@ -8,13 +8,11 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch, _launch_cuda
@@ -41,9 +39,10 @@ def build() -> Any:
 
 
 def register(module: Any, tensor: Tensor, name: str, use: Use) -> None:
-    """Let device code use a tensor's memory, and nothing beside it."""
+    """Let device code use a tensor's memory, and nothing beside it. (What lies between rows that lie apart is not told from them.)"""
     size = tensor.element_size()
-    module.register_buffer(name, tensor.data_ptr(), tensor.numel() * size, size, use is not Use.READ, use is not Use.WRITE)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    module.register_buffer(name, tensor.data_ptr(), extent * size, size, use is not Use.READ, use is not Use.WRITE)
 
 
 class Watched:
@@ -53,10 +52,11 @@ class Watched:
         self.module = module
         self.pending: list[tuple[Tensor, str, Use]] = []
 
-    def address(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, use: Use) -> int:
-        address = _launch.device_address(tensor, name, shape, dtype, device, use)
+    def address(self, tensor: Tensor | None, name: str, *rest: Any, **options: Any) -> int:
+        """In place of ``device_address``, whose arguments after the device say what the kernel does."""
+        address = _launch.device_address(tensor, name, *rest, **options)
         if tensor is not None:
-            self.pending.append((tensor, name, use))
+            self.pending.append((tensor, name, rest[3]))
         return address
 
     def __getattr__(self, name: str) -> Any:

@@ -12,6 +12,7 @@
 
 #include "cuda/area_step.h"
 #include "cuda/bindings.h"
+#include "cuda/readout_zones.h"
 
 namespace py = pybind11;
 using namespace rnndyn::cuda;
@@ -128,6 +129,27 @@ void area_step_backward(const std::string& dtype, const Queue& queue, const Shap
   });
 }
 
+// shape: T, N, D, C. strides: of the representations' steps and samples, and of the previous rows.
+void readout_zones(const std::string& dtype, const Queue& queue, const Shape& shape, Address representations, Address previous,
+                   const std::array<int64_t, 3>& strides, Address log_probs, Address labels, Address bias, Address weight_norm,
+                   Address inverse_distance, Address cosine, const std::array<Address, 7>& tables) {
+  const DeviceGuard guard(queue.first);
+  by_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    ReadoutZonesParams<T> p{};
+    p.timesteps = shape[0], p.samples = shape[1];
+    p.dims = static_cast<int>(shape[2]), p.classes = static_cast<int>(shape[3]);
+    p.representations = pointer<const T>(representations), p.previous = pointer<const T>(previous);
+    p.time_stride = strides[0], p.sample_stride = strides[1], p.previous_stride = strides[2];
+    p.log_probs = pointer<const float>(log_probs), p.labels = pointer<const int64_t>(labels), p.bias = pointer<const float>(bias);
+    p.weight_norm = pointer<const float>(weight_norm), p.inverse_distance = pointer<const float>(inverse_distance);
+    p.cosine = pointer<float>(cosine), p.predicted = pointer<int64_t>(tables[0]);
+    float** floats[] = {&p.norm, &p.cos_predicted, &p.cos_label, &p.margin, &p.boundary_distance, &p.change};
+    for (int i = 0; i < 6; ++i) *floats[i] = pointer<float>(tables[i + 1]);
+    launch_readout_zones(p, pointer<void>(queue.second));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
@@ -137,5 +159,6 @@ PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
   m.def("area_step_backward_scratch", &backward_scratch);
   m.def("area_step_forward", &area_step_forward);
   m.def("area_step_backward", &area_step_backward);
+  m.def("readout_zones", &readout_zones);
   bind_environment(m);
 }

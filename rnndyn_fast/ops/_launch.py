@@ -309,11 +309,24 @@ class Use(enum.Enum):
     UPDATE = "update"
 
 
-def device_address(tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, use: Use) -> int:
-    """The address of a contiguous tensor on a device; 0 for None. ``use`` is for those who watch launches (the tests' SIMT harness)."""
+def device_address(
+    tensor: Tensor | None,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    use: Use,
+    *,
+    rows_apart: bool = False,
+) -> int:
+    """The address of a contiguous tensor on a device; 0 for None. ``use`` is for those who watch launches (the tests' SIMT harness).
+
+    ``rows_apart``: only the elements of a row, the last dimension, need be adjacent.
+    """
     if tensor is None:
         return 0
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+    contiguous = tensor.is_contiguous() or (rows_apart and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not contiguous:
         raise ValueError(
             f"{name}: expected a contiguous tensor {list(shape)} of {dtype} on {device}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"

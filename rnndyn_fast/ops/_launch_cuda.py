@@ -38,6 +38,10 @@ class _Launch:
     def read(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
         return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.READ)
 
+    def rows(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
+        """Of rows that are contiguous, but may lie apart."""
+        return device_address(tensor, name, shape, self.dtype, self.device, Use.READ, rows_apart=True)
+
     def terms(self, tensors: Sequence[Tensor], name: str, shape: Sequence[int]) -> list[int]:
         return [self.read(t, f"{name}[{i}]", shape) for i, t in enumerate(tensors)]
 
@@ -165,4 +169,36 @@ def area_step_backward(
         launch.update(grad_beta, "grad_beta", (h, w, c)),
         launch.write(sums, "sums", (n, slots, 2), single),
         launch.write(affine, "affine", (splits, 2, h, w, c), single),
+    )
+
+
+def readout_zones(
+    representations: Tensor,  # [T, N, D]
+    previous: Tensor | None,  # [N, D]
+    log_probs: Tensor | None,  # [T, N, C] float32
+    labels: Tensor,  # [N] int64
+    bias: Tensor | None,  # [C] float32
+    weight_norm: Tensor,  # [C] float32
+    inverse_distance: Tensor,  # [C, C] float32
+    cosine: Tensor,  # [T, N, C] float32, products r . w_c on entry
+    tables: Sequence[Tensor],  # [T, N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change float32
+) -> None:
+    """Launch ``readout_zones`` for all time steps; cosine and every table are written. Labels must lie in [0, C)."""
+    (t, n, d), c, single = representations.shape, cosine.shape[2], torch.float32
+    launch = _Launch(representations)
+    names = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")
+    _module.readout_zones(
+        DTYPES[launch.dtype],
+        launch.queue,
+        [t, n, d, c],
+        launch.rows(representations, "representations", (t, n, d)),
+        launch.rows(previous, "previous", (n, d)),
+        [*representations.stride()[:2], 0 if previous is None else previous.stride(0)],
+        launch.read(log_probs, "log_probs", (t, n, c), single),
+        launch.read(labels, "labels", (n,), torch.int64),
+        launch.read(bias, "bias", (c,), single),
+        launch.read(weight_norm, "weight_norm", (c,), single),
+        launch.read(inverse_distance, "inverse_distance", (c, c), single),
+        launch.update(cosine, "cosine", (t, n, c)),
+        [launch.write(x, name, (t, n), x.dtype) for x, name in zip(tables, names, strict=True)],
     )
