@@ -7,12 +7,14 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cuda/area_step.h"
 #include "cuda/bindings.h"
 #include "cuda/readout_zones.h"
+#include "cuda/recurrent_conv.h"
 
 namespace py = pybind11;
 using namespace rnndyn::cuda;
@@ -36,6 +38,14 @@ auto by_dtype(const std::string& dtype, F f) {
   if (dtype == "float16") return f(Half{});
   if (dtype == "bfloat16") return f(BFloat16{});
   throw std::invalid_argument("dtype: expected float32, float16 or bfloat16, got " + dtype);
+}
+
+// As above, for kernels on tensor cores.
+template <typename F>
+auto by_half_dtype(const std::string& dtype, F f) {
+  if (dtype == "float16") return f(Half{});
+  if (dtype == "bfloat16") return f(BFloat16{});
+  throw std::invalid_argument("dtype: expected float16 or bfloat16, got " + dtype);
 }
 
 template <typename T>
@@ -130,9 +140,10 @@ void area_step_backward(const std::string& dtype, const Queue& queue, const Shap
 }
 
 // shape: T, N, D, C. strides: of the representations' steps and samples, and of the previous rows.
-void readout_zones(const std::string& dtype, const Queue& queue, const Shape& shape, Address representations, Address previous,
-                   const std::array<int64_t, 3>& strides, Address log_probs, Address labels, Address bias, Address weight_norm,
-                   Address inverse_distance, Address cosine, const std::array<Address, 7>& tables) {
+void readout_zones(const std::string& dtype, const Queue& queue, const Shape& shape, Address representations,
+                   Address previous, const std::array<int64_t, 3>& strides, Address log_probs, Address labels,
+                   Address bias, Address weight_norm, Address inverse_distance, Address cosine,
+                   const std::array<Address, 7>& tables) {
   const DeviceGuard guard(queue.first);
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
@@ -141,12 +152,72 @@ void readout_zones(const std::string& dtype, const Queue& queue, const Shape& sh
     p.dims = static_cast<int>(shape[2]), p.classes = static_cast<int>(shape[3]);
     p.representations = pointer<const T>(representations), p.previous = pointer<const T>(previous);
     p.time_stride = strides[0], p.sample_stride = strides[1], p.previous_stride = strides[2];
-    p.log_probs = pointer<const float>(log_probs), p.labels = pointer<const int64_t>(labels), p.bias = pointer<const float>(bias);
+    p.log_probs = pointer<const float>(log_probs), p.labels = pointer<const int64_t>(labels),
+    p.bias = pointer<const float>(bias);
     p.weight_norm = pointer<const float>(weight_norm), p.inverse_distance = pointer<const float>(inverse_distance);
     p.cosine = pointer<float>(cosine), p.predicted = pointer<int64_t>(tables[0]);
     float** floats[] = {&p.norm, &p.cos_predicted, &p.cos_label, &p.margin, &p.boundary_distance, &p.change};
     for (int i = 0; i < 6; ++i) *floats[i] = pointer<float>(tables[i + 1]);
     launch_readout_zones(p, pointer<void>(queue.second));
+  });
+}
+
+std::array<int, 4> as_array(const MomentGroups& g) { return {g.groups, g.period, g.count, g.last_count}; }
+
+// Rows and columns of a tile, and the groups of moments.
+std::tuple<int, int, std::array<int, 4>> conv_tiles(int64_t samples, int height, int width, int channels) {
+  const ConvTiles tiles = recurrent_conv_tiles(samples, height, width, channels);
+  return {tiles.rows, tiles.columns, as_array(tiles.moment_groups)};
+}
+
+// Addresses of x and weight; height, width and channels of x, kernel, stride, pad; transposed.
+using Term = std::tuple<Address, Address, std::array<int, 6>, bool>;
+
+void recurrent_conv(const std::string& dtype, const Queue& queue, const Shape& shape, const std::vector<Term>& terms,
+                    Address bias, const std::vector<Address>& added, Address drive, Address value,
+                    Address modulator_sum, Address moments) {
+  if (terms.empty() || terms.size() > kMaxConvTerms)
+    throw std::invalid_argument("terms: expected 1 to " + std::to_string(kMaxConvTerms) + ", got " +
+                                std::to_string(terms.size()));
+  const DeviceGuard guard(queue.first);
+  by_half_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    RecurrentConvParams<T> p{};
+    fill_shape(&p, shape);
+    p.num_terms = static_cast<int>(terms.size());
+    for (size_t k = 0; k < terms.size(); ++k) {
+      const auto& [x, weight, sizes, transposed] = terms[k];
+      p.term[k] = {
+          pointer<const T>(x), pointer<const T>(weight), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+          transposed};
+    }
+    p.bias = pointer<const float>(bias);
+    p.num_added = fill_terms(p.added, added, "added");
+    p.drive = pointer<const T>(drive);
+    p.value = pointer<T>(value), p.modulator_sum = pointer<T>(modulator_sum), p.moments = pointer<float>(moments);
+    launch_recurrent_conv(p, pointer<void>(queue.second));
+  });
+}
+
+// rows, gathered: address, and height, width and channels. window: kernel, stride, pad.
+using Map = std::pair<Address, std::array<int, 3>>;
+
+void recurrent_conv_weight_grad(const std::string& dtype, const Queue& queue, int64_t samples, const Map& rows,
+                                const Map& gathered, const std::array<int, 3>& window, int splits, Address partial,
+                                Address grad_weight) {
+  const DeviceGuard guard(queue.first);
+  by_half_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    ConvWeightGradParams<T> p{};
+    p.samples = samples;
+    p.rows = pointer<const T>(rows.first), p.height = rows.second[0], p.width = rows.second[1],
+    p.row_channels = rows.second[2];
+    p.gathered = pointer<const T>(gathered.first);
+    p.gathered_height = gathered.second[0], p.gathered_width = gathered.second[1],
+    p.gathered_channels = gathered.second[2];
+    p.kernel = window[0], p.stride = window[1], p.pad = window[2];
+    p.splits = splits, p.partial = pointer<float>(partial), p.grad_weight = pointer<float>(grad_weight);
+    launch_recurrent_conv_weight_grad(p, pointer<void>(queue.second));
   });
 }
 
@@ -160,5 +231,10 @@ PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
   m.def("area_step_forward", &area_step_forward);
   m.def("area_step_backward", &area_step_backward);
   m.def("readout_zones", &readout_zones);
+  m.attr("MAX_CONV_TERMS") = kMaxConvTerms;
+  m.def("recurrent_conv_tiles", &conv_tiles);
+  m.def("recurrent_conv", &recurrent_conv);
+  m.def("recurrent_conv_weight_grad_splits", &recurrent_conv_weight_grad_splits);
+  m.def("recurrent_conv_weight_grad", &recurrent_conv_weight_grad);
   bind_environment(m);
 }

@@ -59,9 +59,7 @@ __global__ void __launch_bounds__(kThreads) readout_zones_kernel(ReadoutZonesPar
   const int64_t t = row / p.samples, n = row - t * p.samples;
 
   const T* now = p.representations + t * p.time_stride + n * p.sample_stride;
-  const T* before = t > 0                   ? now - p.time_stride
-                    : p.previous != nullptr ? p.previous + n * p.previous_stride
-                                            : nullptr;
+  const T* before = t > 0 ? now - p.time_stride : p.previous != nullptr ? p.previous + n * p.previous_stride : nullptr;
   float squares = 0, change = 0;
   for (int d = lane * N; d < p.dims; d += kWarp * N) {
     float x[N], y[N];

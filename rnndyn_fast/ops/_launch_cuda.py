@@ -8,6 +8,7 @@ synchronises, and nothing is allocated but scratch, from torch's allocator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -201,4 +202,84 @@ def readout_zones(
         launch.read(inverse_distance, "inverse_distance", (c, c), single),
         launch.update(cosine, "cosine", (t, n, c)),
         [launch.write(x, name, (t, n), x.dtype) for x, name in zip(tables, names, strict=True)],
+    )
+
+
+@dataclass(frozen=True)
+class ConvTerm:
+    """A linear map of one tensor: with output pixel h and tap i, it reads row h * stride + i - padding, or, transposed, the row that a
+    convolution of that stride would have sent there, (h + padding - i) / stride."""
+
+    x: Tensor  # [N, H', W', C']
+    weight: Tensor  # [C, K, K, C']
+    stride: int = 1
+    padding: int = 0
+    transposed: bool = False
+
+
+def recurrent_conv_moment_groups(samples: int, height: int, width: int, channels: int) -> list[int]:
+    """How :func:`recurrent_conv` leaves moments: [N, groups, 2], and what ``area_step_forward`` must know of them."""
+    return list(_module.recurrent_conv_tiles(samples, height, width, channels)[2])
+
+
+def recurrent_conv(
+    terms: Sequence[ConvTerm],
+    bias: Tensor | None,  # [C] float32
+    added: Sequence[Tensor],  # each [N, H, W, C]
+    drive: Tensor | None,  # [N, H, W, C]
+    value: Tensor,  # [N, H, W, C]
+    modulator_sum: Tensor | None = None,  # [N, H, W, C]
+    moments: Tensor | None = None,  # [N, groups, 2] float32
+) -> None:
+    """Launch ``recurrent_conv``: value = s, or drive * (1 + s), with s the sum of the terms, the bias and what is added.
+
+    Value, modulator_sum (1 + s) and moments are written.
+    """
+    n, h, w, c = full = tuple(value.shape)
+    launch = _Launch(value)
+    groups = recurrent_conv_moment_groups(n, h, w, c)[0]
+    given = []
+    for k, term in enumerate(terms):
+        _, height, width, channels = term.x.shape
+        kernel = term.weight.shape[1]
+        x = launch.read(term.x, f"terms[{k}].x", (n, height, width, channels))
+        weight = launch.read(term.weight, f"terms[{k}].weight", (c, kernel, kernel, channels))
+        given.append((x, weight, [height, width, channels, kernel, term.stride, term.padding], term.transposed))
+    _module.recurrent_conv(
+        DTYPES[launch.dtype],
+        launch.queue,
+        list(full),
+        given,
+        launch.read(bias, "bias", (c,), torch.float32),
+        launch.terms(added, "added", full),
+        launch.read(drive, "drive", full),
+        launch.write(value, "value", full),
+        launch.write(modulator_sum, "modulator_sum", full),
+        launch.write(moments, "moments", (n, groups, 2), torch.float32),
+    )
+
+
+def recurrent_conv_weight_grad(
+    rows: Tensor,  # [N, H, W, A]
+    gathered: Tensor,  # [N, H', W', B]
+    grad_weight: Tensor,  # [A, K, K, B] float32
+    stride: int,
+    padding: int,
+) -> None:
+    """Launch ``recurrent_conv_weight_grad``: grad_weight is written. Of a convolution, rows are the output's gradient and gathered is its
+    input; of a transposed one, the other way round."""
+    (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
+    launch = _Launch(rows)
+    splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
+    partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
+    _module.recurrent_conv_weight_grad(
+        DTYPES[launch.dtype],
+        launch.queue,
+        n,
+        (launch.read(rows, "rows", (n, h, w, a)), [h, w, a]),
+        (launch.read(gathered, "gathered", (n, height, width, b)), [height, width, b]),
+        [kernel, stride, padding],
+        splits,
+        launch.write(partial, "partial", (splits, a, kernel, kernel, b), torch.float32),
+        launch.write(grad_weight, "grad_weight", (a, kernel, kernel, b), torch.float32),
     )
