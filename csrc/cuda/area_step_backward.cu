@@ -84,7 +84,7 @@ __device__ __forceinline__ void value_at(const AreaStepBackwardParams<T>& p, int
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) area_step_sums_kernel(AreaStepBackwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) area_step_sums_kernel(AreaStepBackwardParams<T> p) {
   const int map = p.height * p.width * p.channels;
   const int tiles = p.slots / (kThreads / kWarp), tile = int(blockIdx.x % tiles), split = int(blockIdx.x / tiles);
   const int element = (tile * kThreads + int(threadIdx.x)) * N;

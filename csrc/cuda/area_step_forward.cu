@@ -136,7 +136,7 @@ __device__ __forceinline__ void state_at(const AreaStepForwardParams<T>& p, int6
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) area_step_finish_kernel(AreaStepForwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) area_step_finish_kernel(AreaStepForwardParams<T> p) {
   const int groups = p.channels / N, columns = (p.width + 1) / 2, rows = (p.height + 1) / 2;
   const int blocks_per_sample = int((int64_t(rows) * columns * groups + kThreads - 1) / kThreads);
   const int64_t n = blockIdx.x / blocks_per_sample;

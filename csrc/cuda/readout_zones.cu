@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) readout_zones_kernel(ReadoutZonesPar
     }
   }
   const float norm = sqrtf(warp_sum(squares));
-  change = before != nullptr ? sqrtf(warp_sum(change)) : std::numeric_limits<float>::quiet_NaN();
+  change = before != nullptr ? sqrtf(warp_sum(change)) : nanf("");
 
   float* product = p.cosine + row * p.classes;
   const int predicted = p.log_probs != nullptr ? first_argmax(p.log_probs + row * p.classes, nullptr, p.classes, lane)

@@ -74,6 +74,13 @@ def area_step_forward(
     rstd: Tensor | None,  # [N]
 ) -> None:
     """Launch ``area_step`` forward; every output is written into the tensor given for it."""
+    if on_device(drives[0]):
+        from rnndyn_fast.ops import _launch_cuda
+
+        return _launch_cuda.area_step_forward(
+            drives, modulators, drive_bias, modulator_bias, modulator_complete, gamma, beta, eps, rectify,
+            value, modulator_sum, state, max_pooled, argmax, mean_pooled, mean, rstd,
+        )  # fmt: skip
     n, h, w, c = full = tuple(drives[0].shape)
     dtype = drives[0].dtype
     pooled = (n, h // 2, w // 2, c)
@@ -125,6 +132,14 @@ def area_step_backward(
     grad_beta: Tensor | None,  # [H, W, C]
 ) -> None:
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
+    given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives) if t is not None]
+    if given and on_device(given[0]):
+        from rnndyn_fast.ops import _launch_cuda
+
+        return _launch_cuda.area_step_backward(
+            shape, grad_states, grad_max_pooled, argmax, grad_mean_pooled, multiplicative, value, drives, drive_bias,
+            modulator_sum, mean, rstd, gamma, beta, rectify, grad_drive, grad_drive_sum, grad_modulator, grad_gamma, grad_beta,
+        )  # fmt: skip
     n, h, w, c = shape
     pooled = (n, h // 2, w // 2, c)
     partial = torch.empty((n, num_chunks(h, w, c), 2), dtype=torch.float64) if gamma is not None else None
@@ -299,6 +314,11 @@ def winograd_weight_grad(
 
 
 # ---------------------------------------------------------------- devices (for _launch_cuda)
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels are the ones for this tensor."""
+    return tensor.device.type == "cuda"
 
 
 class Use(enum.Enum):

@@ -26,6 +26,25 @@ except ImportError as error:
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+def build_info() -> dict[str, Any]:
+    """What the CUDA kernels were built with and for; raises ``ImportError`` with the reason where there are none."""
+    if unavailable:
+        raise ImportError(unavailable)
+    return {**_module.build_info(), "devices": _module.device_count()}
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why rollouts cannot use a CUDA tensor; None if they can."""
+    if unavailable:
+        return unavailable
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if major < 8:
+        return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    if tensor.dtype != torch.float32:
+        return f"{tensor.dtype} on {tensor.device}; rollouts on a GPU take float32"
+    return None
+
+
 class _Launch:
     """Addresses of one launch's tensors, all of them on one device, and the device with its stream."""
 
