@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def simt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The CUDA kernels run on CPU tensors, in the SIMT harness; its module."""
-    return simt_harness.install(monkeypatch)
+def simt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The CUDA kernels on CPU tensors, in the SIMT harness: its module. With RNNDYN_TEST_DEVICE=cuda, on that device and its tensors."""
+    device = os.environ.get("RNNDYN_TEST_DEVICE")
+    if device is None:
+        yield simt_harness.install(monkeypatch)
+        return
+    torch.set_default_device(device)
+    yield simt_harness.OnDevice()
+    torch.set_default_device("cpu")

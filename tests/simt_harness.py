@@ -75,6 +75,19 @@ class Watched:
         return call if callable(function) else function
 
 
+class OnDevice:
+    """Stands for the harness where the kernels run on a device: threads there have no order to be chosen."""
+
+    class Order:
+        FORWARD = REVERSED = RANDOM = None
+
+    def set_order(self, order: None, seed: int) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_launch_cuda._module, name)
+
+
 def install(patch: pytest.MonkeyPatch) -> Any:
     """Launches run in the harness from now on. Returns the module."""
     watched = Watched(build())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops._launch import Use
+
+pytestmark = pytest.mark.skipif("RNNDYN_TEST_DEVICE" in os.environ, reason="the harness is not for a device")
 
 FAULTS = {
     "READ": ("neighbours", r"thread \(0, 0, 0\): out-of-bounds read of 4 bytes at in \+ 260, which has 260 bytes"),

@@ -9,6 +9,7 @@
 //   while it walks its samples. affine: a thread per element, over the shares. finish: a block per (sample, 4 vectors per thread).
 // Sync: sums needs none: each warp leaves its part of mean(q) and mean(q * xhat). finish: block_sum.
 // Determinism: sums in an order that depends on the shape alone; no atomics.
+// Registers: where __launch_bounds__ names two blocks per multiprocessor, ptxas would else keep registers for more of them, and spill.
 // Limits: kMaxTerms terms of each kind; H * W * C below 2^31.
 #include "cuda/area_step.h"
 

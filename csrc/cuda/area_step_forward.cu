@@ -13,6 +13,7 @@
 //   thread per 2x2 window and vector of channels. mean_pool: a block per sample and 32 vectors, 8 threads to a vector.
 // Sync: block_sum only, and mean_pool's exchange.
 // Determinism: sums in an order that depends on the shape alone; no atomics.
+// Registers: where __launch_bounds__ names two blocks per multiprocessor, ptxas would else keep registers for more of them, and spill.
 // Limits: kMaxTerms terms of each kind; H * W * C below 2^31.
 #include "cuda/area_step.h"
 
@@ -54,7 +55,7 @@ __device__ __forceinline__ void interact_at(const AreaStepForwardParams<T>& p, i
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) area_step_interact_kernel(AreaStepForwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) area_step_interact_kernel(AreaStepForwardParams<T> p) {
   RNNDYN_SHARED(float, sums, kThreads / kWarp);
   RNNDYN_SHARED(float, squares, kThreads / kWarp);
   const int map = p.height * p.width * p.channels;
