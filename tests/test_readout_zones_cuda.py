@@ -10,6 +10,7 @@ from test_area_step import poisoned
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops.readout_zones import _native_cuda
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
@@ -86,3 +87,25 @@ def test_ties_zeros_and_nan(simt: Any) -> None:
     truth = reference_readout_zones(r[:, :2], weight, torch.tensor([36, 1]))
     torch.testing.assert_close(ours.boundary_distance[:, :2], truth.boundary_distance)
     assert ours.norm[0, 2].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_op_on_a_device(simt: Any, dtype: torch.dtype) -> None:
+    """The implementation that the op has for CUDA tensors."""
+    r, weight, labels = draw((3, 6, 40, 7), dtype)
+    weight, bias, log_probs, previous = (
+        weight.to(dtype),
+        torch.randn(7).to(dtype),
+        torch.randn(3, 6, 7).double(),
+        torch.randn(6, 40).to(dtype),
+    )
+    arguments = (r, weight, readout_distance(weight), labels, bias, log_probs, previous)
+    ours = ReadoutZoneMeasures(*_native_cuda(*arguments))
+    exact = [x.double() if x.is_floating_point() else x for x in arguments]
+    truth = reference_readout_zones(exact[0], exact[1], labels, exact[4], log_probs, exact[6], exact[2])
+    for name, value, expected in zip(truth._fields, ours, truth, strict=True):
+        assert value.dtype == (torch.int64 if name == "predicted" else dtype), name
+        scale = max(float(expected.double().abs().nan_to_num(posinf=0).max()), 1.0)
+        torch.testing.assert_close(
+            value.double(), expected.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * scale + 1e-5, equal_nan=True
+        )

@@ -33,15 +33,15 @@ def build_info() -> dict[str, Any]:
     return {**_module.build_info(), "devices": _module.device_count()}
 
 
-def why_not(tensor: Tensor) -> str | None:
-    """Why rollouts cannot use a CUDA tensor; None if they can."""
+def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> str | None:
+    """Why a CUDA tensor of these dtypes cannot be used; None if it can. (Rollouts: float32.)"""
     if unavailable:
         return unavailable
     major, minor = torch.cuda.get_device_capability(tensor.device)
     if major < 8:
         return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
-    if tensor.dtype != torch.float32:
-        return f"{tensor.dtype} on {tensor.device}; rollouts on a GPU take float32"
+    if tensor.dtype not in dtypes:
+        return f"it has {tensor.dtype} on {tensor.device}; expected {' or '.join(str(d) for d in dtypes)}"
     return None
 
 
