@@ -1,15 +1,10 @@
-// The harness: fibers, barriers, warp operations, checked memory. This file is compiled without -fsanitize=thread.
+// The harness: fibers, barriers, warp operations. Compiled without -fsanitize=thread.
 #include "simt/simt.h"
 
 #include <algorithm>
-#include <array>
-#include <deque>
-#include <memory>
-#include <random>
+#include <cstring>
 
-#include "simt/control.h"
-#include "simt/fiber.h"
-#include "simt/memory.h"
+#include "simt/harness.h"
 #include "simt/tensor_core.h"
 
 #if defined(__x86_64__)
@@ -38,89 +33,8 @@ simt_switch:
 #endif
 
 namespace simt {
-namespace {
-
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block's, on sm_90
-constexpr size_t kSharedGranule = 2;            // device code shares nothing smaller than a half
-constexpr int kWarp = 32;
-
-enum class Status { kReady, kAtBarrier, kAtWarpOp, kDone };
-
-struct Copy {
-  void* shared;
-  const void* global;
-  int bytes;
-};
-
-struct Thread {
-  Fiber fiber;
-  Status status = Status::kReady;
-  dim3 index;
-  Site site{"", 0};
-  // Of a warp operation.
-  WarpOp op = WarpOp::kSync;
-  uint32_t mask = 0;
-  uint64_t value = 0, result = 0;
-  int source = 0;
-  const void *a = nullptr, *b = nullptr;
-  void* c = nullptr;
-  // Asynchronous copies: those not committed, and groups that are.
-  std::vector<Copy> copies;
-  std::deque<std::vector<Copy>> groups;
-};
-
-struct StaticShared {
-  const char* file;
-  int line;
-  Region region;
-};
-
-struct Harness {
-  std::vector<Region> buffers;  // by base
-  size_t last_hit = 0;
-  Order order = Order::kForward;
-  std::mt19937 random{0};
-
-  bool in_device_code = false;  // else the compiler's checks in functions shared with device code mean nothing
-  std::string kernel, fault;
-  dim3 grid, block, block_index;
-  void (*entry)(const void*) = nullptr;
-  const char* closure = nullptr;
-  size_t closure_bytes = 0;
-  std::vector<Thread> threads;
-  std::unique_ptr<char[]> stacks;
-  size_t num_stacks = 0;
-  Fiber scheduler;
-  int current = 0;
-  Moment now;
-  std::vector<uint32_t> warp_epochs;
-  std::unique_ptr<char[]> arena;
-  char* arena_base = nullptr;
-  size_t arena_used = 0;
-  std::unique_ptr<Region> dynamic_shared;
-  std::vector<std::unique_ptr<StaticShared>> static_shared;
-
-  Thread& thread() { return threads[current]; }
-  char* stack(int thread) { return stacks.get() + thread * kStackBytes; }
-  Moment moment() {
-    now.thread = uint32_t(current);
-    now.warp_epoch = warp_epochs[current / kWarp];
-    return now;
-  }
-};
 
 Harness h;
-
-// Lives as long as the harness itself is at work on behalf of a thread.
-class Guard {
- public:
-  Guard() : before_(h.in_device_code) { h.in_device_code = false; }
-  ~Guard() { h.in_device_code = before_; }
-
- private:
-  bool before_;
-};
 
 std::string site_name(const Site& site) {
   const char* name = std::strrchr(site.file, '/');
@@ -131,12 +45,13 @@ std::string triple(const dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
-// Leaves the fiber for good; the scheduler throws.
 [[noreturn]] void fail(const std::string& what) {
   h.fault = h.kernel + ", block " + triple(h.block_index) + ", thread " + triple(h.thread().index) + ": " + what;
   Fiber::change(&h.thread().fiber, &h.scheduler);
   __builtin_unreachable();
 }
+
+namespace {
 
 [[noreturn]] void fail_from_scheduler(const std::string& what) {
   throw Fault(h.kernel + ", block " + triple(h.block_index) + ": " + what);
@@ -145,60 +60,6 @@ std::string triple(const dim3& d) {
 void wait(Status status) {
   h.thread().status = status;
   Fiber::change(&h.thread().fiber, &h.scheduler);
-}
-
-bool inside(const Region& region, uintptr_t address) { return address - region.base < region.bytes; }
-
-Region* find(uintptr_t address) {
-  if (h.dynamic_shared != nullptr && inside(*h.dynamic_shared, address)) return h.dynamic_shared.get();
-  for (auto& s : h.static_shared)
-    if (inside(s->region, address)) return &s->region;
-  if (h.last_hit < h.buffers.size() && inside(h.buffers[h.last_hit], address)) return &h.buffers[h.last_hit];
-  auto after = std::upper_bound(h.buffers.begin(), h.buffers.end(), address,
-                                [](uintptr_t a, const Region& r) { return a < r.base; });
-  if (after == h.buffers.begin() || !inside(*(after - 1), address)) return nullptr;
-  h.last_hit = size_t(after - 1 - h.buffers.begin());
-  return &h.buffers[h.last_hit];
-}
-
-// "x + 12, which has 8 bytes": the buffer that an address has just missed.
-std::string nearest(uintptr_t address) {
-  std::string text = "an address near no buffer";
-  uintptr_t least = 1 << 20;
-  auto consider = [&](const Region& r) {
-    const uintptr_t distance = address < r.base             ? r.base - address
-                               : address < r.base + r.bytes ? 0
-                                                            : address - r.base - r.bytes + 1;
-    if (distance >= least) return;
-    least = distance;
-    text = r.name +
-           (address < r.base ? " - " + std::to_string(r.base - address) : " + " + std::to_string(address - r.base)) +
-           ", which has " + std::to_string(r.bytes) + " bytes";
-  };
-  for (const Region& r : h.buffers) consider(r);
-  if (h.dynamic_shared != nullptr) consider(*h.dynamic_shared);
-  for (const auto& s : h.static_shared) consider(s->region);
-  return text;
-}
-
-const char* verb(Access access) {
-  return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
-}
-
-void check_access(uintptr_t address, size_t count, Access access) {
-  if (count == 0) return;
-  Region* region = find(address);
-  if (region == nullptr || address + count > region->base + region->bytes)
-    fail(std::string("out-of-bounds ") + verb(access) + " of " + std::to_string(count) + " bytes at " +
-         nearest(address));
-  const char* fault = region->check(address, count, access, h.moment());
-  if (fault != nullptr)
-    fail(std::string(fault) + " (" + region->name + " + " + std::to_string(address - region->base) + ")");
-}
-
-void check_natural_alignment(uintptr_t address, size_t count, Access access) {
-  if (address % count != 0)
-    fail(std::string("misaligned ") + verb(access) + " of " + std::to_string(count) + " bytes at " + nearest(address));
 }
 
 // ---------------------------------------------------------------- warp operations
@@ -408,85 +269,6 @@ void warp_matrix_op(Site site, WarpOp op, const void* a, const void* b, void* c)
   warp_op(site, op, 0xffffffffu, 0, 0);
 }
 
-void* dynamic_shared() {
-  Guard guard;
-  if (h.dynamic_shared == nullptr) fail("no dynamic shared memory was asked for");
-  return h.arena_base;
-}
-
-void* static_shared(Site site, size_t bytes) {
-  Guard guard;
-  for (const auto& s : h.static_shared)
-    if (s->line == site.line && std::strcmp(s->file, site.file) == 0) return reinterpret_cast<void*>(s->region.base);
-  const size_t first = h.arena_used;
-  h.arena_used += (bytes + 511) / 256 * 256;  // apart, so that a step past the end meets nothing
-  if (h.arena_used > kMaxSharedBytes) fail("more shared memory than a block can have");
-  const uintptr_t base = reinterpret_cast<uintptr_t>(h.arena_base) + first;
-  h.static_shared.push_back(std::unique_ptr<StaticShared>(
-      new StaticShared{site.file, site.line,
-                       Region("shared array at " + site_name(site), base, bytes, kSharedGranule, true, false, true)}));
-  return reinterpret_cast<void*>(base);
-}
-
-void check_aligned(const void* address, size_t bytes) {
-  if (!h.in_device_code) return;
-  Guard guard;
-  check_natural_alignment(reinterpret_cast<uintptr_t>(address), bytes, Access::kRead);
-}
-
-void copy_async(void* shared, const void* global, int bytes) {
-  Guard guard;
-  const uintptr_t to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
-  check_natural_alignment(to, 16, Access::kWrite);
-  check_natural_alignment(from, 16, Access::kRead);
-  if (bytes < 0 || bytes > 16) fail("cp.async of " + std::to_string(bytes) + " bytes");
-  check_access(from, size_t(bytes), Access::kRead);
-  check_access(to, 16, Access::kWrite);
-  Region* region = find(to);
-  if (!region->shared) fail("cp.async to memory that is not shared: " + region->name);
-  region->set_pending(to, 16, true);
-  h.thread().copies.push_back({shared, global, bytes});
-}
-
-void commit_copies() {
-  Guard guard;
-  h.thread().groups.push_back(std::move(h.thread().copies));
-  h.thread().copies.clear();
-}
-
-void wait_copies(int groups_left) {
-  Guard guard;
-  auto& groups = h.thread().groups;
-  while (int(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) {
-      const uintptr_t to = reinterpret_cast<uintptr_t>(copy.shared);
-      find(to)->set_pending(to, 16, false);
-      check_access(to, 16, Access::kWrite);
-      std::memset(copy.shared, 0, 16);
-      std::memcpy(copy.shared, copy.global, size_t(copy.bytes));
-    }
-    groups.pop_front();
-  }
-}
-
-float atomic_add(float* address, float value) {
-  Guard guard;
-  check_natural_alignment(reinterpret_cast<uintptr_t>(address), 4, Access::kAtomic);
-  check_access(reinterpret_cast<uintptr_t>(address), 4, Access::kAtomic);
-  const float before = *address;
-  *address += value;
-  return before;
-}
-
-int atomic_add(int* address, int value) {
-  Guard guard;
-  check_natural_alignment(reinterpret_cast<uintptr_t>(address), 4, Access::kAtomic);
-  check_access(reinterpret_cast<uintptr_t>(address), 4, Access::kAtomic);
-  const int before = *address;
-  *address += value;
-  return before;
-}
-
 void launch(const char* name, void (*entry)(const void*), const void* closure, size_t closure_bytes, dim3 grid,
             dim3 block, size_t shared_bytes) {
   const size_t count = size_t(block.x) * block.y * block.z;
@@ -526,67 +308,9 @@ void launch(const char* name, void (*entry)(const void*), const void* closure, s
       }
 }
 
-// ---------------------------------------------------------------- what tests call
-
 void set_order(Order order, unsigned seed) {
   h.order = order;
   h.random.seed(seed);
 }
 
-void register_buffer(const std::string& name, uintptr_t base, size_t bytes, size_t granule, bool writable,
-                     bool initialised) {
-  if (bytes == 0) return;
-  for (Region& r : h.buffers) {
-    if (base + bytes <= r.base || r.base + r.bytes <= base) continue;
-    if (r.base != base || r.bytes != bytes)
-      throw std::invalid_argument(name + ": overlaps " + r.name + ", which is another buffer");
-    r = Region(r.name, base, bytes, std::min(granule, r.granule), writable || r.writable, initialised || !r.writable,
-               false);
-    return;
-  }
-  Region region(name, base, bytes, granule, writable, initialised, false);
-  h.buffers.insert(std::upper_bound(h.buffers.begin(), h.buffers.end(), base,
-                                    [](uintptr_t a, const Region& r) { return a < r.base; }),
-                   std::move(region));
-}
-
-void forget_buffers() {
-  h.buffers.clear();
-  h.last_hit = 0;
-}
-
-// ---------------------------------------------------------------- what the compiler's checks call
-
-static void observe(const void* where, size_t count, Access access, bool aligned) {
-  if (!h.in_device_code) return;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(where);
-  if (address - reinterpret_cast<uintptr_t>(h.stack(h.current)) < kStackBytes) return;
-  if (address - reinterpret_cast<uintptr_t>(h.closure) < h.closure_bytes && access == Access::kRead) return;
-  Guard guard;
-  if (aligned) check_natural_alignment(address, count, access);
-  check_access(address, count, access);
-}
-
 }  // namespace simt
-
-extern "C" {
-#define SIMT_CALLBACKS(count)                                                                           \
-  void __tsan_read##count(void* p) { simt::observe(p, count, simt::Access::kRead, true); }              \
-  void __tsan_write##count(void* p) { simt::observe(p, count, simt::Access::kWrite, true); }            \
-  void __tsan_unaligned_read##count(void* p) { simt::observe(p, count, simt::Access::kRead, false); }   \
-  void __tsan_unaligned_write##count(void* p) { simt::observe(p, count, simt::Access::kWrite, false); } \
-  void __tsan_volatile_read##count(void* p) { simt::observe(p, count, simt::Access::kRead, true); }     \
-  void __tsan_volatile_write##count(void* p) { simt::observe(p, count, simt::Access::kWrite, true); }
-SIMT_CALLBACKS(1)
-SIMT_CALLBACKS(2)
-SIMT_CALLBACKS(4)
-SIMT_CALLBACKS(8)
-SIMT_CALLBACKS(16)
-void __tsan_read_range(void* p, size_t count) { simt::observe(p, count, simt::Access::kRead, false); }
-void __tsan_write_range(void* p, size_t count) { simt::observe(p, count, simt::Access::kWrite, false); }
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_vptr_read(void**) {}
-}
