@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --qui
 STAMPS := $(VENV)/.stamps
 # What the native module is built from. Python files are not: the install is editable, so they are used where they lie.
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 # One stamp per requirement, so that `make test TORCH=...` installs what it says. (A target's name must not hold a "=".)
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf %s '$(TORCH)' | cksum | cut -d ' ' -f 1)
 

@@ -23,6 +23,7 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 KERNELS = ("<!-- benchmarks:kernels:start -->", "<!-- benchmarks:kernels:end -->")  # where the convolutions stand
 GENERATED = "<!-- Generated from benchmarks/results by scripts/benchmark_tables.py: `make bench` makes it anew. -->"
 NOT_YET = "Not yet measured: `make bench` fills this in."
+NOT_YET_ON_DEVICE = "Not yet measured: `scripts/gpu_check.sh FOLDER` on a machine with a GPU leaves its results in FOLDER."
 OURS = ("rnndyn", "native")  # the contender that the others are compared with, by either kind of file
 
 Json = Mapping[str, Any]
@@ -118,6 +119,7 @@ def convolutions(results: Json) -> list[tuple[str, dict[str, str]]]:
 
 NOTES = {
     "time": "Median (least - most) of the rounds; x: how many times the time of the first column.",
+    "device": "Median (least - most) of the rounds by CUDA events; x: how many times the time of the first column.",
     "memory": "Peak resident size above that of the imports; %: the first column as a share of it.",
     "extraction": (
         "Median (least - most) of the rounds; %: median of what each round took over the bare forward of the same round. Once: what an "
@@ -137,6 +139,7 @@ TITLES = {
     "analysis": "Analysis",
     "extraction": "Extraction",
     "convolutions": "Convolutions",
+    "device": "On a GPU",
 }
 OVERVIEW = ("rollout", "memory", "ctrnn", "analysis", "extraction")
 
@@ -145,7 +148,7 @@ def section_of(results: Json) -> str:
     """Which of TITLES a file belongs to."""
     if "section" in results:
         return results["section"]
-    kinds = {"benchmarks": "analysis", "convolutions": "convolutions", "peak_bytes": "memory"}
+    kinds = {"device": "device", "benchmarks": "analysis", "convolutions": "convolutions", "peak_bytes": "memory"}
     return next((section for key, section in kinds.items() if key in results), "rollout")
 
 
@@ -158,6 +161,8 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
         if section not in sections:
             continue
         machine = results["machine_info"]["rnndyn"] if section == "analysis" else results["machine"]
+        if section == "device":
+            machine = {**machine, "processor": results["device"]}
         command = f": `{machine['command']}`" if commands and "command" in machine else ""
         if section == "analysis":
             for (kind, line), rows in pytest_benchmark(results).items():
@@ -196,7 +201,7 @@ def whole_page(folder: Path = RESULTS) -> str:
         "wins. [kernels.md](kernels.md) explains the kernels."
     )
     for section, title in TITLES.items():
-        parts += [f"## {title}", tables(folder, (section,), commands=True) or NOT_YET]
+        parts += [f"## {title}", tables(folder, (section,), commands=True) or (NOT_YET_ON_DEVICE if section == "device" else NOT_YET)]
     return "\n\n".join(parts) + "\n"
 
 

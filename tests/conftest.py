@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simt_harness
 import torch
 
 from rnndyn_fast import _core, build_info
@@ -57,3 +58,15 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
     _core.select_isa(request.param)
     yield
     _core.select_isa(before)
+
+
+@pytest.fixture
+def simt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The CUDA kernels on CPU tensors, in the SIMT harness: its module. With RNNDYN_TEST_DEVICE=cuda, on that device and its tensors."""
+    device = os.environ.get("RNNDYN_TEST_DEVICE")
+    if device is None:
+        yield simt_harness.install(monkeypatch)
+        return
+    torch.set_default_device(device)
+    yield simt_harness.OnDevice()
+    torch.set_default_device("cpu")

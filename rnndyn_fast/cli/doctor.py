@@ -41,6 +41,7 @@ def report() -> str:
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
     from rnndyn_fast.nn import CTRNN
+    from rnndyn_fast.ops import _launch_cuda
     from rnndyn_fast.ops.convolution import ENGINES
 
     lines = ["versions"]
@@ -87,10 +88,14 @@ def report() -> str:
     lines += ["accelerators"]
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        built = "with CUDA kernels" if info.get("cuda") else "without CUDA kernels: networks run on the reference there"
-        lines += _rows({"CUDA": f"{names}; native core built {built}"})
+        lines += _rows({"CUDA": names})
     else:
         lines += _rows({"CUDA": "no device that torch can use"})
+    try:
+        kernels = ", ".join(f"{name} {value}" for name, value in _launch_cuda.build_info().items())
+    except ImportError as error:
+        kernels = f"{error}: networks run on the reference there"
+    lines += _rows({"CUDA kernels": kernels})
     lines += ["optional packages"]
     for package, purpose in _OPTIONAL.items():
         lines += _rows({package: _version(package, purpose)})

@@ -9,7 +9,8 @@ surround it. Differentiating the backward pass raises.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
@@ -51,13 +53,27 @@ def _operands(
     keep: bool = False,
 ) -> Operands:
     schedule = compile_schedule(Network.from_json(network), timesteps, tuple(record))
+    if _launch.on_device(inputs[0]):
+        if engine == "winograd":
+            raise ValueError('engine="winograd": it runs on the CPU; "auto" and "direct" take the vendor\'s convolutions on a GPU')
+        engine = "direct"
     return Operands(schedule, inputs, parameters, engine, keep=keep)
 
 
-def _forward_cpu(
+@contextmanager
+def _native(example: Tensor) -> Iterator[None]:
+    """On the device of the arguments, and in their dtype: no autocast."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(example.device.type, enabled=False))
+        if example.device.type != "cpu":
+            stack.enter_context(buffers_on(example.device))
+        yield
+
+
+def _forward_native(
     inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
-    with torch.autocast("cpu", enabled=False):  # the op's dtype is that of its arguments
+    with _native(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
         if not training:
             return forward_inference(operands)
@@ -82,7 +98,7 @@ def _forward_fake(
     return outputs
 
 
-def _backward_cpu(
+def _backward_native(
     grads: list[Tensor],
     saved: list[Tensor],
     inputs: list[Tensor],
@@ -93,7 +109,7 @@ def _backward_cpu(
     needs: list[bool],
     engine: str,
 ) -> list[Tensor]:
-    with torch.autocast("cpu", enabled=False):
+    with _native(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine)
         names = [*operands.inputs, *operands.parameters]
         result = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
@@ -253,8 +269,9 @@ class _Rollout(torch.autograd.Function):
 
 # ---------------------------------------------------------------- registration
 
-_LIBRARY.impl("rollout", _forward_cpu, "CPU")
-_LIBRARY.impl("rollout_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("rollout", _forward_native, _device)
+    _LIBRARY.impl("rollout_backward", _backward_native, _device)
 torch.library.register_fake("rnndyn::rollout", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("rnndyn::rollout_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("rnndyn::rollout", _backward_registered, setup_context=_setup_registered, lib=_LIBRARY)
@@ -295,8 +312,11 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
-        if tensor.device.type != "cpu":
-            reason = f"{name} is on {tensor.device}; the native engine of this build runs on the CPU"
+        if tensor.device.type == "cuda":
+            reason = _launch_cuda.why_not(tensor)
+            reason = reason and f"{name}: {reason}"
+        elif tensor.device.type != "cpu":
+            reason = f"{name} is on {tensor.device}; the native engine runs on the CPU and on CUDA devices"
         elif tensor.dtype not in NATIVE_DTYPES:
             reason = f"{name} has dtype {tensor.dtype}; the native engine takes float32 and float64"
     if reason and raise_error:

@@ -5,6 +5,7 @@ Callers hold every tensor in their own frame for the length of the call, so that
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,13 @@ def area_step_forward(
     rstd: Tensor | None,  # [N]
 ) -> None:
     """Launch ``area_step`` forward; every output is written into the tensor given for it."""
+    if on_device(drives[0]):
+        from rnndyn_fast.ops import _launch_cuda
+
+        return _launch_cuda.area_step_forward(
+            drives, modulators, drive_bias, modulator_bias, modulator_complete, gamma, beta, eps, rectify,
+            value, modulator_sum, state, max_pooled, argmax, mean_pooled, mean, rstd,
+        )  # fmt: skip
     n, h, w, c = full = tuple(drives[0].shape)
     dtype = drives[0].dtype
     pooled = (n, h // 2, w // 2, c)
@@ -152,6 +160,14 @@ def area_step_backward(
     grad_beta: Tensor | None,  # [H, W, C]
 ) -> None:
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
+    given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives) if t is not None]
+    if given and on_device(given[0]):
+        from rnndyn_fast.ops import _launch_cuda
+
+        return _launch_cuda.area_step_backward(
+            shape, grad_states, grad_max_pooled, argmax, grad_mean_pooled, multiplicative, value, drives, drive_bias,
+            modulator_sum, mean, rstd, gamma, beta, rectify, grad_drive, grad_drive_sum, grad_modulator, grad_gamma, grad_beta,
+        )  # fmt: skip
     n, h, w, c = shape
     pooled = (n, h // 2, w // 2, c)
     partial = torch.empty((n, num_chunks(h, w, c), 2), dtype=torch.float64) if gamma is not None else None
@@ -568,3 +584,52 @@ def winograd_weight_grad(
     address = _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
     _core.winograd_weight_grad(*arguments, x.address("x"), x.strides, phases, grads[0].strides, address, workspace)
     del kept
+
+
+# ---------------------------------------------------------------- devices (for _launch_cuda)
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels are the ones for this tensor."""
+    return tensor.device.type == "cuda"
+
+
+class Use(enum.Enum):
+    """What a kernel does with a buffer: reads it, writes all it later reads, or adds to it."""
+
+    READ = "read"
+    WRITE = "write"
+    UPDATE = "update"
+
+
+def device_address(
+    tensor: Tensor | None,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    use: Use,
+    *,
+    rows_apart: bool = False,
+) -> int:
+    """The address of a contiguous tensor on a device; 0 for None. ``use`` is for those who watch launches (the tests' SIMT harness).
+
+    ``rows_apart``: only the elements of a row, the last dimension, need be adjacent.
+    """
+    if tensor is None:
+        return 0
+    contiguous = tensor.is_contiguous() or (rows_apart and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1))
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device or not contiguous:
+        raise ValueError(
+            f"{name}: expected a contiguous tensor {list(shape)} of {dtype} on {device}, got {list(tensor.shape)} of {tensor.dtype} "
+            f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        )
+    return tensor.data_ptr()
+
+
+def device_queue(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and the stream that torch uses there now."""
+    if device.type != "cuda":
+        raise ValueError(f"expected tensors on a CUDA device, got {device}")
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,27 @@ _kept: list[_Kept] = []
 _clock = 0
 
 
+_where = threading.local()
+
+
+@contextmanager
+def buffers_on(device: torch.device) -> Iterator[None]:
+    """Buffers, and what torch makes without being told where, are on this device; on a GPU all of them come from torch's allocator."""
+    before = getattr(_where, "device", None)
+    _where.device = None if device.type == "cpu" else device
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        _where.device = before
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous CPU tensor, like ``torch.empty``; a large one takes a storage that nothing uses any more."""
+    """An uninitialised contiguous tensor, like ``torch.empty``; on the CPU, a large one takes a storage that nothing uses any more."""
     size = torch.Size(shape)
+    device = getattr(_where, "device", None)
+    if device is not None:
+        return torch.empty(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize
     if nbytes < _LARGE:
         return torch.empty(size, dtype=dtype)

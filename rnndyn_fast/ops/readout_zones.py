@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, first_argmax, readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
@@ -23,7 +23,7 @@ _library.define(
 
 
 def can_run_readout_zones(representations: Tensor, raise_error: bool = False) -> bool:  # [T, N, D]
-    """Whether the native backend takes these representations: float32 or float64 on the CPU.
+    """Whether the native backend takes these representations: float32 or float64 on the CPU; float32, float16 or bfloat16 on a CUDA device.
 
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
@@ -31,8 +31,10 @@ def can_run_readout_zones(representations: Tensor, raise_error: bool = False) ->
     reason = _launch.unavailable
     if reason is not None:
         pass
+    elif representations.device.type == "cuda":
+        reason = _launch_cuda.why_not(representations, tuple(_launch_cuda.DTYPES))
     elif representations.device.type != "cpu":
-        reason = f"representations are on {representations.device}, and the native backend runs on the CPU"
+        reason = f"representations are on {representations.device}, and the native backend runs on the CPU and on CUDA devices"
     elif representations.dtype not in _NATIVE_DTYPES:
         reason = f"representations have dtype {representations.dtype}, and the native backend takes float32 and float64"
     if reason is not None and raise_error:
@@ -217,6 +219,41 @@ def _native(
     return outputs
 
 
+def _native_cuda(
+    representations: Tensor,  # [T, N, D]
+    readout_weight: Tensor,  # [C, D]
+    distance: Tensor,  # [C, C]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [C]
+    log_probs: Tensor | None,  # [T, N, C]
+    previous: Tensor | None,  # [N, D]
+) -> tuple[Tensor, ...]:
+    """All time steps in one launch; everything but the representations is computed in float32."""
+    _check_labels(labels, readout_weight.shape[0])
+    dtype, representations = representations.dtype, _rows(representations)
+    weight, distance = readout_weight.float(), distance.float()
+    if log_probs is not None:
+        if log_probs.dtype == torch.float64:  # as above
+            log_probs = torch.nn.functional.one_hot(first_argmax(log_probs), weight.shape[0])
+        log_probs = log_probs.float().contiguous()
+    wide = representations.float()
+    predicted, *tables, cosine = _allocate(wide, weight.shape[0])
+    torch.matmul(wide, weight.T, out=cosine)
+    inverse = torch.where(distance > 0, 1.0 / torch.where(distance > 0, distance, 1.0), 0.0).contiguous()
+    _launch_cuda.readout_zones(
+        representations,
+        None if previous is None else _rows(previous),
+        log_probs,
+        labels.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        torch.linalg.vector_norm(weight, dim=-1),
+        inverse,
+        cosine,
+        (predicted, *tables),
+    )
+    return (predicted, *(t.to(dtype) for t in (*tables, cosine)))
+
+
 def _fake(
     representations: Tensor,  # [T, N, D]
     readout_weight: Tensor,  # [C, D]
@@ -234,5 +271,6 @@ def _refuse_backward(*_: object) -> None:
 
 
 _library.impl("readout_zones", _native, "CPU")
+_library.impl("readout_zones", _native_cuda, "CUDA")
 torch.library.register_fake("rnndyn::readout_zones", _fake, lib=_library)
 torch.library.register_autograd("rnndyn::readout_zones", _refuse_backward, lib=_library)

@@ -1,0 +1,21 @@
+// What tests set and tell the SIMT harness.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace simt {
+
+enum class Order { kForward, kReversed, kRandom };
+
+// The order in which the ready threads of a block are run.
+void set_order(Order order, unsigned seed);
+
+// Device code may touch what is registered and nothing else. granule: bytes of an element. An input is not writable; an output is
+// writable and, until it has been written, not to be read; a buffer that is added to is writable and initialised. The same buffer may
+// be registered as an input and as an output.
+void register_buffer(const std::string& name, uintptr_t base, size_t bytes, size_t granule, bool writable,
+                     bool initialised);
+void forget_buffers();
+
+}  // namespace simt

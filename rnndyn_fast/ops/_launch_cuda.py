@@ -1,0 +1,304 @@
+"""Launches of the CUDA kernels: arguments are checked and handed to the native module ``_cuda``. Addresses and streams come from
+:mod:`rnndyn_fast.ops._launch`.
+
+Maps are channels-last and contiguous, float32, float16 or bfloat16; parameters, statistics and sums over time are float32. Nothing here
+synchronises, and nothing is allocated but scratch, from torch's allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops._launch import Use, device_address, device_queue
+
+unavailable: str | None = None  # why there are no CUDA kernels, if there are none
+_module: Any = None
+try:
+    from rnndyn_fast import _cuda as _module  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    unavailable = f"this build has no CUDA kernels ({error})"
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def build_info() -> dict[str, Any]:
+    """What the CUDA kernels were built with and for; raises ``ImportError`` with the reason where there are none."""
+    if unavailable:
+        raise ImportError(unavailable)
+    return {**_module.build_info(), "devices": _module.device_count()}
+
+
+def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> str | None:
+    """Why a CUDA tensor of these dtypes cannot be used; None if it can. (Rollouts: float32.)"""
+    if unavailable:
+        return unavailable
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if major < 8:
+        return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    if tensor.dtype not in dtypes:
+        return f"it has {tensor.dtype} on {tensor.device}; expected {' or '.join(str(d) for d in dtypes)}"
+    return None
+
+
+class _Launch:
+    """Addresses of one launch's tensors, all of them on one device, and the device with its stream."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.device = like.device
+        self.dtype = like.dtype
+        if self.dtype not in DTYPES:
+            raise ValueError(f"expected float32, float16 or bfloat16, got {self.dtype}")
+        self.queue = device_queue(self.device)
+
+    def read(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
+        return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.READ)
+
+    def rows(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
+        """Of rows that are contiguous, but may lie apart."""
+        return device_address(tensor, name, shape, self.dtype, self.device, Use.READ, rows_apart=True)
+
+    def terms(self, tensors: Sequence[Tensor], name: str, shape: Sequence[int]) -> list[int]:
+        return [self.read(t, f"{name}[{i}]", shape) for i, t in enumerate(tensors)]
+
+    def write(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
+        return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.WRITE)
+
+    def update(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
+        """A float32 sum that is added to."""
+        return device_address(tensor, name, shape, torch.float32, self.device, Use.UPDATE)
+
+    def scratch(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+def area_step_forward(
+    drives: Sequence[Tensor],  # each [N, H, W, C]; none where value is complete
+    modulators: Sequence[Tensor],  # each [N, H, W, C]
+    drive_bias: Tensor | None,  # [C] float32
+    modulator_bias: Tensor | None,  # [C] float32
+    modulator_complete: bool,
+    gamma: Tensor | None,  # [H, W, C] float32
+    beta: Tensor | None,  # [H, W, C] float32
+    eps: float,
+    rectify: bool,
+    value: Tensor | None,  # [N, H, W, C]
+    modulator_sum: Tensor | None,  # [N, H, W, C]
+    state: Tensor | None,  # [N, H, W, C]
+    max_pooled: Tensor | None,  # [N, H // 2, W // 2, C]
+    argmax: Tensor | None,  # [N, H // 2, W // 2, C] uint8
+    mean_pooled: Tensor | None,  # [N, 1, 1, C]
+    mean: Tensor | None,  # [N] float32
+    rstd: Tensor | None,  # [N] float32
+    moments: Tensor | None = None,  # [N, groups, 2] float32, left with value by a fused convolution: then value is complete
+    moment_groups: Sequence[int] | None = None,
+) -> None:
+    """Launch ``area_step`` forward; every output is written into the tensor given for it."""
+    complete = moments is not None
+    like = value if complete else drives[0]
+    assert like is not None
+    n, h, w, c = full = tuple(like.shape)
+    launch, pooled, single = _Launch(like), (n, h // 2, w // 2, c), torch.float32
+    dtype = DTYPES[launch.dtype]
+    groups = list(moment_groups) if moment_groups is not None else _module.area_step_moment_groups(dtype, h, w, c)
+    if moments is None and gamma is not None:
+        moments = launch.scratch(n, groups[0], 2)
+    _module.area_step_forward(
+        dtype,
+        launch.queue,
+        [n, h, w, c],
+        launch.terms(drives, "drives", full),
+        launch.read(drive_bias, "drive_bias", (c,), single),
+        launch.terms(modulators, "modulators", full),
+        launch.read(modulator_bias, "modulator_bias", (c,), single),
+        modulator_complete,
+        complete,
+        launch.read(gamma, "gamma", (h, w, c), single),
+        launch.read(beta, "beta", (h, w, c), single),
+        eps,
+        rectify,
+        (launch.read if complete else launch.write)(value, "value", full),
+        launch.write(modulator_sum, "modulator_sum", full),
+        launch.write(state, "state", full),
+        launch.write(max_pooled, "max_pooled", pooled),
+        launch.write(argmax, "argmax", pooled, torch.uint8),
+        launch.write(mean_pooled, "mean_pooled", (n, 1, 1, c)),
+        launch.write(mean, "mean", (n,), single),
+        launch.write(rstd, "rstd", (n,), single),
+        (launch.read if complete else launch.write)(moments, "moments", (n, groups[0], 2), single),
+        groups,
+    )
+
+
+def area_step_backward(
+    shape: tuple[int, int, int, int],  # N, H, W, C
+    grad_states: Sequence[Tensor],  # each [N, H, W, C]
+    grad_max_pooled: Tensor | None,  # [N, H // 2, W // 2, C]
+    argmax: Tensor | None,  # [N, H // 2, W // 2, C] uint8
+    grad_mean_pooled: Tensor | None,  # [N, 1, 1, C]
+    multiplicative: bool,
+    value: Tensor | None,  # [N, H, W, C]
+    drives: Sequence[Tensor],  # each [N, H, W, C]
+    drive_bias: Tensor | None,  # [C] float32
+    modulator_sum: Tensor | None,  # [N, H, W, C]
+    mean: Tensor | None,  # [N] float32
+    rstd: Tensor | None,  # [N] float32
+    gamma: Tensor | None,  # [H, W, C] float32
+    beta: Tensor | None,  # [H, W, C] float32
+    rectify: bool,
+    grad_drive: Tensor | None,  # [N, H, W, C]
+    grad_drive_sum: Tensor | None,  # [N, H, W, C] float32
+    grad_modulator: Tensor | None,  # [N, H, W, C]
+    grad_gamma: Tensor | None,  # [H, W, C] float32
+    grad_beta: Tensor | None,  # [H, W, C] float32
+) -> None:
+    """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
+    n, h, w, c = shape
+    given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives, grad_drive) if t is not None]
+    launch, pooled, single = _Launch(given[0]), (n, h // 2, w // 2, c), torch.float32
+    dtype = DTYPES[launch.dtype]
+    slots, splits = _module.area_step_backward_scratch(dtype, n, h, w, c)
+    sums = launch.scratch(n, slots, 2) if gamma is not None else None
+    affine = launch.scratch(splits, 2, h, w, c) if gamma is not None else None
+    _module.area_step_backward(
+        dtype,
+        launch.queue,
+        list(shape),
+        launch.terms(grad_states, "grad_states", shape),
+        launch.read(grad_max_pooled, "grad_max_pooled", pooled),
+        launch.read(argmax, "argmax", pooled, torch.uint8),
+        launch.read(grad_mean_pooled, "grad_mean_pooled", (n, 1, 1, c)),
+        multiplicative,
+        launch.read(value, "value", shape),
+        launch.terms(drives, "drives", shape),
+        launch.read(drive_bias, "drive_bias", (c,), single),
+        launch.read(modulator_sum, "modulator_sum", shape),
+        launch.read(mean, "mean", (n,), single),
+        launch.read(rstd, "rstd", (n,), single),
+        launch.read(gamma, "gamma", (h, w, c), single),
+        launch.read(beta, "beta", (h, w, c), single),
+        rectify,
+        launch.write(grad_drive, "grad_drive", shape),
+        launch.update(grad_drive_sum, "grad_drive_sum", shape),
+        launch.write(grad_modulator, "grad_modulator", shape),
+        launch.update(grad_gamma, "grad_gamma", (h, w, c)),
+        launch.update(grad_beta, "grad_beta", (h, w, c)),
+        launch.write(sums, "sums", (n, slots, 2), single),
+        launch.write(affine, "affine", (splits, 2, h, w, c), single),
+    )
+
+
+def readout_zones(
+    representations: Tensor,  # [T, N, D]
+    previous: Tensor | None,  # [N, D]
+    log_probs: Tensor | None,  # [T, N, C] float32
+    labels: Tensor,  # [N] int64
+    bias: Tensor | None,  # [C] float32
+    weight_norm: Tensor,  # [C] float32
+    inverse_distance: Tensor,  # [C, C] float32
+    cosine: Tensor,  # [T, N, C] float32, products r . w_c on entry
+    tables: Sequence[Tensor],  # [T, N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change float32
+) -> None:
+    """Launch ``readout_zones`` for all time steps; cosine and every table are written. Labels must lie in [0, C)."""
+    (t, n, d), c, single = representations.shape, cosine.shape[2], torch.float32
+    launch = _Launch(representations)
+    names = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")
+    _module.readout_zones(
+        DTYPES[launch.dtype],
+        launch.queue,
+        [t, n, d, c],
+        launch.rows(representations, "representations", (t, n, d)),
+        launch.rows(previous, "previous", (n, d)),
+        [*representations.stride()[:2], 0 if previous is None else previous.stride(0)],
+        launch.read(log_probs, "log_probs", (t, n, c), single),
+        launch.read(labels, "labels", (n,), torch.int64),
+        launch.read(bias, "bias", (c,), single),
+        launch.read(weight_norm, "weight_norm", (c,), single),
+        launch.read(inverse_distance, "inverse_distance", (c, c), single),
+        launch.update(cosine, "cosine", (t, n, c)),
+        [launch.write(x, name, (t, n), x.dtype) for x, name in zip(tables, names, strict=True)],
+    )
+
+
+@dataclass(frozen=True)
+class ConvTerm:
+    """A linear map of one tensor: with output pixel h and tap i, it reads row h * stride + i - padding, or, transposed, the row that a
+    convolution of that stride would have sent there, (h + padding - i) / stride."""
+
+    x: Tensor  # [N, H', W', C']
+    weight: Tensor  # [C, K, K, C']
+    stride: int = 1
+    padding: int = 0
+    transposed: bool = False
+
+
+def recurrent_conv_moment_groups(samples: int, height: int, width: int, channels: int) -> list[int]:
+    """How :func:`recurrent_conv` leaves moments: [N, groups, 2], and what ``area_step_forward`` must know of them."""
+    return list(_module.recurrent_conv_tiles(samples, height, width, channels)[2])
+
+
+def recurrent_conv(
+    terms: Sequence[ConvTerm],
+    bias: Tensor | None,  # [C] float32
+    added: Sequence[Tensor],  # each [N, H, W, C]
+    drive: Tensor | None,  # [N, H, W, C]
+    value: Tensor,  # [N, H, W, C]
+    modulator_sum: Tensor | None = None,  # [N, H, W, C]
+    moments: Tensor | None = None,  # [N, groups, 2] float32
+) -> None:
+    """Launch ``recurrent_conv``: value = s, or drive * (1 + s), with s the sum of the terms, the bias and what is added.
+
+    Value, modulator_sum (1 + s) and moments are written.
+    """
+    n, h, w, c = full = tuple(value.shape)
+    launch = _Launch(value)
+    groups = recurrent_conv_moment_groups(n, h, w, c)[0]
+    given = []
+    for k, term in enumerate(terms):
+        _, height, width, channels = term.x.shape
+        kernel = term.weight.shape[1]
+        x = launch.read(term.x, f"terms[{k}].x", (n, height, width, channels))
+        weight = launch.read(term.weight, f"terms[{k}].weight", (c, kernel, kernel, channels))
+        given.append((x, weight, [height, width, channels, kernel, term.stride, term.padding], term.transposed))
+    _module.recurrent_conv(
+        DTYPES[launch.dtype],
+        launch.queue,
+        list(full),
+        given,
+        launch.read(bias, "bias", (c,), torch.float32),
+        launch.terms(added, "added", full),
+        launch.read(drive, "drive", full),
+        launch.write(value, "value", full),
+        launch.write(modulator_sum, "modulator_sum", full),
+        launch.write(moments, "moments", (n, groups, 2), torch.float32),
+    )
+
+
+def recurrent_conv_weight_grad(
+    rows: Tensor,  # [N, H, W, A]
+    gathered: Tensor,  # [N, H', W', B]
+    grad_weight: Tensor,  # [A, K, K, B] float32
+    stride: int,
+    padding: int,
+) -> None:
+    """Launch ``recurrent_conv_weight_grad``: grad_weight is written. Of a convolution, rows are the output's gradient and gathered is its
+    input; of a transposed one, the other way round."""
+    (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
+    launch = _Launch(rows)
+    splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
+    partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
+    _module.recurrent_conv_weight_grad(
+        DTYPES[launch.dtype],
+        launch.queue,
+        n,
+        (launch.read(rows, "rows", (n, h, w, a)), [h, w, a]),
+        (launch.read(gathered, "gathered", (n, height, width, b)), [height, width, b]),
+        [kernel, stride, padding],
+        splits,
+        launch.write(partial, "partial", (splits, a, kernel, kernel, b), torch.float32),
+        launch.write(grad_weight, "grad_weight", (a, kernel, kernel, b), torch.float32),
+    )

@@ -1,0 +1,103 @@
+"""The CUDA kernels on the CPU: builds the module of the SIMT harness (csrc/simt) and puts it where the launches look for ``_cuda``.
+
+Tensors stay on the CPU. Every buffer of a launch is registered at exactly its size, with what the kernel may do with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops._launch import Use
+
+ROOT = Path(__file__).resolve().parents[1]
+# Kept, so that only what has changed is built again.
+BUILD = ROOT / "build" / f"simt-{sys.implementation.cache_tag}"
+
+
+@cache
+def build() -> Any:
+    """The module ``_simt``; RNNDYN_SIMT_MODULE names another one than that of this source."""
+    path = os.environ.get("RNNDYN_SIMT_MODULE")
+    if path is None:
+        BUILD.parent.mkdir(exist_ok=True)
+        command = ["sh", str(ROOT / "scripts" / "simt.sh"), sys.executable, str(BUILD)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        path = done.stdout.strip()
+    spec = importlib.util.spec_from_file_location("_simt", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def register(module: Any, tensor: Tensor, name: str, use: Use) -> None:
+    """Let device code use a tensor's memory, and nothing beside it. (What lies between rows that lie apart is not told from them.)"""
+    size = tensor.element_size()
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    module.register_buffer(name, tensor.data_ptr(), extent * size, size, use is not Use.READ, use is not Use.WRITE)
+
+
+class Watched:
+    """Stands for ``_cuda`` in ``_launch_cuda``: before each launch, its buffers are registered."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.pending: list[tuple[Tensor, str, Use]] = []
+
+    def address(self, tensor: Tensor | None, name: str, *rest: Any, **options: Any) -> int:
+        """In place of ``device_address``, whose arguments after the device say what the kernel does."""
+        address = _launch.device_address(tensor, name, *rest, **options)
+        if tensor is not None:
+            self.pending.append((tensor, name, rest[3]))
+        return address
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.module, name)
+
+        def call(*args: Any) -> Any:
+            buffers, self.pending = self.pending, []
+            self.module.forget_buffers()
+            for tensor, what, use in buffers:
+                register(self.module, tensor, what, use)
+            try:
+                return function(*args)
+            finally:
+                self.module.forget_buffers()
+
+        return call if callable(function) else function
+
+
+class OnDevice:
+    """Stands for the harness where the kernels run on a device: threads there have no order to be chosen."""
+
+    class Order:
+        FORWARD = REVERSED = RANDOM = None
+
+    def set_order(self, order: None, seed: int) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_launch_cuda._module, name)
+
+
+def install(patch: pytest.MonkeyPatch) -> Any:
+    """Launches run in the harness from now on. Returns the module."""
+    watched = Watched(build())
+    patch.setattr(_launch_cuda, "_module", watched)
+    patch.setattr(_launch_cuda, "unavailable", None)
+    patch.setattr(_launch_cuda, "device_address", watched.address)
+    patch.setattr(_launch_cuda, "device_queue", lambda device: (0, 0))
+    watched.module.set_order(watched.module.Order.RANDOM, 1)
+    return watched.module
