@@ -84,6 +84,12 @@ CONTENDERS: dict[str, tuple[Callable[[Data], Any], int]] = {
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_readout_zones(benchmark: Any, data: Data, expected: ReadoutZoneResult, name: str) -> None:
     run, rounds = CONTENDERS[name]
+    if name == "published_loops":  # outside the measured time
+        weight = data["readout_weight"].astype(np.float64)
+        data = {key: value.astype(np.float64) for key, value in data.items() if key in ("trajectories", "log_probs")} | {
+            "labels": data["labels"],
+            "readout_weight": np.ascontiguousarray(weight.T).T,  # there, classes are columns of [D, C]
+        }
     result = benchmark.pedantic(run, args=(data,), rounds=rounds, warmup_rounds=int(rounds > 1))
     benchmark.extra_info.update(samples=SAMPLES, steps=STEPS, classes=CLASSES, dims=DIMS, **expected.counts)
     read = result.get if isinstance(result, dict) else lambda key: getattr(result, key)

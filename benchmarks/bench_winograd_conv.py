@@ -70,11 +70,11 @@ def rows() -> Iterator[dict[str, list[dict[str, Any]]]]:
 def products(choice: EngineChoice, case: Case, kernel: int, batch: int) -> tuple[float, float]:
     """Multiplications and additions of the direct convolution, and those done (without the transforms), in 1e9."""
     direct = 2e-9 * batch * case.size**2 * kernel**2 * case.source * case.target
-    if choice.winograd is None:
+    if choice.map is None:
         return direct, direct
-    form = choice.winograd.form
+    form = choice.map.form
     # Transposed: of the four phases, by row and by column, those with fewer taps leave one frequency out.
-    frequencies = (2 * form.patch - 1) ** 2 if choice.winograd.transposed else form.patch**2
+    frequencies = (2 * form.patch - 1) ** 2 if choice.map.transposed else form.patch**2
     tiles = form.products(case.size, case.size) // form.patch**2
     return direct, 2e-9 * batch * tiles * frequencies * case.source * case.target
 
@@ -108,7 +108,7 @@ def vendors(geometry: Geometry, weight: Tensor, x: Tensor, grad: Tensor) -> dict
 
 def packing_seconds(choice: EngineChoice, weight: Tensor) -> dict[str, float]:
     """Of the weight for the forward pass and for the gradient of the data."""
-    m = choice.winograd
+    m = choice.map
     if m is None:
         return {}
     calls = {"forward": lambda: pack_weight(m, weight), "backward": lambda: pack_weight(m, weight, backward=True)}

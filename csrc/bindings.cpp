@@ -14,6 +14,7 @@
 #include "cpu/kernel_table.h"
 #include "gate_step.h"
 #include "readout_zones.h"
+#include "trajectory_norms.h"
 
 namespace py = pybind11;
 using namespace rnndyn;
@@ -21,7 +22,7 @@ using namespace rnndyn;
 namespace {
 
 using Address = uintptr_t;
-using Shape = std::array<int64_t, 4>;  // samples, height, width, channels
+using Shape = std::array<int64_t, 4>;  // samples, height, width, channels where nothing else is said
 
 template <typename T>
 T* pointer(Address address) {
@@ -140,17 +141,21 @@ void area_step_backward(const Shape& shape, int num_threads, const std::vector<A
 }
 
 template <typename Real>
-void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address representations,
-                   int64_t representation_stride, Address previous, int64_t previous_stride, Address log_probs,
-                   int64_t log_prob_stride, Address labels, Address bias, Address weight_norm, Address inverse_distance,
-                   Address cosine, Address predicted, Address norm, Address cos_predicted, Address cos_label,
-                   Address margin, Address boundary_distance, Address change) {
+void readout_zones(const Shape& shape, int num_threads, Address representations,
+                   const std::array<int64_t, 2>& representation_strides, Address previous, int64_t previous_stride,
+                   Address log_probs, const std::array<int64_t, 2>& log_prob_strides, Address labels, Address bias,
+                   Address weight_norm, Address inverse_distance, Address weight, Address packed, Address cosine,
+                   Address predicted, Address norm, Address cos_predicted, Address cos_label, Address margin,
+                   Address boundary_distance, Address change) {
   ReadoutZonesParams<Real> p{};
-  p.samples = shape[0], p.dims = shape[1], p.classes = shape[2];
+  p.timesteps = shape[0], p.samples = shape[1], p.dims = shape[2], p.classes = shape[3];
   p.num_threads = num_threads;
-  p.representations = pointer<const Real>(representations), p.representation_stride = representation_stride;
+  p.representations = pointer<const Real>(representations);
+  p.representation_time_stride = representation_strides[0], p.representation_stride = representation_strides[1];
   p.previous = pointer<const Real>(previous), p.previous_stride = previous_stride;
-  p.log_probs = pointer<const Real>(log_probs), p.log_prob_stride = log_prob_stride;
+  p.log_probs = pointer<const Real>(log_probs);
+  p.log_prob_time_stride = log_prob_strides[0], p.log_prob_stride = log_prob_strides[1];
+  p.weight = pointer<const Real>(weight), p.packed = pointer<Real>(packed);
   p.labels = pointer<const int64_t>(labels), p.bias = pointer<const Real>(bias);
   p.weight_norm = pointer<const Real>(weight_norm), p.inverse_distance = pointer<const Real>(inverse_distance);
   p.cosine = pointer<Real>(cosine), p.predicted = pointer<int64_t>(predicted), p.norm = pointer<Real>(norm);
@@ -162,6 +167,102 @@ void readout_zones(const std::array<int64_t, 3>& shape, int num_threads, Address
     kernels().readout_zones_f32(p);
   } else {
     kernels().readout_zones_f64(p);
+  }
+}
+
+template <typename Real>
+void trajectory_norms(const std::array<int64_t, 3>& shape, int num_threads, Address values, int64_t step_stride,
+                      int64_t row_stride, Address norm, Address change) {
+  TrajectoryNormsParams<Real> p{};
+  p.timesteps = shape[0], p.samples = shape[1], p.dims = shape[2];
+  p.num_threads = num_threads;
+  p.values = pointer<const Real>(values), p.step_stride = step_stride, p.row_stride = row_stride;
+  p.norm = pointer<double>(norm), p.change = pointer<double>(change);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().trajectory_norms_f32(p);
+  } else {
+    kernels().trajectory_norms_f64(p);
+  }
+}
+
+using CtrnnSizes = std::array<int64_t, 5>;  // models, trials, steps, inputs, units
+
+CtrnnShape ctrnn_shape(const CtrnnSizes& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+
+template <typename Real>
+void ctrnn_forward(const CtrnnSizes& sizes, int num_threads, Address inputs, int64_t input_model_stride, Address w_rec,
+                   Address b_rec, Address w_in, Address h0, Address alpha, Address noise_std, Address activation,
+                   Address seeds, uint32_t stream, uint32_t first_trial, Address rates, Address states,
+                   Address workspace) {
+  CtrnnForwardParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.inputs = pointer<const Real>(inputs), p.input_model_stride = input_model_stride;
+  p.w_rec = pointer<const Real>(w_rec), p.b_rec = pointer<const Real>(b_rec), p.w_in = pointer<const Real>(w_in);
+  p.h0 = pointer<const Real>(h0), p.alpha = pointer<const Real>(alpha);
+  p.noise_std = pointer<const Real>(noise_std), p.activation = pointer<const int32_t>(activation);
+  p.seeds = pointer<const int64_t>(seeds), p.stream = stream, p.first_trial = first_trial;
+  p.rates = pointer<Real>(rates), p.states = pointer<Real>(states), p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_forward_f32(p);
+  } else {
+    kernels().ctrnn_forward_f64(p);
+  }
+}
+
+template <typename Real>
+void ctrnn_backward(const CtrnnSizes& sizes, int num_threads, Address inputs, int64_t input_model_stride, Address w_rec,
+                    Address w_in, Address h0, Address alpha, Address activation, Address rates, Address grad_rates,
+                    Address grad_states, Address grad_inputs, Address grad_weights, Address grad_h0,
+                    Address workspace) {
+  CtrnnBackwardParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.inputs = pointer<const Real>(inputs), p.input_model_stride = input_model_stride;
+  p.w_rec = pointer<const Real>(w_rec), p.w_in = pointer<const Real>(w_in), p.h0 = pointer<const Real>(h0);
+  p.alpha = pointer<const Real>(alpha), p.activation = pointer<const int32_t>(activation);
+  p.rates = pointer<const Real>(rates), p.grad_rates = pointer<const Real>(grad_rates);
+  p.grad_states = pointer<const Real>(grad_states), p.grad_inputs = pointer<Real>(grad_inputs);
+  p.grad_weights = pointer<Real>(grad_weights), p.grad_h0 = pointer<Real>(grad_h0);
+  p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_backward_f32(p);
+  } else {
+    kernels().ctrnn_backward_f64(p);
+  }
+}
+
+// data: inputs, labels and order of training, inputs and labels of validation. model: h0, alpha, noise_std, activation, seeds, epoch.
+// sizes of data: training trials, batches, validation trials. optimiser: beta1, beta2, eps, weight_decay, clip_norm, activity_weight.
+template <typename Real>
+void ctrnn_train(const CtrnnSizes& sizes, int num_threads, int64_t num_chosen, Address chosen,
+                 const std::array<Address, 5>& data, const std::array<int64_t, 3>& data_sizes,
+                 const std::array<Address, 6>& model, Address learning_rate, const std::array<double, 6>& optimiser,
+                 int64_t loss_steps, bool metrics_after, Address parameters, Address first_moment,
+                 Address second_moment, Address metrics, Address workspace) {
+  CtrnnTrainParams<Real> p{};
+  p.shape = ctrnn_shape(sizes), p.num_threads = num_threads;
+  p.num_chosen = num_chosen, p.chosen = pointer<const int64_t>(chosen);
+  p.train_inputs = pointer<const float>(data[0]), p.train_labels = pointer<const float>(data[1]);
+  p.order = pointer<const int64_t>(data[2]);
+  p.val_inputs = pointer<const float>(data[3]), p.val_labels = pointer<const float>(data[4]);
+  p.train_trials = data_sizes[0], p.batches = data_sizes[1], p.val_trials = data_sizes[2];
+  p.h0 = pointer<const Real>(model[0]), p.alpha = pointer<const Real>(model[1]);
+  p.noise_std = pointer<const Real>(model[2]), p.activation = pointer<const int32_t>(model[3]);
+  p.seeds = pointer<const int64_t>(model[4]), p.epoch = pointer<const int64_t>(model[5]);
+  p.learning_rate = pointer<const Real>(learning_rate);
+  p.beta1 = optimiser[0], p.beta2 = optimiser[1], p.eps = optimiser[2], p.weight_decay = optimiser[3];
+  p.clip_norm = optimiser[4], p.activity_weight = optimiser[5];
+  p.loss_steps = loss_steps, p.metrics_after = metrics_after;
+  p.parameters = pointer<Real>(parameters), p.first_moment = pointer<Real>(first_moment);
+  p.second_moment = pointer<Real>(second_moment);
+  p.metrics = pointer<double>(metrics), p.workspace = pointer<char>(workspace);
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().ctrnn_train_f32(p);
+  } else {
+    kernels().ctrnn_train_f64(p);
   }
 }
 
@@ -294,12 +395,87 @@ void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& t
   kernels().winograd_weight_grad(p);
 }
 
+// ---------------------------------------------------------------- amx_conv
+
+using AmxTaps = std::vector<std::array<int, 3>>;  // row, column, index
+
+int fill_amx_taps(AmxTap* tap, const AmxTaps& taps) {
+  if (taps.empty() || taps.size() > kAmxMaxTaps)
+    throw std::invalid_argument("taps: expected 1 to 128 of them, got " + std::to_string(taps.size()));
+  for (size_t t = 0; t < taps.size(); ++t) tap[t] = {taps[t][0], taps[t][1], taps[t][2]};
+  return static_cast<int>(taps.size());
+}
+
+// input: samples, height, width, channels. phases: taps, height and width of the grid, addresses of packed weights and of y each.
+using AmxPhaseTuple = std::tuple<AmxTaps, int64_t, int64_t, Address, Address>;
+
+void amx_conv(const Shape& input, int64_t out_channels, int in_step, int parts, bool accumulate, int num_threads,
+              Address x, const std::vector<AmxPhaseTuple>& phases, const std::array<int64_t, 3>& y_strides,
+              const py::function& workspace) {
+  if (phases.empty() || phases.size() > kAmxMaxPhases)
+    throw std::invalid_argument("phases: expected 1 to 16 of them, got " + std::to_string(phases.size()));
+  std::vector<AmxPhase> grids(phases.size());
+  for (size_t k = 0; k < phases.size(); ++k) {
+    const auto& [taps, height, width, packed, y] = phases[k];
+    grids[k].num_taps = fill_amx_taps(grids[k].tap, taps);
+    grids[k].height = height, grids[k].width = width;
+    grids[k].packed = pointer<const uint16_t>(packed), grids[k].y = pointer<float>(y);
+  }
+  AmxConvParams p{};
+  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3],
+  p.out_channels = out_channels;
+  p.in_step = in_step, p.parts = parts, p.accumulate = accumulate, p.num_threads = num_threads;
+  p.x = pointer<const float>(x), p.y_strides = grid_strides(y_strides);
+  p.phase = grids.data(), p.num_phases = static_cast<int>(grids.size());
+  p.workspace = pointer<void>(workspace(kernels().amx_conv_workspace(p)).cast<Address>());
+  py::gil_scoped_release release;
+  kernels().amx_conv(p);
+}
+
+// sizes: output and input channels, and the strides of both in the parameter.
+AmxPackParams amx_pack_params(const AmxTap* tap, int num_taps, const std::array<int64_t, 4>& sizes, int parts) {
+  AmxPackParams p{};
+  p.tap = tap, p.num_taps = num_taps, p.parts = parts;
+  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  return p;
+}
+
+int64_t amx_packed_size(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts) {
+  return kernels().amx_packed_size(amx_pack_params(nullptr, static_cast<int>(taps.size()), sizes, parts));
+}
+
+void amx_pack_weight(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts, int num_threads,
+                     Address weight, Address packed) {
+  AmxTap tap[kAmxMaxTaps];
+  AmxPackParams p = amx_pack_params(tap, fill_amx_taps(tap, taps), sizes, parts);
+  p.num_threads = num_threads, p.weight = pointer<const float>(weight), p.packed = pointer<uint16_t>(packed);
+  py::gil_scoped_release release;
+  kernels().amx_pack_weight(p);
+}
+
+// input: of x, as above. grid: height and width of grad. sizes: as above.
+void amx_weight_grad(const Shape& input, const std::array<int64_t, 2>& grid, const AmxTaps& taps,
+                     const std::array<int64_t, 4>& sizes, int in_step, int parts, int num_threads, Address x,
+                     Address grad, Address grad_weight, const py::function& workspace) {
+  AmxTap tap[kAmxMaxTaps];
+  AmxWeightGradParams p{};
+  p.tap = tap, p.num_taps = fill_amx_taps(tap, taps);
+  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3];
+  p.height = grid[0], p.width = grid[1];
+  p.out_channels = sizes[0], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  p.in_step = in_step, p.parts = parts, p.num_threads = num_threads;
+  p.x = pointer<const float>(x), p.grad = pointer<const float>(grad), p.grad_weight = pointer<float>(grad_weight);
+  p.workspace = pointer<void>(workspace(kernels().amx_weight_grad_workspace(p)).cast<Address>());
+  py::gil_scoped_release release;
+  kernels().amx_weight_grad(p);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = RNNDYN_VERSION;
   info["isa"] = kernels().isa;
   py::list supported;
-  for (const char* isa : {"portable", "avx2", "avx512"})
+  for (const char* isa : {"portable", "avx2", "avx512", "amx"})
     if (isa_supported(isa)) supported.append(isa);
   info["isa_supported"] = supported;
   info["compiler"] = __VERSION__;
@@ -328,6 +504,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("winograd_packed_size", &winograd_packed_size);
   m.def("winograd_weight_grad", &winograd_weight_grad);
   m.def("winograd_weight_grad_workspace", &winograd_weight_grad_workspace);
+  m.def("amx_conv", &amx_conv);
+  m.def("amx_packed_size", &amx_packed_size);
+  m.def("amx_pack_weight", &amx_pack_weight);
+  m.def("amx_weight_grad", &amx_weight_grad);
   m.def("area_step_forward_float32", &area_step_forward<float>);
   m.def("area_step_forward_float64", &area_step_forward<double>);
   m.def("area_step_backward_float32", &area_step_backward<float>);
@@ -336,4 +516,19 @@ PYBIND11_MODULE(_core, m) {
   m.def("gate_step_float64", &gate_step<double>);
   m.def("readout_zones_float32", &readout_zones<float>);
   m.def("readout_zones_float64", &readout_zones<double>);
+  m.def("trajectory_norms_float32", &trajectory_norms<float>);
+  m.def("trajectory_norms_float64", &trajectory_norms<double>);
+  m.def("ctrnn_forward_float32", &ctrnn_forward<float>);
+  m.def("ctrnn_forward_float64", &ctrnn_forward<double>);
+  m.def("ctrnn_forward_workspace",
+        [](const CtrnnSizes& s, int threads) { return kernels().ctrnn_forward_workspace(ctrnn_shape(s), threads); });
+  m.def("ctrnn_backward_float32", &ctrnn_backward<float>);
+  m.def("ctrnn_backward_float64", &ctrnn_backward<double>);
+  m.def("ctrnn_backward_workspace",
+        [](const CtrnnSizes& s, int threads) { return kernels().ctrnn_backward_workspace(ctrnn_shape(s), threads); });
+  m.def("ctrnn_train_float32", &ctrnn_train<float>);
+  m.def("ctrnn_train_float64", &ctrnn_train<double>);
+  m.def("ctrnn_train_workspace", [](const CtrnnSizes& s, int64_t loss_steps, int threads) {
+    return kernels().ctrnn_train_workspace(ctrnn_shape(s), loss_steps, threads);
+  });
 }

@@ -70,6 +70,18 @@ def alternated(result: Json) -> tuple[str, dict[str, str]]:
     return row(result["what"], {n: t if n in OURS else f"{t}, {ours / peaks[n]:.0%}" for n, t in texts.items()})
 
 
+def extraction(result: Json) -> tuple[str, dict[str, str]]:
+    """A row of times and what they are over the bare forward, or of peak memory over the number of samples."""
+    if "peak_bytes" in result:
+        return row(result["what"], {name: f"{value / 2**20:.0f} MiB" for name, value in result["peak_bytes"].items()})
+    cells = {}
+    for name, c in result["contenders"].items():
+        cells[name] = f"{seconds(c['median_s'])} ({seconds(c['min_s'])} - {seconds(c['max_s'])})"
+        if name != "bare_forward":
+            cells[name] += f", {c['ours_is_faster_by'] - 1:+.1%}"
+    return row(result["what"], cells)
+
+
 def pytest_benchmark(results: Json) -> dict[tuple[str, str], list[tuple[str, dict[str, str]]]]:
     """Rows of pytest-benchmark's file, one per test function, by what its contenders have in common."""
     functions: dict[str, list[Json]] = {}
@@ -107,6 +119,11 @@ def convolutions(results: Json) -> list[tuple[str, dict[str, str]]]:
 NOTES = {
     "time": "Median (least - most) of the rounds; x: how many times the time of the first column.",
     "memory": "Peak resident size above that of the imports; %: the first column as a share of it.",
+    "extraction": (
+        "Median (least - most) of the rounds; %: median of what each round took over the bare forward of the same round. Once: what an "
+        "extraction takes beside, in seconds, whatever the number of images."
+    ),
+    "extraction memory": "Peak resident size above that of the imports, in a fresh process each.",
     "convolutions": (
         "Median time; GFLOP/s of the direct convolution that it stands for, and of the products that it does; x: how many times faster "
         "than PyTorch's convolution in the better of its two layouts, and than its bfloat16 one. Packing (forward + backward) is done once "
@@ -115,15 +132,19 @@ NOTES = {
 }
 TITLES = {
     "rollout": "Networks: time",
+    "ctrnn": "Continuous-time networks",
     "memory": "Networks: memory",
     "analysis": "Analysis",
+    "extraction": "Extraction",
     "convolutions": "Convolutions",
 }
-OVERVIEW = ("rollout", "memory", "analysis")
+OVERVIEW = ("rollout", "memory", "ctrnn", "analysis", "extraction")
 
 
 def section_of(results: Json) -> str:
     """Which of TITLES a file belongs to."""
+    if "section" in results:
+        return results["section"]
     kinds = {"benchmarks": "analysis", "convolutions": "convolutions", "peak_bytes": "memory"}
     return next((section for key, section in kinds.items() if key in results), "rollout")
 
@@ -143,8 +164,11 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
                 found.setdefault((kind, line + command), []).extend(rows)
             continue
         facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        key = {"rollout": "time"}.get(section, section), conditions(machine, facts) + command
-        found.setdefault(key, []).extend(convolutions(results) if section == "convolutions" else [alternated(results)])
+        kind = {"rollout": "time", "ctrnn": "time"}.get(section, section)
+        if section == "extraction" and "peak_bytes" in results:
+            kind += " memory"
+        rows = {"convolutions": convolutions, "extraction": lambda r: [extraction(r)]}.get(section, lambda r: [alternated(r)])(results)
+        found.setdefault((kind, conditions(machine, facts) + command), []).extend(rows)
     parts = []
     for (kind, line), rows in found.items():
         columns = list(dict.fromkeys(name for _, cells in rows for name in cells))

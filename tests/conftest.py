@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from rnndyn_fast import _core, build_info
 
 GOLDEN = Path(os.environ.get("RNNDYN_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
 
@@ -45,3 +48,12 @@ def golden_module(name: str) -> Any:
 def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  -- for libraries that draw from the global generator
+
+
+@pytest.fixture(params=_core.build_info()["isa_supported"])
+def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test, on every instruction set that can run here."""
+    before = build_info()["isa"]
+    _core.select_isa(request.param)
+    yield
+    _core.select_isa(before)

@@ -29,12 +29,12 @@ class _Finder:
 sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
 
 import rnndyn_fast  # noqa: E402
-from rnndyn_fast.ops import _launch, winograd_conv  # noqa: E402
+from rnndyn_fast.ops import _launch, amx_conv, convolution, winograd_conv  # noqa: E402
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Poisoned, of exactly this size."""
-    return torch.full(tuple(shape), float("nan"), dtype=dtype)
+    return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)
 
 
 def _workspace(floats: int) -> tuple[Tensor, int]:
@@ -48,4 +48,4 @@ def pytest_configure(config: pytest.Config) -> None:
     if not rnndyn_fast.build_info()["sanitized"]:
         raise pytest.UsageError(f"{os.environ['RNNDYN_SANITIZED_CORE']}: this core was built without AddressSanitizer")
     _launch._workspace = _workspace
-    _launch.empty = winograd_conv.empty = _empty
+    _launch.empty = winograd_conv.empty = amx_conv.empty = convolution.empty = _empty

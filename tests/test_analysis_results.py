@@ -15,14 +15,15 @@ from test_analysis_cases import assert_same_result, make
 from rnndyn_fast.analysis import (
     ReadoutZoneReducer,
     ReadoutZoneResult,
-    analyse,
     check_claims,
     readout_zones,
     tables,
     write_tables,
 )
-from rnndyn_fast.analysis.figures import FIGURES, figure_representation_change, write_figures
+from rnndyn_fast.analysis.figure_files import FIGURES, write_figures
+from rnndyn_fast.analysis.figures import figure_representation_change
 from rnndyn_fast.analysis.results import MEASURES
+from rnndyn_fast.report.analysis_page import analyse
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
 
@@ -185,17 +186,19 @@ def test_analyse_writes_everything(tmp_path: Path) -> None:
     data = make(n=120)
     path = readout_zones(**data).save(tmp_path / "trained.h5")
     other = readout_zones(**(data | {"trajectories": data["trajectories"] * 0.3})).save(tmp_path / "untrained.h5")
-    paths = analyse(path, tmp_path / "out", compare=other)
+    _, paths = analyse(path, tmp_path / "out", compare=other)
     assert sorted(paths) == sorted((tmp_path / "out").iterdir())
-    assert {p.name for p in paths} >= {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")}
+    assert {p.name for p in paths} >= {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg", "pdf", "csv")} | {"report.html"}
     for p in paths:
         assert p.stat().st_size > (5000 if p.suffix in (".png", ".svg") else 20)
         if p.suffix == ".png":
             assert p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     first = (tmp_path / "out" / "accuracy.svg").read_text()
     assert "n = 120" in first
-    analyse(path, tmp_path / "out")
-    assert (tmp_path / "out" / "accuracy.svg").read_text() == first  # the same result makes the same file
+    write_figures(readout_zones(**data), tmp_path / "again")
+    for suffix in ("svg", "pdf"):  # the same result makes the same file
+        again, earlier = (tmp_path / folder / f"accuracy.{suffix}" for folder in ("again", "out"))
+        assert again.read_bytes() == earlier.read_bytes()
 
 
 def test_figures_show_the_numbers() -> None:
@@ -215,7 +218,7 @@ def test_figures_show_the_numbers() -> None:
 @pytest.mark.parametrize(("t", "c", "n"), [(1, 1, 1), (1, 4, 9), (2, 1, 2), (25, 3, 40)])
 def test_figures_of_odd_sizes(tmp_path: Path, t: int, c: int, n: int) -> None:
     result = readout_zones(**make(n=n, t=t, c=c))
-    assert len(write_figures(result, tmp_path)) == 2 * len(FIGURES)
+    assert len(write_figures(result, tmp_path)) == 3 * len(FIGURES)
     assert len(write_tables(result, tmp_path)) == len(tables(result))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rnndyn_fast.analysis import ReadoutZoneResult, readout_zones
 from rnndyn_fast.data import ImageFile, make_dataset, normalise
-from rnndyn_fast.extract import extract, sha256, trajectories_path
+from rnndyn_fast.extract import REDUCERS, extract, load_results, sha256, trajectories_path
 from rnndyn_fast.train import QuietReporter, TrainConfig, load_checkpoint, train
 
 QUIET = QuietReporter()
@@ -106,7 +106,7 @@ def test_existing_files_are_kept_unless_told(checkpoint: Path, images: Path, tmp
     assert not (tmp_path / "s.h5").exists()
 
 
-def test_failure_halfway_leaves_nothing_new(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+def test_failure_halfway_leaves_files_as_they_were(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     class Failing(QuietReporter):
         def advance(self, images: int, text: str) -> None:
             raise KeyboardInterrupt
@@ -115,7 +115,89 @@ def test_failure_halfway_leaves_nothing_new(checkpoint: Path, images: Path, tmp_
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, images, out, save=("gap", "it"), overwrite=True, reporter=Failing())
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_all_reducers_of_several_areas(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    out = run(checkpoint, images, tmp_path / "r.h5", areas=("v1", "v4", "gap"), pooled=("it", "gap"), rdm_images=[0, 3, 5])
+    results = load_results(out)
+    assert set(results) == set(REDUCERS)
+    norms = results["norms"]
+    assert norms["norm"].shape == (3, 3)
+    np.testing.assert_allclose(results["change"]["change"][0], 0, atol=1e-6)  # V1 does not change in time
+    assert (results["change"]["change"][1:] > 0).all()
+    assert results["rdm"]["rdm.it"].shape == (3, 3, 3)
+    assert results["decodability"].options["num_classes"] == 10
+    assert norms.options == {"areas": ["v1", "v4", "gap"]}
+    assert norms.descriptors["options"]["pooled"] == ["it", "gap"]
+    assert norms.descriptors["class_names"] == results["readout_zones"].descriptors["class_names"]
+
+
+def test_some_reducers(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    assert list(load_results(run(checkpoint, images, tmp_path / "r.h5", reducers=("norms",), limit=9))) == ["norms"]
+
+
+def as_folder(images: Path, root: Path, count: int) -> None:
+    from PIL import Image
+
+    with ImageFile(images) as file:
+        pixels, labels = file.split("testplus").read(slice(0, count))
+        for k, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            folder = root / file.categories[int(label)]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k:03d}.png")
+
+
+def test_a_folder_of_images_and_a_dataset_are_the_same_images(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    as_folder(images, tmp_path / "folder", 30)
+    results = {}
+    with ImageFile(images) as file:
+        split = file.split("testplus")
+        dataset = torch.utils.data.Subset(split, range(30))
+        for name, data in (("folder", tmp_path / "folder"), ("dataset", dataset)):
+            out = run(checkpoint, data, tmp_path / f"{name}.h5", reducers=("norms", "readout_zones"))  # type: ignore[arg-type]
+            results[name] = load_results(out)
+    one, two = results["folder"], results["dataset"]
+    assert one["norms"].n == two["norms"].n == 30
+    np.testing.assert_allclose(one["norms"]["norm"], two["norms"]["norm"], rtol=1e-6)
+    assert one["readout_zones"].counts == two["readout_zones"].counts
+    assert one["norms"].descriptors["class_names"] == two["norms"].descriptors["class_names"]
+
+
+def test_image_files_that_do_not_fit_are_named(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    root = tmp_path / "folder"
+    as_folder(images, root, 30)
+    wrong = min(path for path in root.rglob("*.png"))
+    Image.new("RGB", (20, 12)).save(wrong)
+    with pytest.raises(ValueError, match=rf"{wrong} \(image 0\): expected 16 x 16 px, got 20 x 12; resize=True"):
+        run(checkpoint, root, tmp_path / "r.h5")
+    assert load_results(run(checkpoint, root, tmp_path / "r.h5", resize=True))["norms"].n == 30
+    wrong.write_bytes(wrong.read_bytes()[:45])
+    with pytest.raises(OSError, match=rf"{wrong} \(image 0\): "):
+        run(checkpoint, root, tmp_path / "s.h5", resize=True)
+    (root / "zebra").mkdir()
+    with pytest.raises(ValueError, match="zebra is none of the 10 categories"):
+        run(checkpoint, root, tmp_path / "s.h5")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="data: expected a folder per class"):
+        run(checkpoint, tmp_path / "empty", tmp_path / "s.h5")
+    with pytest.raises(TypeError, match="data: expected a path, a torch Dataset or a Source, got int"):
+        run(checkpoint, 3, tmp_path / "s.h5")  # type: ignore[arg-type]
+
+
+def test_truncated_hdf5_names_the_image(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes(images.read_bytes())
+    with h5py.File(damaged, "r+") as file:
+        data = file["testplus/data"]
+        values = data[()]
+        del file["testplus/data"]
+        chunked = file["testplus"].create_dataset("data", data=values, chunks=(10, *values.shape[1:]), compression="gzip")
+        chunked.id.write_direct_chunk((30, 0, 0, 0), b"not what gzip writes")
+    with pytest.raises(OSError, match=r"damaged.h5, split 'testplus', image 30: .*cannot read"):
+        run(checkpoint, damaged, tmp_path / "r.h5", batch_size=7)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +210,10 @@ def test_failure_halfway_leaves_nothing_new(checkpoint: Path, images: Path, tmp_
         ),
         ({"save": "gap"}, TypeError, "save: expected a sequence"),
         ({"dtype": "float64"}, ValueError, "dtype: expected one of"),
+        ({"reducers": ("norm",)}, ValueError, "reducers: expected some of readout_zones, .*got norm"),
+        ({"areas": ("v9",)}, ValueError, "areas: no area 'v9' in this network"),
+        ({"compression": 10}, ValueError, "compression: expected at most 9"),
+        ({"rdm_classes": [0], "rdm_images": [0]}, ValueError, "rdm_classes: expected either"),
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
         ({"limit": 2.5}, TypeError, "limit: expected an int"),
         ({"split": "nope"}, ValueError, "nope"),

@@ -1,4 +1,4 @@
-"""Reports: pages that stand alone, and the demo from end to end."""
+"""Reports: pages that stand alone."""
 
 from __future__ import annotations
 
@@ -10,23 +10,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rnndyn_fast.analysis import Claim, ReadoutZoneResult, check_claims
+from rnndyn_fast.analysis import Claim
 from rnndyn_fast.report import Card, Page, Picture, Plot, table_html
-from rnndyn_fast.report.demo import DemoConfig, command_line, run_demo
-from rnndyn_fast.report.demo_page import evidence_table
+from rnndyn_fast.report.dynamics import evidence_table
 from rnndyn_fast.report.page import format_cell, lift_note
-from rnndyn_fast.train import QuietReporter, read_checkpoint
-
-TINY = {
-    "source": "digits",
-    "size": 16,
-    "max_images": 60,
-    "widths": (4, 6, 8, 10, 12),
-    "timesteps": 3,
-    "epochs": 1,
-    "threads": 1,
-    "backend": "reference",
-}
+from rnndyn_fast.study.run import command_line
 
 
 class Outline(HTMLParser):
@@ -162,47 +150,3 @@ def test_evidence_that_compares_is_one_row_per_measure() -> None:
 def test_command_line_leaves_out_what_is_not_set() -> None:
     options = {"out": "my file", "widths": (1, 2), "threads": None, "untrained": True, "overwrite": False}
     assert command_line("data make", options, ["w"]) == "rnndyn data make w --out 'my file' --widths 1,2 --untrained"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_demo(DemoConfig(out=str(tmp_path_factory.mktemp("demo") / "d"), **TINY), reporter=QuietReporter())
-
-
-def test_demo_report_states_both_claims_for_both_networks(demo: Path) -> None:
-    text = demo.read_text()
-    outline = Outline(text)
-    assert outline.open == []
-    assert len(outline.ids) == len(set(outline.ids))
-    assert all(picture.get("alt") or picture.get("aria-label") for picture in outline.pictures)
-    for name in ("additive", "multiplicative"):
-        result = ReadoutZoneResult.load(demo.parent / name / "testplus.h5")
-        for claim in check_claims(result):
-            heading = text.index(f"{claim.statement} — {name}")
-            card = text[heading : heading + 500]
-            assert claim.verdict.lower() in card.lower()
-            assert f"n = {claim.n:,}" in card
-        assert (demo.parent / name / "analysis" / "accuracy.csv").exists()
-        assert read_checkpoint(demo.parent / name / "last.pt")["config"]["LT_interaction"] == name
-        for group, count in result.counts.items():
-            assert group.replace("_", "-") in text
-            assert f"{count:,}" in text
-    assert "23.58" in text  # a published number
-    assert text.count("<span>rnndyn</span> <span>train</span>") == 2
-    assert len([p for p in outline.pictures if p["tag"] == "img"]) >= 10
-
-
-def test_demo_refuses_then_goes_on_where_it_stopped(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DemoConfig(out=str(demo.parent), **TINY)
-    with pytest.raises(FileExistsError, match=r"report.html exists"):
-        run_demo(config, reporter=QuietReporter())
-    demo.unlink()
-    before = (demo.parent / "additive" / "last.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"made with other options \(size\)"):
-        run_demo(DemoConfig(out=str(demo.parent), **{**TINY, "size": 24}), reporter=QuietReporter())
-    # Figures take most of the time, and the test before has looked at them.
-    monkeypatch.setattr("rnndyn_fast.report.demo.analyse", lambda *_, **__: [])
-    monkeypatch.setattr("rnndyn_fast.report.demo_page.demo_page", lambda record: Page(str(len(record.runs)), "l"))
-    run_demo(config, reporter=QuietReporter())
-    assert (demo.parent / "additive" / "last.pt").read_bytes() == before
-    assert demo.exists()

@@ -326,9 +326,11 @@ def test_readme_python_blocks_run() -> None:
 SMALLER = {
     "data": "--source digits --size 16 --num-train 60 --num-val 20 --num-test 20 --num-testplus 40",
     "plan": "",
+    "phase": "--epochs 1 --hidden 8 --train-trials 64",
     "train": "--widths 2,4,8,16,32 --timesteps 3 --batch-size 20 --epochs 1 --threads 1",
     "extract": "--limit 30",
     "analyse": "",
+    "study": "--quick --out runs/study --networks lateral_additive --epochs 1",
     "doctor": "",
 }
 

@@ -16,6 +16,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from rnndyn_fast.graph import rollout
 from rnndyn_fast.graph.rollout import _Rollout
 from rnndyn_fast.models import blt_net_64
+from rnndyn_fast.nn import RecurrentNetwork
 
 SOME = [
     CASES[n]
@@ -239,11 +240,8 @@ def test_double_backward_of_the_reference() -> None:
 # ---------------------------------------------------------------- autocast
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast_changes_nothing(training: bool) -> None:
-    torch.manual_seed(2)
-    net = blt_net_64(timesteps=3, image_size=16, widths=(2, 4, 8, 16, 32), num_classes=5, backend="native")
-    x = torch.randn(2, 3, 16, 16)
+def _under_autocast(net: RecurrentNetwork, x: Tensor, training: bool) -> list[tuple[Tensor, ...]]:
+    """Results and gradients without and with it."""
     results = []
     for enabled in (False, True):
         with torch.set_grad_enabled(training):
@@ -252,5 +250,25 @@ def test_autocast_changes_nothing(training: bool) -> None:
             # (outside autocast, as PyTorch advises: else the readout's own backward runs in bfloat16)
             grads = torch.autograd.grad(log_probs.sum() + gap.sum(), [net.v2.lateral.weight, net.readout.weight]) if training else ()
             results.append((log_probs.detach(), gap.detach(), recorded["v2"].detach(), *grads))
-    assert results[1][0].dtype == torch.float32
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    return results
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("engine", ["direct", "winograd"])
+def test_autocast_changes_nothing(training: bool, engine: str) -> None:
+    torch.manual_seed(2)
+    net = blt_net_64(timesteps=3, image_size=16, widths=(2, 4, 8, 16, 32), num_classes=5, backend="native", engine=engine)
+    plain, autocast = _under_autocast(net, torch.randn(2, 3, 16, 16), training)
+    assert autocast[0].dtype == torch.float32
+    torch.testing.assert_close(autocast, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_asks_matrix_units_for_bfloat16(training: bool) -> None:
+    torch.manual_seed(2)
+    net = blt_net_64(timesteps=3, image_size=16, widths=(2, 4, 8, 16, 32), num_classes=5, backend="native", engine="amx")
+    plain, autocast = _under_autocast(net, torch.randn(2, 3, 16, 16), training)
+    for a, b in zip(autocast, plain, strict=True):
+        assert a.dtype == torch.float32
+        error = float((a - b).norm() / b.norm())
+        assert 1e-5 < error < 0.1  # products of 8 bits, but not none

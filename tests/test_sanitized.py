@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Kept, so that only what has changed is built again.
 BUILD = ROOT / "build" / f"sanitized-{sys.implementation.cache_tag}"
-OP_TESTS = ("tests/test_area_step.py", "tests/test_readout_zones.py", "tests/test_winograd_conv.py")
+_OPS = ("area_step", "readout_zones", "trajectory_norms", "winograd_conv", "amx_conv", "ctrnn", "ctrnn_train")
+OP_TESTS = tuple(f"tests/test_{op}.py" for op in _OPS)
 
 
 def sanitize(*arguments: str, core: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -93,7 +93,7 @@ def _poison() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str) -> None:
     x, weight, grad = _case(m, shape)
-    prepared = Weight(_geometry(m), weight, EngineChoice(m, "test"))
+    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
     x64 = x.double().permute(0, 3, 1, 2).requires_grad_()
     weight64 = weight.double().requires_grad_()
     expected = _reference(m, x64, weight64)
@@ -118,7 +118,7 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
 def test_every_size(height: int, width: int) -> None:
     for m in MAPS:
         x, weight, _ = _case(m, (1, height, width, 3, 17))
-        y = convolve(Weight(_geometry(m), weight, EngineChoice(m, "test")), x)
+        y = convolve(Weight(_geometry(m), weight, EngineChoice.of(m, "test")), x)
         expected = _reference(m, x.double().permute(0, 3, 1, 2), weight.double()).permute(0, 2, 3, 1)
         assert _relative(y, expected) < TOLERANCE, m
 
@@ -126,7 +126,7 @@ def test_every_size(height: int, width: int) -> None:
 @pytest.mark.parametrize("m", MAPS, ids=str)
 def test_threads_do_not_change_a_bit(m: WinogradMap) -> None:
     x, weight, grad = _case(m, (3, 9, 10, 48, 40))
-    prepared = Weight(_geometry(m), weight, EngineChoice(m, "test"))
+    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
     results = []
     before = torch.get_num_threads()
     try:
@@ -143,7 +143,7 @@ def test_sum_of_maps_is_one_call() -> None:
     m = MAPS[0]
     x1, w1, _ = _case(m, (2, 7, 6, 20, 24))
     x2, w2, _ = _case(m, (2, 7, 6, 9, 24), seed=1)
-    weights = [Weight(_geometry(m), w, EngineChoice(m, "test")) for w in (w1, w2)]
+    weights = [Weight(_geometry(m), w, EngineChoice.of(m, "test")) for w in (w1, w2)]
     expected = sum(_reference(m, x.double().permute(0, 3, 1, 2), w.double()) for x, w in ((x1, w1), (x2, w2)))
     assert isinstance(expected, Tensor)
     assert _relative(convolve_sum(weights, [x1, x2]), expected.permute(0, 2, 3, 1)) < TOLERANCE
@@ -173,6 +173,12 @@ def test_one_network_step_is_accurate() -> None:
 # ---------------------------------------------------------------- choice of engine
 
 
+@pytest.fixture
+def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "has_matrix_units", lambda: False)
+
+
+@pytest.mark.usefixtures("no_matrix_units")
 def test_rule() -> None:
     conv, transposed = Geometry(Operator.CONV, 1, 1), Geometry(Operator.CONV_TRANSPOSE, 2, 1, 1)
 
@@ -200,7 +206,7 @@ def test_reasons_are_given() -> None:
     with pytest.raises(ValueError, match="stride 2"):
         can_run_winograd(Geometry(Operator.CONV, 2, 1), (8, 8, 3, 3), torch.float32, raise_error=True)
     assert not can_run_winograd(Geometry(Operator.CONV, 1, 3), (8, 8, 7, 7), torch.float32)
-    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, got 'fast'"):
+    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, got 'fast'"):
         choose_engine(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), 8, 8, torch.float32, "fast")
     net = blt_net_64(widths=(2, 4, 8, 16, 32), engine="fast")
     with pytest.raises(ValueError, match="engine: expected one of"):

@@ -4,10 +4,31 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(RNNDYN_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernel_table.h"
 
 namespace rnndyn {
 namespace {
+
+// Matrix units of bfloat16: the processor has them (leaf 7: AMX-BF16, AMX-TILE, AVX512-BF16 in subleaf 1), and the system lets this process use
+// their registers, which has to be asked for once.
+bool matrix_units() {
+#if defined(RNNDYN_X86) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
 
 std::atomic<const KernelTable*> current{nullptr};
 
@@ -16,6 +37,7 @@ const KernelTable* find(const char* name) {
 #ifdef RNNDYN_X86
   if (std::strcmp(name, "avx2") == 0) return &kernel_table_avx2();
   if (std::strcmp(name, "avx512") == 0) return &kernel_table_avx512();
+  if (std::strcmp(name, "amx") == 0) return &kernel_table_amx();
 #endif
   return nullptr;
 }
@@ -28,9 +50,10 @@ bool isa_supported(const char* name) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (std::strcmp(name, "avx2") == 0) return avx2;
-  if (std::strcmp(name, "avx512") == 0)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx512") == 0) return avx512;
+  if (std::strcmp(name, "amx") == 0) return avx512 && matrix_units();
 #endif
   return false;
 }
@@ -39,7 +62,7 @@ void select_isa(const char* name) {
   const KernelTable* table = find(name);
   if (table == nullptr)
     throw std::invalid_argument(
-        std::string("RNNDYN_ISA: expected portable, avx2 or avx512, as far as this build has them, got '") + name +
+        std::string("RNNDYN_ISA: expected portable, avx2, avx512 or amx, as far as this build has them, got '") + name +
         "'");
   if (!isa_supported(name))
     throw std::invalid_argument(std::string("RNNDYN_ISA: this processor cannot run '") + name + "'");
@@ -53,7 +76,10 @@ const KernelTable& kernels() {
     if (wanted != nullptr && wanted[0] != '\0') {
       select_isa(wanted);
     } else {
-      select_isa(isa_supported("avx512") ? "avx512" : isa_supported("avx2") ? "avx2" : "portable");
+      const char* best = "portable";
+      for (const char* isa : {"avx2", "avx512", "amx"})
+        if (isa_supported(isa)) best = isa;
+      select_isa(best);
     }
     table = current.load();
   }

@@ -2,6 +2,9 @@
 // lives in rnndyn::<isa>, and they use no inline function of the standard library: the linker keeps one copy of those, which might
 // then hold instructions that the processor at hand does not have.
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <stdlib.h>
@@ -17,10 +20,18 @@ namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
 #include "cpu/gate_step_kernel.h"
-#include "cpu/readout_zones_kernel.h"
+#include "cpu/ctrnn_math_kernel.h"
+#include "cpu/ctrnn_kernel.h"
+#include "cpu/ctrnn_op_kernel.h"
+#include "cpu/ctrnn_train_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
+#include "cpu/readout_zones_kernel.h"
+#include "cpu/trajectory_norms_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
+#include "cpu/amx_tile_kernel.h"
+#include "cpu/amx_conv_kernel.h"
+#include "cpu/amx_weight_grad_kernel.h"
 }  // namespace RNNDYN_ISA
 
 const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
@@ -34,12 +45,29 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::gate_step<double>,
       RNNDYN_ISA::readout_zones<float>,
       RNNDYN_ISA::readout_zones<double>,
+      RNNDYN_ISA::trajectory_norms<float>,
+      RNNDYN_ISA::trajectory_norms<double>,
+      RNNDYN_ISA::ctrnn_forward<float>,
+      RNNDYN_ISA::ctrnn_forward<double>,
+      RNNDYN_ISA::ctrnn_backward<float>,
+      RNNDYN_ISA::ctrnn_backward<double>,
+      RNNDYN_ISA::ctrnn_train<float>,
+      RNNDYN_ISA::ctrnn_train<double>,
+      RNNDYN_ISA::ctrnn_forward_workspace<double>,
+      RNNDYN_ISA::ctrnn_backward_workspace<double>,
+      RNNDYN_ISA::ctrnn_train_workspace<double>,
       RNNDYN_ISA::winograd_conv,
       RNNDYN_ISA::winograd_conv_workspace,
       RNNDYN_ISA::winograd_pack_weight,
       RNNDYN_ISA::winograd_packed_size,
       RNNDYN_ISA::winograd_weight_grad,
       RNNDYN_ISA::winograd_weight_grad_workspace,
+      RNNDYN_ISA::amx_conv,
+      RNNDYN_ISA::amx_conv_workspace,
+      RNNDYN_ISA::amx_pack_weight,
+      RNNDYN_ISA::amx_packed_size,
+      RNNDYN_ISA::amx_weight_grad,
+      RNNDYN_ISA::amx_weight_grad_workspace,
   };
   return table;
 }

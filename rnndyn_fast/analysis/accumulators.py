@@ -78,6 +78,17 @@ class Accumulators:
     pair_cos_squares: np.ndarray = field(init=False)  # [T, C, C]
     pair_own: np.ndarray = field(init=False)  # [T, C, C] B[c, a]
     pair_own_squares: np.ndarray = field(init=False)  # [T, C, C]
+    confusion: np.ndarray = field(init=False)  # [T, C, C] all samples per label and predicted class
+    class_groups: np.ndarray = field(init=False)  # [C, 4] all samples per label and group
+    # Of stable-correct samples: per class, and per t_stable and step.
+    class_t_stable: Moments = field(init=False)  # [C]
+    class_norm: Moments = field(init=False)  # [C] at the last step
+    class_boundary_distance: Moments = field(init=False)  # [C] at the last step
+    norm_by_t_stable: Moments = field(init=False)  # [T, T]
+    boundary_distance_by_t_stable: Moments = field(init=False)  # [T, T]
+    # Of those with t_stable > 0: place in the plane of two readout vectors (see breakdown.py).
+    plane_across: Moments = field(init=False)  # [T, T]
+    plane_along: Moments = field(init=False)  # [T, T]
 
     def __post_init__(self) -> None:
         steps, classes = self.timesteps, self.classes
@@ -93,6 +104,12 @@ class Accumulators:
         self.pair_count = np.zeros((steps, classes, classes), np.int64)
         for name in ("pair_cos", "pair_cos_squares", "pair_own", "pair_own_squares"):
             setattr(self, name, np.zeros((steps, classes, classes), np.float64))
+        self.confusion = np.zeros((steps, classes, classes), np.int64)
+        self.class_groups = np.zeros((classes, len(GROUPS)), np.int64)
+        for name in ("class_t_stable", "class_norm", "class_boundary_distance"):
+            setattr(self, name, Moments((classes,)))
+        for name in ("norm_by_t_stable", "boundary_distance_by_t_stable", "plane_across", "plane_along"):
+            setattr(self, name, Moments((steps, steps)))
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and array of every accumulator, in a fixed order; the arrays are the accumulators themselves."""
@@ -252,3 +269,19 @@ def _accumulate_pairs(sums: Accumulators, batch: Trajectories, chosen: np.ndarra
         members[torch.from_numpy(current), torch.arange(later.size)] = 1.0
         torch.from_numpy(sums.pair_cos[t]).addmm_(members, cosine)
         torch.from_numpy(sums.pair_cos_squares[t]).addmm_(members, cosine.square())
+
+
+def later_cosines(batch: Trajectories, group: np.ndarray, time: np.ndarray, offset: int) -> dict[str, np.ndarray]:  # [N], [N]
+    """Cosines to every readout vector of stable-correct samples at the steps before they are stable: with them the means
+    over pairs can be taken anew with weights.
+
+    Returns ``later_sample`` [K] (``offset`` added), ``later_step`` [K] and ``later_cosine`` [K, C] float32.
+    """
+    chosen = np.flatnonzero(group == 0)
+    parts = [chosen[time[chosen] > t] for t in range(len(batch.predicted))]
+    cosine = [batch.cosine[t].numpy()[part].astype(np.float32) for t, part in enumerate(parts)]
+    return {
+        "later_sample": np.concatenate(parts) + offset,
+        "later_step": np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        "later_cosine": np.concatenate(cosine),
+    }

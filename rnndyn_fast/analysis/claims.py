@@ -131,6 +131,9 @@ def _check_edge(result: ReadoutZoneResult) -> Claim:
 def check_claims(result: ReadoutZoneResult) -> list[Claim]:
     """Check the two published claims; each says its criterion, its numbers with 95% intervals, and n.
 
+    Intervals are normal ones and need no samples; those of the bootstrap, which are narrower where steps share samples, are
+    shown beside them in a study.
+
     Source: Thorat, Doerig & Kietzmann (2023), arXiv 2308.12435.
     """
     return [_check_change(result), _check_edge(result)]

@@ -1,17 +1,13 @@
-"""Figures of a readout-zone analysis, one file each as PNG and SVG; drawn without a display."""
+"""Figures of a readout-zone analysis; drawn without a display."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Summary
 from rnndyn_fast.analysis.results import ReadoutZoneResult
-from rnndyn_fast.files import replaced_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,10 +229,24 @@ def figure_cos_final(result: ReadoutZoneResult) -> Figure:
     return figure
 
 
+def readout_tree(result: ReadoutZoneResult) -> np.ndarray:  # -> [C - 1, 4]
+    """Ward linkage of the readout vectors under (1 - cosine) / 2, as SciPy writes it."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    if result.num_classes < 2:
+        return np.zeros((0, 4))
+    norm = np.linalg.norm(result.readout_weight, axis=1, keepdims=True)
+    unit = result.readout_weight / np.where(norm == 0, 1.0, norm)
+    distance = np.clip((1 - unit @ unit.T) / 2, 0, 1)
+    distance = (distance + distance.T) / 2
+    np.fill_diagonal(distance, 0)
+    return linkage(squareform(distance, checks=False), "ward")
+
+
 def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
     """Ward dendrogram of the readout vectors under (1 - cosine) / 2."""
-    from scipy.cluster.hierarchy import dendrogram, linkage
-    from scipy.spatial.distance import squareform
+    from scipy.cluster.hierarchy import dendrogram
 
     classes = result.num_classes
     figure, (axes,) = _new(width=max(6.4, 0.14 * classes + 2), height=4.4)
@@ -249,17 +259,11 @@ def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
     if classes < 2:
         axes.text(0.5, 0.5, "one class", transform=axes.transAxes, ha="center")
         return figure
-    norm = np.linalg.norm(result.readout_weight, axis=1, keepdims=True)
-    unit = result.readout_weight / np.where(norm == 0, 1.0, norm)
-    distance = np.clip((1 - unit @ unit.T) / 2, 0, 1)
-    distance = (distance + distance.T) / 2
-    np.fill_diagonal(distance, 0)
     given = result.descriptors.get("class_names")
     names = [str(name) for name in given] if isinstance(given, list) and len(given) == classes else [str(c) for c in range(classes)]
-    tree = linkage(squareform(distance, checks=False), "ward")
     size = 9.0 if classes <= 30 else 6.0
     dendrogram(
-        tree,
+        readout_tree(result),
         ax=axes,
         labels=names,
         color_threshold=0,
@@ -268,33 +272,3 @@ def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
         leaf_font_size=size,
     )
     return figure
-
-
-FIGURES: dict[str, Callable[[ReadoutZoneResult], Figure]] = {
-    "accuracy": figure_accuracy,
-    "groups": figure_groups,
-    "counts": figure_counts,
-    "representation_change": figure_representation_change,
-    "norm_now_vs_later": figure_norm,
-    "cos_current_now_vs_later": figure_cos_current,
-    "cos_final_vs_other": figure_cos_final,
-    "margin_now_vs_later": figure_margin,
-    "boundary_distance_now_vs_later": figure_boundary_distance,
-    "readout_dendrogram": figure_dendrogram,
-}
-
-
-def write_figures(result: ReadoutZoneResult, out_dir: str | os.PathLike[str], *, untrained: ReadoutZoneResult | None = None) -> list[Path]:
-    """Write each of FIGURES to ``out_dir/<name>.png`` and ``.svg``; returns the paths."""
-    from matplotlib import rc_context
-
-    written = []
-    for name, make in FIGURES.items():
-        with rc_context(STYLE):
-            figure = figure_representation_change(result, untrained) if make is figure_representation_change else make(result)
-            for suffix in ("png", "svg"):
-                path = Path(out_dir) / f"{name}.{suffix}"
-                with replaced_atomically(path) as temporary:
-                    figure.savefig(temporary, metadata={"Date": None} if suffix == "svg" else None)
-                written.append(path)
-    return written

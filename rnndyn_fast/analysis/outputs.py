@@ -1,17 +1,19 @@
-"""Tables (CSV) and figures of a readout-zone analysis."""
+"""Tables (CSV) of a readout-zone analysis."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS
+from rnndyn_fast.analysis.breakdown_figures import class_rows
 from rnndyn_fast.analysis.claims import check_claims
+from rnndyn_fast.analysis.figures import readout_tree
 from rnndyn_fast.analysis.results import ReadoutZoneResult
 from rnndyn_fast.files import replaced_atomically
 
@@ -68,6 +70,21 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
     out["change_after_stable"] = [
         {"measure": name} | _cell("", result.summary(name), ()) for name in ("change_after_stable", "relative_change_after_stable")
     ]
+    norm, across, along = (result.summary(name) for name in ("norm_by_t_stable", "plane_across", "plane_along"))
+    out["norm_by_t_stable"] = [{"t_stable": s, "t": t} | _cell("", norm, (s, t)) for s in steps for t in steps]
+    out["plane"] = [
+        {"t_stable": s, "t": t} | _cell("across_", across, (s, t)) | _cell("along_", along, (s, t)) for s in steps[1:] for t in steps
+    ]
+    out["classes"] = class_rows(result)
+    labels, predicted = np.nonzero(result.sums.confusion.any(0))
+    out["confusion"] = [
+        {"label": int(a), "predicted": int(p), **{f"t{t}": int(result.sums.confusion[t, a, p]) for t in steps}}
+        for a, p in zip(labels, predicted, strict=True)
+    ]
+    out["readout_dendrogram"] = [
+        {"merge": k, "left": int(row[0]), "right": int(row[1]), "distance": float(row[2]), "leaves": int(row[3])}
+        for k, row in enumerate(readout_tree(result))
+    ]
     out["published_summary"] = [
         {
             "measure": m,
@@ -95,43 +112,17 @@ def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> Path:
     """Write rows with the same keys to a CSV file, whole or not at all; NaN becomes an empty field."""
     rows = list(rows)
     with replaced_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0].keys() if rows else [])
-        writer.writerows([_text(value) for value in row.values()] for row in rows)
+        write_rows(rows, file)
     return Path(path)
+
+
+def write_rows(rows: Sequence[Row], file: TextIO) -> None:
+    """Write rows with the same keys as CSV; NaN becomes an empty field."""
+    writer = csv.writer(file)
+    writer.writerow(rows[0].keys() if rows else [])
+    writer.writerows([_text(value) for value in row.values()] for row in rows)
 
 
 def write_tables(result: ReadoutZoneResult, out_dir: str | os.PathLike[str]) -> list[Path]:
     """Write each of ``tables(result)`` to ``out_dir/<name>.csv``."""
     return [write_csv(rows, Path(out_dir) / f"{name}.csv") for name, rows in tables(result).items()]
-
-
-def analyse(
-    result_path: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    *,
-    compare: str | os.PathLike[str] | None = None,
-) -> list[Path]:
-    """Write all tables and figures of a saved result.
-
-    Args:
-        result_path: file written by ``ReadoutZoneResult.save``.
-        out_dir: folder for the files; made where it does not exist. Files of the same names are replaced.
-        compare: a second result, that of the untrained network, drawn beside the first in the representation-change
-            figure.
-
-    Returns:
-        Paths written: tables ``*.csv``, figures ``*.png`` and ``*.svg``.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is absent or no result (nothing has been written then).
-    """
-    from rnndyn_fast.analysis.figures import write_figures
-
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise FileExistsError(f"out: expected a folder, {os.fspath(out_dir)} is a file")
-    result = ReadoutZoneResult.load(result_path)
-    other = None if compare is None else ReadoutZoneResult.load(compare)
-    if other is not None and other.timesteps != result.timesteps:
-        raise ValueError(f"compare: expected a result of T = {result.timesteps} time steps, got {other.timesteps}")
-    return write_tables(result, out_dir) + write_figures(result, out_dir, untrained=other)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.analysis.accumulators import Accumulators, Trajectories, accumulate, classify
+from rnndyn_fast.analysis.accumulators import Accumulators, Trajectories, accumulate, classify, later_cosines
+from rnndyn_fast.analysis.breakdown import accumulate_breakdown
 from rnndyn_fast.analysis.inputs import (
     as_floats,
     as_labels,
@@ -17,7 +18,8 @@ from rnndyn_fast.analysis.inputs import (
     require_finite_norms,
     require_log_probs,
 )
-from rnndyn_fast.analysis.results import SAMPLE_TABLES, ReadoutZoneResult
+from rnndyn_fast.analysis.protocol import Batch, Reducer
+from rnndyn_fast.analysis.results import LATER_TABLES, SAMPLE_TABLES, ReadoutZoneResult
 from rnndyn_fast.ops.readout_zones import readout_zones as measure_readout_zones
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, readout_distance
 
@@ -33,7 +35,7 @@ class _PendingBatch:
         self.measures: list[ReadoutZoneMeasures] = []  # one per step, tables [1, N] and cosine [1, N, C]
 
 
-class ReadoutZoneReducer:
+class ReadoutZoneReducer(Reducer):
     r"""Readout-zone analysis of any number of trajectories in memory that does not grow with them.
 
     Per sample and step the measures of ``reference.readout_zones``; per trajectory of predictions its group (stable or
@@ -52,8 +54,10 @@ class ReadoutZoneReducer:
         readout_weight: [C, D], floating point, NumPy or torch; row c is the readout vector of class c.
         bias: [C] or None for zero.
         timesteps: T, the length of every trajectory.
+        area: whose representations ``add`` takes from a batch.
         keep_samples: also keep every sample's scalars over time, so that the result has index sets and per-sample
-            tables; memory then grows by about 60 T bytes per sample.
+            tables; memory then grows by about 60 T bytes per sample,
+            and 4 C per sample and step of those not yet stable.
         backend: "native", "reference" or None (native where it can run; see ``ops.can_run_readout_zones``).
 
     Raises:
@@ -77,12 +81,15 @@ class ReadoutZoneReducer:
     [0.5]
     """
 
+    name = "readout_zones"
+
     def __init__(
         self,
         readout_weight: Any,  # [C, D]
         bias: Any = None,  # [C]
         timesteps: int | None = None,
         *,
+        area: str = "gap",
         keep_samples: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -102,11 +109,12 @@ class ReadoutZoneReducer:
             self._bias = bias.to("cpu", torch.float64, copy=True)  # [C]
         self.timesteps = int(timesteps)
         self.num_classes, self.num_dims = self._weight.shape
+        self.area = area
         self.keep_samples = keep_samples
         self.backend = backend
         self._distance = readout_distance(self._weight)  # [C, C]
         self._sums = Accumulators(self.timesteps, self.num_classes)
-        self._samples: dict[str, list[np.ndarray]] = {name: [] for name in SAMPLE_TABLES}
+        self._samples: dict[str, list[np.ndarray]] = {name: [] for name in (*SAMPLE_TABLES, *LATER_TABLES)}
         self._pending: _PendingBatch | None = None
 
     def __len__(self) -> int:
@@ -116,6 +124,20 @@ class ReadoutZoneReducer:
     def __repr__(self) -> str:
         sizes = f"timesteps={self.timesteps}, classes={self.num_classes}, dims={self.num_dims}"
         return f"{type(self).__name__}({sizes}, samples={len(self)}, keep_samples={self.keep_samples})"
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The area of the representations."""
+        return (self.area,)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with, readout aside."""
+        return {"area": self.area, "timesteps": self.timesteps, "keep_samples": self.keep_samples}
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch of an extraction: as ``update``."""
+        self.update(batch.area(self.area).flatten(2), batch.labels, batch.log_probs)
 
     @torch.no_grad()
     def update(
@@ -249,7 +271,11 @@ class ReadoutZoneReducer:
         batch = Trajectories(labels.cpu().numpy(), predicted, norm, cos_current, cos_label, margin, boundary_distance, change[1:], cosine)
         group, time = classify(predicted, batch.label)
         accumulate(self._sums, batch, group, time)
+        accumulate_breakdown(self._sums, batch, group, time, self._weight.numpy(), None if self._bias is None else self._bias.numpy())
         if self.keep_samples:
+            offset = int(self._sums.samples) - len(group)
+            for name, values in later_cosines(batch, group, time, offset).items():
+                self._samples[name].append(values)
             for name, values in batch._asdict().items():
                 if name in SAMPLE_TABLES:
                     self._samples[name].append(values.T)
@@ -262,6 +288,8 @@ class ReadoutZoneReducer:
             for name, empty in SAMPLE_TABLES.items():
                 blocks = self._samples[name] or [empty(self.timesteps)]
                 self._samples[name] = [np.concatenate(blocks)]
+            for name, empty in LATER_TABLES.items():
+                self._samples[name] = [np.concatenate(self._samples[name] or [empty(self.num_classes)])]
             samples = {name: blocks[0] for name, blocks in self._samples.items()}
         bias = None if self._bias is None else self._bias.numpy()
         return ReadoutZoneResult(self._sums, self._weight.numpy(), bias, samples, descriptors)

@@ -15,7 +15,7 @@ from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
 from rnndyn_fast.files import replaced_atomically
 
 FORMAT = "rnndyn_fast.readout_zones"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _per_step(dtype: type, fewer: int = 0) -> Callable[[int], np.ndarray]:
@@ -40,6 +40,13 @@ SAMPLE_TABLES: dict[str, Callable[[int], np.ndarray]] = {
     "change": _per_step(np.float64, fewer=1),  # [N, T - 1]
 }
 
+# Kept with them, one row per not-yet-stable sample and step (see `later_cosines`).
+LATER_TABLES: dict[str, Callable[[int], np.ndarray]] = {
+    "later_sample": lambda classes: np.zeros(0, np.int64),  # [K]
+    "later_step": lambda classes: np.zeros(0, np.int64),  # [K]
+    "later_cosine": lambda classes: np.zeros((0, classes), np.float32),  # [K, C]
+}
+
 # Measures [T, 2]: first column samples already stable at the step, second those not yet.
 _NOW_VS_LATER = {
     "norm_now_vs_later": "norm",
@@ -47,6 +54,15 @@ _NOW_VS_LATER = {
     "margin_now_vs_later": "margin",
     "boundary_distance_now_vs_later": "boundary_distance",
 }
+_BREAKDOWN = (
+    "class_t_stable",  # [C]
+    "class_norm",  # [C]
+    "class_boundary_distance",  # [C]
+    "norm_by_t_stable",  # [T, T]: t_stable, step
+    "boundary_distance_by_t_stable",  # [T, T]
+    "plane_across",  # [T, T]
+    "plane_along",  # [T, T]
+)
 MEASURES = (
     "accuracy",  # [T]
     *_NOW_VS_LATER,  # [T, 2] each
@@ -54,6 +70,7 @@ MEASURES = (
     "representation_change_by_t_stable",  # [T, T - 1]: t_stable, transition t -> t + 1
     "change_after_stable",  # []
     "relative_change_after_stable",  # []
+    *_BREAKDOWN,
 )
 
 
@@ -82,7 +99,7 @@ class ReadoutZoneResult:
     sums: Accumulators
     readout_weight: np.ndarray  # [C, D] float64
     bias: np.ndarray | None = None  # [C] float64
-    samples: dict[str, np.ndarray] | None = None  # SAMPLE_TABLES, where kept
+    samples: dict[str, np.ndarray] | None = None  # SAMPLE_TABLES and LATER_TABLES, where kept
     descriptors: dict[str, Any] = field(default_factory=dict)  # provenance, anything JSON can hold
 
     @property
@@ -142,6 +159,7 @@ class ReadoutZoneResult:
             "representation_change_by_t_stable": self.sums.change,
             "change_after_stable": self.sums.change_after,
             "relative_change_after_stable": self.sums.relative_change_after,
+            **{name: getattr(self.sums, name) for name in _BREAKDOWN},
         }
         if name not in moments:
             raise ValueError(f"name: expected one of {', '.join(MEASURES)}, got {name!r}")
@@ -176,6 +194,23 @@ class ReadoutZoneResult:
     def cos_final_vs_other(self) -> np.ndarray:
         """[T, 2] of those not yet stable: mean cosine to the own final class, and to the others' final classes."""
         return self.summary("cos_final_vs_other").mean
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """[T, C, C] samples per label and predicted class."""
+        return self.sums.confusion.copy()
+
+    @property
+    def norm_t_stable_correlation(self) -> float:
+        """Pearson correlation of the norm at t = 0 with t_stable, over stable-correct samples; NaN where undefined."""
+        norm, s = self.sums.norm_by_t_stable, np.arange(self.timesteps, dtype=np.float64)
+        count, total, squares = (part[:, 0].astype(np.float64) for part in (norm.count, norm.total, norm.squares))
+        n = count.sum()
+        if n < 2:
+            return float("nan")
+        covariance = (s * total).sum() / n - (s * count).sum() / n * total.sum() / n
+        variances = (s**2 * count).sum() / n - ((s * count).sum() / n) ** 2, squares.sum() / n - (total.sum() / n) ** 2
+        return float(covariance / np.sqrt(variances[0] * variances[1])) if min(variances) > 0 else float("nan")
 
     def published_summary(self, name: str) -> np.ndarray:  # -> [2]
         """A [T, 2] measure averaged as the publication does: over steps below ``max_t_analysed`` with no missing
@@ -260,7 +295,8 @@ class ReadoutZoneResult:
         sums.add(other.sums)
         samples = None
         if self.samples is not None and other.samples is not None:
-            samples = {name: np.concatenate([self.samples[name], other.samples[name]]) for name in SAMPLE_TABLES}
+            samples = {name: np.concatenate([self.samples[name], other.samples[name]]) for name in (*SAMPLE_TABLES, *LATER_TABLES)}
+            samples["later_sample"][len(self.samples["later_sample"]) :] += self.n
         return ReadoutZoneResult(sums, self.readout_weight, self.bias, samples, dict(self.descriptors))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -294,6 +330,10 @@ class ReadoutZoneResult:
                 if value is None or value.shape != wanted:
                     raise ValueError(f"state: expected per-sample table {name!r} {list(wanted)}, got {getattr(value, 'shape', None)}")
                 samples[name] = np.array(value)
+            for name in LATER_TABLES:
+                if f"samples/{name}" not in arrays:
+                    raise ValueError(f"state: expected a table {name!r} of samples, which is missing")
+                samples[name] = np.array(arrays[f"samples/{name}"])
         bias = np.array(arrays["bias"]) if "bias" in arrays else None
         return cls(sums, weight, bias, samples, dict(descriptors or {}))
 
@@ -308,17 +348,22 @@ class ReadoutZoneResult:
 
         descriptors = json.dumps(self.descriptors)  # before anything is written: it may not be JSON
         with replaced_atomically(path) as temporary, h5py.File(temporary, "w") as file:
-            file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "descriptors": descriptors})
-            for name, value in self.arrays().items():
-                file.create_dataset(name, data=value)
-            for name in MEASURES:
-                for part, value in self.summary(name)._asdict().items():
-                    file.create_dataset(f"measures/{name}/{part}", data=value)
+            file.attrs["descriptors"] = descriptors
+            self.write(file)
         return Path(path)
+
+    def write(self, group: Any) -> None:
+        """Write all but the descriptors to an HDF5 group."""
+        group.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION})
+        for name, value in self.arrays().items():
+            group.create_dataset(name, data=value)
+        for name in MEASURES:
+            for part, value in self.summary(name)._asdict().items():
+                group.create_dataset(f"measures/{name}/{part}", data=value)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReadoutZoneResult:
-        """Read a file written by ``save``. Raises FileNotFoundError, or ValueError where it is not such a file or
+        """Read a file written by ``save`` or by an extraction. Raises FileNotFoundError, or ValueError where it is not such a file or
         truncated."""
         import h5py
 
@@ -326,7 +371,8 @@ class ReadoutZoneResult:
             raise FileNotFoundError(f"path: expected an analysis file written by ReadoutZoneResult.save, found no file {path}")
         try:
             with h5py.File(path, "r") as file:
-                found = file.attrs.get("format"), file.attrs.get("format_version")
+                group = file.get("readout_zones", file)  # a file of an extraction holds several results
+                found = group.attrs.get("format"), group.attrs.get("format_version")
                 if found != (FORMAT, FORMAT_VERSION):
                     raise ValueError(
                         f"path: expected an HDF5 file with attributes format = {FORMAT!r} and "
@@ -338,7 +384,7 @@ class ReadoutZoneResult:
                     if isinstance(item, h5py.Dataset) and not name.startswith("measures/"):
                         arrays[name] = item[()]
 
-                file.visititems(collect)
+                group.visititems(collect)
                 descriptors = json.loads(file.attrs["descriptors"])
         except (OSError, KeyError) as error:
             raise ValueError(f"path: expected a readable HDF5 file, {path} is truncated or none ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -48,31 +49,44 @@ def train(**options: Any) -> None:
     print(path)
 
 
-def extract(save: str, **options: Any) -> None:
+def extract(**options: Any) -> None:
     """`rnndyn extract`"""
     from rnndyn_fast.analysis import ReadoutZoneResult
+    from rnndyn_fast.extract import REDUCERS, trajectories_path
     from rnndyn_fast.extract import extract as run
-    from rnndyn_fast.extract import trajectories_path
 
-    areas = tuple(area.strip() for area in save.split(",") if area.strip())
-    path = run(**options, save=areas)
-    print(summary_lines(ReadoutZoneResult.load(path)))
+    lists: dict[str, Any] = {name: tuple(part.strip() for part in options.pop(name).split(",") if part.strip()) for name in _LISTS}
+    lists["reducers"] = REDUCERS if lists["reducers"] == ("all",) else lists["reducers"]
+    for name in ("rdm_classes", "rdm_images"):
+        text = options[name]
+        if text is not None:
+            if not all(part.strip().isdecimal() for part in text.split(",")):
+                raise ValueError(f"{name}: expected numbers with commas between them, as 0,3,7, got {text!r}")
+            options[name] = [int(part) for part in text.split(",")]
+    path = run(**options, **lists)
+    if int(os.environ.get("RANK", "0")):  # torchrun: the first process speaks
+        return
+    if "readout_zones" in lists["reducers"]:
+        print(summary_lines(ReadoutZoneResult.load(path)))
     print(path)
-    if areas:
+    if lists["save"]:
         print(trajectories_path(path))
 
 
-def analyse(result: str, out: str, compare: str | None) -> None:
-    """`rnndyn analyse`"""
-    from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
-    from rnndyn_fast.analysis import analyse as run
+_LISTS = ("reducers", "areas", "pooled", "save")
 
-    paths = run(result, out, compare=compare)
-    loaded = ReadoutZoneResult.load(result)
+
+def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
+    """`rnndyn analyse`"""
+    from rnndyn_fast.analysis import check_claims
+    from rnndyn_fast.report.analysis_page import REPORT
+    from rnndyn_fast.report.analysis_page import analyse as run
+
+    loaded, paths = run(result, out, compare=compare, names=names)
     print(summary_lines(loaded))
     for claim in check_claims(loaded):
         print(f"{claim.statement}: {claim.verdict} (n = {claim.n:,})")
-    print(f"{len(paths)} files in {out}")
+    print(f"{len(paths)} files in {out}, among them {REPORT}")
 
 
 def summary_lines(result: Any) -> str:
@@ -82,6 +96,54 @@ def summary_lines(result: Any) -> str:
     return f"{result.n:,} trajectories; accuracy in % at t = 0..{result.timesteps - 1}: {accuracy}\n{groups}"
 
 
+def phase_train(**options: Any) -> None:
+    """`rnndyn phase train`"""
+    from rnndyn_fast.train import PhaseTrainConfig
+
+    _train_phase(PhaseTrainConfig(**options), "train")
+
+
+def phase_sweep(**options: Any) -> None:
+    """`rnndyn phase sweep`"""
+    from rnndyn_fast.train import PhaseSweepConfig
+
+    _train_phase(PhaseSweepConfig(**options), "sweep")
+
+
+def _train_phase(config: Any, command: str) -> None:
+    from rnndyn_fast.train import train_phase
+
+    try:
+        path = train_phase(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn phase {command} --config {config.out}/phase.yaml --resume")
+        raise
+    print(path)
+
+
+def phase_analyse(networks: str, jobs: list[int] | None, **options: Any) -> None:
+    """`rnndyn phase analyse`"""
+    from rnndyn_fast.phase.run import TABLE, analyse_networks
+    from rnndyn_fast.train.progress import choose_reporter
+
+    with choose_reporter() as reporter:
+        results = analyse_networks(networks, jobs=jobs, reporter=reporter, **options)
+    for result in results:
+        facts = result.facts
+        adds = "" if facts["automaton.is_modulo"] else "not "
+        print(
+            f"{result.name}: {facts['solution.solution']} ({facts['solution.reason']}); automaton {adds}addition modulo {facts['modulus']}"
+        )
+    print(f"{options['out']}/{TABLE}")
+
+
+def phase_report(analyses: str, **options: Any) -> None:
+    """`rnndyn phase report`"""
+    from rnndyn_fast.phase.run import write_report
+
+    print(write_report(analyses, **options))
+
+
 def doctor() -> None:
     """`rnndyn doctor`"""
     from rnndyn_fast.cli.doctor import report
@@ -89,8 +151,17 @@ def doctor() -> None:
     print(report())
 
 
-def demo(**options: Any) -> None:
-    """`rnndyn demo`"""
-    from rnndyn_fast.report.demo import DemoConfig, run_demo
+def study(**options: Any) -> None:
+    """`rnndyn study`, and with other defaults `rnndyn demo`"""
+    from rnndyn_fast.study import StudyConfig, run_study
 
-    print(run_demo(DemoConfig(**options)))
+    for name in ("networks", "checkpoints"):
+        options[name] = tuple(part.strip() for part in options[name].split(",") if part.strip())
+    try:
+        print(run_study(StudyConfig(**options)))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on where it was (files in {options['out']})")
+        raise
+
+
+demo = study

@@ -16,6 +16,7 @@ _OPTIONAL = {
     "jsonargparse": "the command line",
     "kornia": "augmentation in training",
     "matplotlib": "figures",
+    "networkx": "drawing automata",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",
@@ -25,9 +26,10 @@ _OPTIONAL = {
 
 # What each engine of the native backend computes.
 _CONVOLUTIONS = {
-    "auto": "winograd where it can run and saves work, direct elsewhere",
+    "auto": "the fastest of the others by a rule for each map (rnndyn plan prints it)",
     "direct": "every linear map, by PyTorch",
     "winograd": "float32: 3 x 3 and 5 x 5 of stride 1, transposed of stride 2; other maps run direct",
+    "amx": "float32, any map, in bfloat16 parts on matrix units (emulated, and slow, where the processor has none)",
 }
 
 
@@ -36,6 +38,7 @@ def report() -> str:
     import rnndyn_fast
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
+    from rnndyn_fast.nn import CTRNN
     from rnndyn_fast.ops.convolution import ENGINES
 
     lines = ["versions"]
@@ -66,11 +69,16 @@ def report() -> str:
         net = blt_net_64(timesteps=2, image_size=16, widths=(16,) * 5, topdown_connections=False, backend="native", engine=engine)
         net(torch.zeros(8, 3, 16, 16)).sum().backward()
 
+    def continuous_time(backend: str) -> None:
+        outputs, _ = CTRNN(2, 1, 4, backend=backend)(torch.ones(1, 3, 1))
+        outputs.sum().backward()
+
     for backend in ("native", "reference"):
         lines += _rows(
             {
                 f"networks, {backend}": _attempt(network, backend),
                 f"readout zones, {backend}": _attempt(reducer, backend),
+                f"continuous time, {backend}": _attempt(continuous_time, backend),
             }
         )
     lines += _rows({f"convolutions, {engine}": f"{_attempt(convolutions, engine)}; {_CONVOLUTIONS[engine]}" for engine in ENGINES})

@@ -18,17 +18,25 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "data make": ("Write an HDF5 image file from real images.", commands.data_make),
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
-    "extract": ("Stream images through a trained network into the readout-zone analysis.", commands.extract),
-    "analyse": ("Write tables and figures of an extraction.", commands.analyse),
+    "extract": ("Stream images through a trained network into the analyses.", commands.extract),
+    "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
+    "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
+    "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
+    "phase analyse": ("Analyse networks of phase train or sweep: oscillation, automaton, kind of solution.", commands.phase_analyse),
+    "phase report": ("Write a page with figures of analysed networks.", commands.phase_report),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
-    "demo": ("All of it on real images, in minutes, with a report.", commands.demo),
+    "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
+    "demo": ("A small study on real images, in minutes.", commands.demo),
 }
 
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples")
+# Commands of two words, by the first.
+GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick")
+LISTS = ("--widths", "--keep", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Options may be written with dashes (--batch-size), lists of numbers without brackets (--widths 4,6,8,10,12), and
+    """Options may be written with dashes (--batch-size), lists without brackets (--widths 4,6,8,10,12), and
     switches without a value, whatever follows them (--overwrite)."""
     out: list[str] = []
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
@@ -37,15 +45,15 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
-            word = name + equals + (_bracketed(value) if name == "--widths" else value)
-        elif out and out[-1] == "--widths":
+            word = name + equals + (_bracketed(value) if name in LISTS else value)
+        elif out and out[-1] in LISTS:
             word = _bracketed(word)
         out.append(word)
     return out
 
 
 def _bracketed(value: str) -> str:
-    return f"[{value}]" if re.fullmatch(r"\d+(,\d+)*", value) else value
+    return f"[{value}]" if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) else value
 
 
 def tidy(message: str) -> str:
@@ -59,7 +67,7 @@ def tidy(message: str) -> str:
     )
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    return re.sub(r"\b(?:data\.make|plan|train|extract|analyse|doctor|demo)\.(\w+)", r"\1", message)
+    return re.sub(r"\b(?:data\.make|phase\.\w+|plan|train|extract|analyse|doctor|study|demo)\.(\w+)", r"\1", message)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -74,18 +82,19 @@ def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True)
-    data_subcommands = None
+    groups: dict[str, Any] = {}
     for name, (text, _) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         one = ArgumentParser(description=text, exit_on_error=False)
         if argv[: len(name.split())] == name.split():
             _ARGUMENTS[name](one)
-        if group == "data":
-            if data_subcommands is None:
-                data = ArgumentParser(description="Image files.", exit_on_error=False)
-                subcommands.add_subcommand("data", data, help="Image files: data make.")
-                data_subcommands = data.add_subcommands(required=True)
-            data_subcommands.add_subcommand(last, one, help=text)
+        if group:
+            if group not in groups:
+                own = ArgumentParser(description=GROUPS[group], exit_on_error=False)
+                known = ", ".join(command for command in COMMANDS if command.startswith(group + " "))
+                subcommands.add_subcommand(group, own, help=f"{GROUPS[group].rstrip('.')}: {known}.")
+                groups[group] = own.add_subcommands(required=True)
+            groups[group].add_subcommand(last, one, help=text)
         else:
             subcommands.add_subcommand(name, one, help=text)
     return parser, {name: command for name, (_, command) in COMMANDS.items()}
@@ -143,13 +152,18 @@ def _add_network_options(parser: ArgumentParser) -> None:
 
 
 def _train(parser: ArgumentParser) -> None:
-    import dataclasses
-
     from rnndyn_fast.train.config import TrainConfig
 
+    _add_config(parser, TrainConfig)
+
+
+def _add_config(parser: ArgumentParser, kind: type) -> None:
+    """An option for each field of a dataclass, and --config."""
+    import dataclasses
+
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
-    for item in dataclasses.fields(TrainConfig):
-        _add_field(parser, TrainConfig, item.name)
+    for item in dataclasses.fields(kind):
+        _add_field(parser, kind, item.name)
 
 
 def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
@@ -163,44 +177,102 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
 
 def _extract(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
-    parser.add_argument("data", help="HDF5 image file")
-    _add(parser, "out", str, "result file to write")
-    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "testplus")
+    parser.add_argument("data", help="HDF5 image file, or a folder of image files with a subfolder per class")
+    _add(parser, "out", str, "result file to write; an interrupted extraction goes on when the same command is given again")
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images of an HDF5 file to run", "testplus")
+    _add(parser, "reducers", str, "all, or some of readout_zones,norms,change,moments,rdm,decodability", "all")
+    _add(parser, "areas", str, "areas for norms, change and moments, as v4,it,gap; default: the pooled representations", "")
+    _add(parser, "pooled", str, "areas for rdm and decodability, averaged over their maps; default: the pooled representations", "")
+    _add(parser, "rdm_classes", str | None, "conditions of the RDMs, as 0,3,7; default: the first 100 classes", None)
+    _add(parser, "rdm_images", str | None, "single images as conditions in place of classes, by number", None)
+    _add(parser, "rdm_distance", Literal["correlation", "euclidean"], "between conditions", "correlation")
     _add(parser, "save", str, "areas whose trajectories are kept, as gap,it; gap is the pooled representations", "")
     _add(parser, "dtype", Literal["float32", "float16"], "of the kept trajectories", "float32")
+    _add(parser, "compression", int, "of the kept trajectories, gzip 0 to 9", 1)
     _add(parser, "batch_size", int, "images at a time", 250)
     _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
-    _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add(parser, "limit", int | None, "that many images, evenly spaced over the data", None)
+    _add(parser, "shards", int, "runs of images that sums are taken of; at least the number of processes of torchrun", 8)
     _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
+    _add(parser, "resize", bool, "scale and crop image files of other sizes", False)
+    _add(parser, "device", str | None, "cpu, cuda, ...; default: a GPU where there is one", None)
     _add(parser, "untrained", bool, "the network as it was before training", False)
     _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
         "engine",
-        Literal["auto", "direct", "winograd"],
-        "convolutions: ours where they save work, PyTorch's, or ours wherever they can run",
+        Literal["auto", "direct", "winograd", "amx"],
+        "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )
     _add(parser, "overwrite", bool, "replace files that exist", False)
 
 
 def _analyse(parser: ArgumentParser) -> None:
-    parser.add_argument("result", help="file of rnndyn extract")
-    _add(parser, "out", str, "folder for tables and figures; files of the same names are replaced")
-    _add(parser, "compare", str | None, "a second result: that of the untrained network", None)
+    from rnndyn_fast.analysis.trajectory_files import NAMES
+
+    parser.add_argument("result", help="file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
+    _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
+    _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
+    for name, known in NAMES.items():
+        _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
+
+
+def _phase_train(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseTrainConfig
+
+    _add_config(parser, PhaseTrainConfig)
+
+
+def _phase_sweep(parser: ArgumentParser) -> None:
+    from rnndyn_fast.train.phase_config import PhaseSweepConfig
+
+    _add_config(parser, PhaseSweepConfig)
+
+
+def _phase_analyse(parser: ArgumentParser) -> None:
+    parser.add_argument("networks", help="folder of phase train or sweep, its networks.npz, or an .npz file with the published names")
+    _add(parser, "out", str, "folder for the results; what is there is not analysed again")
+    _add(parser, "prefix", str, "of the names in a published file", "")
+    _add(parser, "jobs", list[int] | None, "job ids to analyse, as 0,5,7; default: all", None)
+    _add(parser, "handcrafted", bool, "analyse a handcrafted oscillator matched to them too", True)
+    _add(parser, "seed", int, "of the trials", 42)
+    _add(parser, "overwrite", bool, "analyse again what is there", False)
+
+
+def _phase_report(parser: ArgumentParser) -> None:
+    parser.add_argument("analyses", help="folder of phase analyse")
+    _add(parser, "out", str, "HTML file to write")
+    _add(parser, "sweep", str | None, "folder of the sweep that was analysed, for the table of training", None)
+    _add(parser, "published", str | None, "published table of results (CSV), to be set beside the sweep", None)
+    _add(parser, "featured", list[str] | None, "systems shown in full; default: the first of every kind", None)
 
 
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
 
+def _study(parser: ArgumentParser) -> None:
+    _add_study_options(parser, {})
+
+
 def _demo(parser: ArgumentParser) -> None:
+    from rnndyn_fast.study.config import DEMO
+
+    _add_study_options(parser, DEMO)
+
+
+def _add_study_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     import dataclasses
 
-    from rnndyn_fast.report.demo import DemoConfig
+    from rnndyn_fast.study import StudyConfig
 
-    for item in dataclasses.fields(DemoConfig):
-        _add_field(parser, DemoConfig, item.name)
+    hints = typing.get_type_hints(StudyConfig)
+    for item in dataclasses.fields(StudyConfig):
+        hint, default = hints[item.name], defaults.get(item.name, item.default)
+        if item.name in ("networks", "checkpoints"):  # names with commas between them
+            hint, default = str, ",".join(default)
+        _add(parser, item.name, hint, item.metadata["help"], default)
 
 
 _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
@@ -209,6 +281,11 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "train": _train,
     "extract": _extract,
     "analyse": _analyse,
+    "phase train": _phase_train,
+    "phase sweep": _phase_sweep,
+    "phase analyse": _phase_analyse,
+    "phase report": _phase_report,
     "doctor": _doctor,
+    "study": _study,
     "demo": _demo,
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -80,14 +80,22 @@ class BatchLoader:
         batches = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
         if self.prefetch == 0:
             return (self.split.read(indices) for indices in batches)
-        return _read_ahead(self.split, batches, self.prefetch)
+        return read_ahead(self.split.read, batches, self.prefetch)
 
 
-def _read_ahead(split: BatchSource, batches: list[np.ndarray], prefetch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    ready: queue.Queue[tuple[torch.Tensor, torch.Tensor] | BaseException] = queue.Queue(maxsize=prefetch)
+Request = TypeVar("Request")
+Item = TypeVar("Item")
+
+
+def read_ahead(read: Callable[[Request], Item], requests: Sequence[Request], prefetch: int) -> Iterator[Item]:
+    """`read(request)` for every request in order, computed up to `prefetch` ahead by a thread.
+
+    What it raises is raised in the consumer; the thread ends when the consumer stops early.
+    """
+    ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=prefetch)
     stop = threading.Event()
 
-    def put(item: tuple[torch.Tensor, torch.Tensor] | BaseException) -> None:
+    def put(item: Item | BaseException) -> None:
         # A plain put() would wait for ever on a consumer that has left, so look at `stop` now and then.
         while not stop.is_set():
             try:
@@ -98,17 +106,17 @@ def _read_ahead(split: BatchSource, batches: list[np.ndarray], prefetch: int) ->
 
     def work() -> None:
         try:
-            for indices in batches:
+            for request in requests:
                 if stop.is_set():
                     return
-                put(split.read(indices))
+                put(read(request))
         except BaseException as error:  # handed to the consumer, who raises it
             put(error)
 
     thread = threading.Thread(target=work, name="rnndyn-read-ahead", daemon=True)
     thread.start()
     try:
-        for _ in batches:
+        for _ in requests:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item

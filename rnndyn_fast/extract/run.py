@@ -1,67 +1,99 @@
-"""Stream images through a trained network into the readout-zone reducer, and trajectories to disk if asked for."""
+"""Extraction from a checkpoint: a trained network's trajectories into the reducers."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from rnndyn_fast.analysis import ReadoutZoneReducer
-from rnndyn_fast.data import SPLITS, BatchLoader, ImageFile, normalise
-from rnndyn_fast.extract.trajectories import TrajectoryWriter
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.analysis import (
+    DecodabilityReducer,
+    MomentReducer,
+    NormReducer,
+    RdmReducer,
+    ReadoutZoneReducer,
+    Reducer,
+    RepresentationChangeReducer,
+)
+from rnndyn_fast.data import SPLITS, normalise
+from rnndyn_fast.extract.distributed import choose_device
+from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
+from rnndyn_fast.extract.sources import Source, open_source
+from rnndyn_fast.extract.trajectories import DTYPES
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
-from rnndyn_fast.train.loop import INITIAL, limited
-from rnndyn_fast.train.progress import Reporter, choose_reporter
+from rnndyn_fast.train.loop import INITIAL
+from rnndyn_fast.train.progress import Reporter
 
-REPRESENTATIONS = "gap"
-DTYPES = ("float32", "float16")
+REDUCERS = ("readout_zones", "norms", "change", "moments", "rdm", "decodability")
+MOST_CLASSES = 100  # conditions of the RDMs, unless others are chosen
 
 
 def extract(
     checkpoint: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Dataset[Any] | Source,
     split: str = "testplus",
     *,
     out: str | os.PathLike[str],
-    batch_size: int = 250,
+    reducers: Sequence[str] = REDUCERS,
+    areas: Sequence[str] = (),
+    pooled: Sequence[str] = (),
+    rdm_classes: Sequence[int] | None = None,
+    rdm_images: Sequence[int] | None = None,
+    rdm_distance: str = "correlation",
     save: Sequence[str] = (),
     dtype: str = "float32",
+    compression: int = 1,
+    batch_size: int = 250,
     timesteps: int | None = None,
     limit: int | None = None,
+    shards: int = 8,
     keep_samples: bool = False,
     untrained: bool = False,
+    resize: bool = False,
+    device: str | None = None,
     backend: str | None = None,
     engine: str = "auto",
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Run a split through a network and write the result of the readout-zone analysis to `out`.
+    """Run images through a trained network, its trajectories through reducers, and write what they found to `out`.
 
-    Images are normalised with the statistics of the data that the network was trained on. Activations pass through the
-    reducer batch by batch and are gone then, unless `save` names areas: those go to ``<stem of out>_trajectories.h5``
-    beside `out` (see `TrajectoryWriter`). Both files are written whole or not at all. The result's descriptors hold the
-    checkpoint (SHA-256), the data, these options and versions.
+    Images are normalised with the statistics of the data that the network was trained on. Activations pass through the reducers batch by
+    batch and are gone then, unless `save` names areas: those go to ``<stem of out>_trajectories.h5`` beside `out`. The results'
+    descriptors hold the checkpoint (SHA-256), the data (a hash of what was read), these options and versions. An interrupted extraction
+    goes on when it is called again, and under `torchrun` it is shared: see `stream`.
 
     Args:
         checkpoint: file written by `train`.
-        data: HDF5 image file with this split.
-        split: "train", "val", "test" or "testplus".
-        out: the result file (HDF5); read it with ``ReadoutZoneResult.load`` or ``rnndyn analyse``.
-        batch_size: images at a time.
-        save: areas whose activations are kept; "gap" is the pooled representations.
+        data: HDF5 image file, folder of image files (a subfolder per class), map-style torch Dataset, or a Source.
+        split: "train", "val", "test" or "testplus", of an HDF5 file.
+        out: the result file (HDF5); read it with `load_results`, or with ``ReadoutZoneResult.load``, ``rnndyn analyse``.
+        reducers: some of REDUCERS.
+        areas: areas for norms, change and moments; none: that of the representations. Those of a batch are held in memory, T N C H W
+            values each.
+        pooled: areas for RDMs and decodability, averaged over their places; none: that of the representations.
+        rdm_classes: conditions of the RDMs; None: the first 100 classes.
+        rdm_images: single images as conditions, by number, in place of classes.
+        rdm_distance: "correlation" or "euclidean".
+        save: areas whose activations are kept.
         dtype: of the kept activations, "float32" or "float16".
+        compression: of the kept activations, level of gzip, 0 to 9.
+        batch_size: images at a time.
         timesteps: unroll that many steps instead of as many as in training.
-        limit: take that many images, evenly spaced over the split.
-        keep_samples: keep every sample's group and scalars in the result.
+        limit: take that many images, evenly spaced over the data.
+        shards: at least the number of processes; sums are taken per shard, so it is part of what must be equal for equal bytes.
+        keep_samples: keep every sample's group and scalars in the readout-zone result.
         untrained: use the network as it was before training (``initial.pt`` beside `checkpoint`).
+        resize: scale and crop image files of other sizes.
+        device: "cpu", "cuda", ...; None: a GPU where there is one.
         backend: "native", "reference" or None.
         engine: how the native backend convolves: "auto", "direct" or "winograd".
         overwrite: replace files that exist.
@@ -71,90 +103,93 @@ def extract(
         The path of the result file.
 
     Raises:
-        TypeError: `save` is a single string, or a number is not an int.
-        ValueError: unknown split, area or dtype; `out` is the checkpoint or the data;
-            image size or classes of `data` are not those of the network; damaged files.
+        TypeError: a list of names is a single string, or a number is not an int.
+        ValueError: unknown split, area, reducer or dtype; `out` is the checkpoint or the data; image size or classes of `data` are not
+            those of the network; an image or activation with NaN; damaged files; another unfinished extraction.
         FileNotFoundError: no checkpoint, data, or (with `untrained`) no initial checkpoint.
         FileExistsError: an output exists and `overwrite` is False.
+        OSError: an image cannot be read, or a file not be written (a full disk); run the same again to go on.
 
-    Deterministic: yes on a CPU with a fixed number of threads. Memory: a few batches.
+    Deterministic: yes on a CPU with a fixed number of threads. Memory: a few batches, and the reducers.
 
     >>> extract("runs/lateral/last.pt", "images.h5", out="lateral.h5", save=("gap",))  # doctest: +SKIP
     """
     out = Path(out)
-    _check_options(split, save, dtype, batch_size, limit)
-    trajectories = trajectories_path(out) if save else None
-    for path in filter(None, (out, trajectories)):
-        if path.is_dir():
-            raise ValueError(f"out: expected a file, got the folder {path}")
+    lists = {"reducers": reducers, "areas": areas, "pooled": pooled, "save": save}
+    _check_options(split, lists, dtype, {"batch_size": batch_size, "limit": limit, "shards": shards}, compression)
+    for path in (out, trajectories_path(out)):
         for name, read in (("checkpoint", checkpoint), ("data", data)):
-            if path.exists() and os.path.exists(read) and path.samefile(read):
+            if isinstance(read, str | os.PathLike) and path.exists() and os.path.exists(read) and path.samefile(read):
                 raise ValueError(f"out: expected another file than {name}, got {path}")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
     used = Path(checkpoint).with_name(INITIAL) if untrained else Path(checkpoint)
     if untrained and not used.exists():
         raise FileNotFoundError(f"untrained: no {INITIAL} beside {checkpoint}")
     net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend, engine=engine)
-    areas = _check_areas(net, save)
-    readout = net.network.readout
-    if readout is None:
+    if net.network.readout is None:
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
-
-    with ImageFile(data, required_splits=(split,)) as file, ExitStack() as outputs:
-        _check_fits(file, contents)
-        images = limited(file.split(split), limit)
-        options = {
-            "split": split,
-            "batch_size": batch_size,
-            "save": list(save),
-            "dtype": dtype,
-            "timesteps": net.timesteps,
-            "limit": limit,
-            "untrained": untrained,
+    representations = net.network.readout.source
+    chosen = {name: _check_areas(net, name, lists[name]) for name in ("areas", "pooled", "save")}
+    measured, compared = chosen["areas"] or (representations,), chosen["pooled"] or (representations,)
+    trained = contents["data"]
+    classes = len(trained["categories"])
+    rdm_options: dict[str, Any] = {"distance": rdm_distance, "images": rdm_images}
+    if rdm_images is None:
+        rdm_options["classes"] = range(min(classes, MOST_CLASSES)) if rdm_classes is None else rdm_classes
+    elif rdm_classes is not None:
+        raise ValueError("rdm_classes: expected either rdm_classes or rdm_images, got both")
+    weight, bias = net.readout_map()
+    steps = net.timesteps - max(net.schedule().first_step[representations], net.network.readout.first_step)
+    makers: dict[str, Callable[[], Reducer]] = {
+        "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=backend),
+        "norms": lambda: NormReducer(measured),
+        "change": lambda: RepresentationChangeReducer(measured),
+        "moments": lambda: MomentReducer(measured),
+        "rdm": lambda: RdmReducer(compared, **rdm_options),
+        "decodability": lambda: DecodabilityReducer(compared, num_classes=classes),
+    }
+    patterns = [makers[name]() for name in dict.fromkeys(reducers)]
+    needed = tuple(dict.fromkeys((*(area for reducer in patterns for area in reducer.requires), *chosen["save"])))
+    where = choose_device(device)
+    first_step = {name: net.schedule(needed).first_step[name] for name in (*needed, representations)}
+    first_step[representations] = net.timesteps - steps
+    forward = network_forward(net.to(where), needed, *(np.asarray(trained[name]) for name in ("mean", "std")))
+    options: dict[str, Any] = {
+        "split": split, "reducers": [r.name for r in patterns], "areas": list(measured), "pooled": list(compared),
+        "save": list(chosen["save"]), "dtype": dtype, "batch_size": batch_size, "timesteps": net.timesteps,
+        "limit": limit, "shards": shards, "untrained": untrained,
+    }  # fmt: skip
+    made_with = {"options": options, "backend": backend, "engine": engine, "device": where.type, "versions": versions()}
+    sha = sha256(used)
+    with open_source(data, split, trained["image_size"], trained["categories"], resize=resize) as source:
+        descriptors = {
+            "checkpoint": {"path": str(used), "sha256": sha, "epoch": contents["epoch"]},
+            "network": {**contents["model"], "timesteps": net.timesteps},
+            "class_names": list(source.class_names),
+            "data": source.describe(),
+            "first_step": first_step,  # 0 but in a biological unroll, where later areas start later
+            **made_with,
         }
-        schedule = net.schedule(areas)
-        first_step = {name: schedule.first_step[name] for name in (*areas, readout.source)}
-        first_step[readout.source] = max(first_step[readout.source], readout.first_step)
-        descriptors = _descriptors(used, contents, {**contents["model"], "timesteps": net.timesteps}, file, len(images), options)
-        descriptors["first_step"] = first_step  # 0 but in a biological unroll, where later areas start later
-        reducer = ReadoutZoneReducer(
-            *net.readout_map(),
-            timesteps=net.timesteps - first_step[readout.source],
-            keep_samples=keep_samples,
-            backend=backend,
-        )
-        writer = None
-        if trajectories is not None:
-            temporary = outputs.enter_context(replaced_atomically(trajectories))
-            writer = TrajectoryWriter(temporary, len(images), dtype, descriptors)
-            # Closed before the file takes its name: contexts end in reverse order.
-            outputs.callback(writer.close)
-        mean, std = (np.asarray(contents["data"][name]) for name in ("mean", "std"))
-        recorded = tuple(area for area in areas if area != REPRESENTATIONS)
-        shown = outputs.enter_context(reporter or choose_reporter())
-        shown.start(f"{split}, {len(images)} images", len(images))
-        with torch.inference_mode():
-            for pixels, labels in BatchLoader(images, batch_size):
-                log_probs, representations, *rest = net(
-                    normalise(pixels, mean, std),
-                    return_representations=True,
-                    **({"record": recorded} if recorded else {}),
-                )
-                reducer.update(representations, labels, log_probs)
-                if writer is not None:
-                    activations = {REPRESENTATIONS: representations, **(rest[0] if rest else {})}
-                    writer.add({area: activations[area] for area in areas}, labels, log_probs.argmax(2))
-                shown.advance(len(labels), "")
-    # After the trajectories have taken their name: a result is never there without the trajectories it was asked to
-    # have.
-    return reducer.result(descriptors).save(out)
+        return stream(
+            forward, source, patterns, out=out, save=chosen["save"], dtype=dtype, compression=compression, batch_size=batch_size,
+            limit=limit, shards=shards, overwrite=overwrite, manifest={"checkpoint": sha, "machine": platform.machine(), **made_with},
+            descriptors=descriptors, reporter=reporter, title=split,
+        )  # fmt: skip
 
 
-def trajectories_path(out: str | os.PathLike[str]) -> Path:
-    """Where the trajectories that belong to the result file `out` are."""
-    out = Path(out)
-    return out.with_name(f"{out.stem}_trajectories.h5")
+def network_forward(net: RecurrentNetwork, areas: Sequence[str], mean: np.ndarray, std: np.ndarray) -> Callable[[Tensor], Activations]:
+    """The forward function of a network with a readout for `stream`: images [N, 3, H, W] (uint8 or 0-1) -> activations of `areas`."""
+    assert net.network.readout is not None
+    source = net.network.readout.source
+    recorded = tuple(area for area in areas if area != source)
+    place = next(net.parameters())
+
+    def forward(images: Tensor) -> Activations:
+        x = normalise(images.to(place.device), mean, std).to(place.dtype)
+        log_probs, representations, *rest = net(x, return_representations=True, **({"record": recorded} if recorded else {}))
+        states = {source: representations, **(rest[0] if rest else {})}
+        return Activations({area: states[area] for area in dict.fromkeys((source, *areas))}, log_probs)
+
+    return forward
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -163,68 +198,32 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_options(split: str, save: Sequence[str], dtype: str, batch_size: int, limit: int | None) -> None:
+def _check_options(split: str, lists: dict[str, Sequence[str]], dtype: str, numbers: dict[str, int | None], compression: int) -> None:
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    if isinstance(save, str):
-        raise TypeError(f"save: expected a sequence of areas, got the string {save!r}")
+    for name, names in lists.items():
+        if isinstance(names, str):
+            raise TypeError(f"{name}: expected a sequence of names, got the string {names!r}")
+    unknown = [name for name in lists["reducers"] if name not in REDUCERS]
+    if unknown or not lists["reducers"]:
+        raise ValueError(f"reducers: expected some of {', '.join(REDUCERS)}, got {unknown[0] if unknown else 'none'}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
+    for name, value, least in (*((name, value, 1) for name, value in numbers.items()), ("compression", compression, 0)):
         if value is None and name == "limit":
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if compression > 9:
+        raise ValueError(f"compression: expected at most 9, got {compression}")
 
 
-def _check_areas(net: RecurrentNetwork, save: Sequence[str]) -> tuple[str, ...]:
-    """The areas to save, each once, checked against those of the network."""
+def _check_areas(net: RecurrentNetwork, option: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Areas, each once, checked against those of the network."""
     known = tuple(area.name for area in net.network.areas)
-    unknown = [name for name in save if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"save: no area {unknown[0]!r} in this network; its areas are {', '.join(known)}")
-    return tuple(dict.fromkeys(save))
-
-
-def _check_fits(file: ImageFile, contents: dict[str, Any]) -> None:
-    trained = contents["data"]
-    if file.image_size != trained["image_size"]:
-        raise ValueError(
-            f"data: expected images of {trained['image_size']} px, as the network was trained on, {file.path} has {file.image_size} px"
-        )
-    if list(file.categories) != list(trained["categories"]):
-        raise ValueError(
-            f"data: expected the {len(trained['categories'])} categories the network was trained on, {file.path} has "
-            f"{file.num_classes}: {', '.join(file.categories[:5])}, ..."
-        )
-
-
-def _descriptors(
-    used: Path,
-    contents: dict[str, Any],
-    network: dict[str, Any],
-    file: ImageFile,
-    count: int,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "checkpoint": {"path": str(used), "sha256": sha256(used), "epoch": contents["epoch"]},
-        "network": dict(network),
-        "class_names": list(file.categories),
-        "data": {
-            "path": str(file.path),
-            "images": count,
-            "attributes": {name: _plain(value) for name, value in file.attrs.items()},
-        },
-        "options": options,
-        "versions": versions(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """An HDF5 attribute as JSON can hold it."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        raise ValueError(f"{option}: no area {unknown[0]!r} in this network; its areas are {', '.join(known)}")
+    return tuple(dict.fromkeys(names))

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 
 from rnndyn_fast.graph.backward import backward
 from rnndyn_fast.graph.forward import forward_inference, forward_training
@@ -26,7 +24,8 @@ from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.convolution import ENGINES
+from rnndyn_fast.ops.convolution import ENGINES, with_precision
+from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -252,20 +251,6 @@ class _Rollout(torch.autograd.Function):
         return None, None, None, None, None, *result
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on these transforms itself, but cannot trace the question
-def _inside_jvp() -> bool:
-    return any(i.key() == TransformType.Jvp for i in get_interpreter_stack() or ())
-
-
-def _forward_mode(tensors: Sequence[Tensor]) -> bool:
-    """Whether forward-mode derivatives are being taken: by a ``torch.func.jvp`` around the call, or of a tensor with a tangent."""
-    if _inside_jvp():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return torch.compiler.is_compiling() or any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
-
-
 # ---------------------------------------------------------------- registration
 
 _LIBRARY.impl("rollout", _forward_cpu, "CPU")
@@ -379,8 +364,9 @@ def rollout(
         backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
             once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
             native where it can run, else scheduled with a warning that gives the reason.
-        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's) or "winograd"
-            (see :func:`rnndyn_fast.ops.convolution.choose_engine`).
+        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
+            (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
+            ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
             and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
 
@@ -429,13 +415,14 @@ def rollout(
     tensors = [*inputs, *used.values()]
     if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
         schedule = compile_schedule(network, timesteps, names)
-        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not _forward_mode(tensors))
-    if backend in ("scheduled", "reference") or _forward_mode(tensors):
+        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not in_forward_mode(tensors))
+    if backend in ("scheduled", "reference") or in_forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    precise = with_precision(engine)
     if torch.compiler.is_compiling():
         run: Callable[..., Any] = torch.ops.rnndyn.rollout
-        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, engine)
+        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, precise)
     else:
-        result = _Rollout.apply(network.to_json(), timesteps, names, training, engine, *tensors)
+        result = _Rollout.apply(network.to_json(), timesteps, names, training, precise, *tensors)
     return list(result[: len(names)])

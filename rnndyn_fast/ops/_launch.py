@@ -6,7 +6,7 @@ Callers hold every tensor in their own frame for the length of the call, so that
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.reference.ctrnn import Activation
+from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
@@ -24,6 +26,7 @@ except (ImportError, ValueError) as error:
     unavailable = f"the native core cannot be used ({error})"
 
 MAX_TERMS = 6  # kMaxTerms of area_step.h; the core checks it
+_ZONE_PADDING = 16  # kZonePadding of readout_zones.h
 
 
 def build_info() -> dict[str, Any]:
@@ -179,47 +182,205 @@ def area_step_backward(
     )
 
 
-def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
-    """Address and row stride of a matrix whose rows are contiguous, but may lie apart."""
+def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, list[int]]:
+    """Address, and strides of all dimensions but the last, of an array whose rows are contiguous, but may lie apart."""
     if tensor is None:
-        return 0, 0
-    contiguous = tensor.dim() == 2 and (tensor.shape[1] == 1 or tensor.stride(1) == 1)
+        return 0, [0] * (len(shape) - 1)
+    contiguous = tensor.dim() == len(shape) and (tensor.shape[-1] == 1 or tensor.stride(-1) == 1)
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
         raise ValueError(
             f"{name}: expected a CPU tensor {list(shape)} of {dtype} with contiguous rows, got {list(tensor.shape)} of "
             f"{tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}"
         )
-    return tensor.data_ptr(), tensor.stride(0)
+    return tensor.data_ptr(), list(tensor.stride()[:-1])
 
 
 def readout_zones(
-    representations: Tensor,  # [N, D]
+    representations: Tensor,  # [T, N, D]
     previous: Tensor | None,  # [N, D]
-    log_probs: Tensor | None,  # [N, C]
+    log_probs: Tensor | None,  # [T, N, C]
     labels: Tensor,  # [N] int64
     bias: Tensor | None,  # [C]
     weight_norm: Tensor,  # [C]
     inverse_distance: Tensor,  # [C, C]
-    cosine: Tensor,  # [N, C], products r . w_c on entry
-    tables: Sequence[Tensor],  # [N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change
+    weight: Tensor | None,  # [C, D] float32
+    cosine: Tensor,  # [T, N, C]
+    tables: Sequence[Tensor],  # [T, N] each: predicted int64, norm, cos_predicted, cos_label, margin, boundary, change
 ) -> None:
-    """Launch ``readout_zones`` for one time step; cosine and every table are written. Labels must lie in [0, C)."""
-    (n, d), c, dtype = representations.shape, cosine.shape[1], representations.dtype
+    """Launch ``readout_zones``; cosine and every table are written. Labels must lie in [0, C). Without ``weight``,
+    cosine holds the products r . w_c on entry."""
+    (t, n, d), c, dtype = representations.shape, cosine.shape[2], representations.dtype
     names = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")
     launch = _core.readout_zones_float32 if dtype == torch.float32 else _core.readout_zones_float64
+    packed = None if weight is None else empty((-(-c // _ZONE_PADDING) * _ZONE_PADDING * d,), torch.float32)
+    before, (before_stride,) = _row_address(previous, "previous", (n, d), dtype)
     launch(
-        [n, d, c],
+        [t, n, d, c],
         torch.get_num_threads(),
-        *_row_address(representations, "representations", (n, d), dtype),
-        *_row_address(previous, "previous", (n, d), dtype),
-        *_row_address(log_probs, "log_probs", (n, c), dtype),
+        *_row_address(representations, "representations", (t, n, d), dtype),
+        before,
+        before_stride,
+        *_row_address(log_probs, "log_probs", (t, n, c), dtype),
         _address(labels, "labels", (n,), torch.int64),
         _address(bias, "bias", (c,), dtype),
         _address(weight_norm, "weight_norm", (c,), dtype),
         _address(inverse_distance, "inverse_distance", (c, c), dtype),
-        _address(cosine, "cosine", (n, c), dtype),
-        *(_address(table, name, (n,), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
+        _address(weight, "weight", (c, d), torch.float32),
+        0 if packed is None else packed.data_ptr(),
+        _address(cosine, "cosine", (t, n, c), dtype),
+        *(_address(table, name, (t, n), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
     )
+
+
+def trajectory_norms(
+    values: Tensor,  # [T, N, D], last dimension contiguous
+    norm: Tensor,  # [T, N] float64
+    change: Tensor,  # [T - 1, N] float64
+) -> None:
+    """Launch ``trajectory_norms``; norm and change are written."""
+    t, n, d = values.shape
+    if values.device.type != "cpu" or (values.stride(2) != 1 and d > 1):
+        raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")
+    launch = _core.trajectory_norms_float32 if values.dtype == torch.float32 else _core.trajectory_norms_float64
+    outputs = (_address(norm, "norm", (t, n), torch.float64), _address(change, "change", (t - 1, n), torch.float64))
+    launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
+
+
+ACTIVATIONS = tuple(Activation)  # in the order of CtrnnActivation (ctrnn.h)
+
+
+def _codes(activations: Sequence[Activation]) -> Tensor:
+    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32)
+
+
+def ctrnn_forward(
+    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
+    w_rec: Tensor,  # [M, H, H]
+    b_rec: Tensor,  # [M, H]
+    w_in: Tensor,  # [M, I, H]
+    h0: Tensor,  # [M, N, H]
+    alpha: Tensor,  # [M]
+    noise_std: Tensor,  # [M]
+    activations: Sequence[Activation],
+    seeds: Tensor | None,  # [M] int64
+    stream: int,
+    first_trial: int,
+    rates: Tensor,  # [M, N, T, H]
+    states: Tensor | None,  # [M, N, T, H]
+) -> None:
+    """Launch ``ctrnn`` forward: rates and states are written."""
+    m, n, t, h = full = tuple(rates.shape)
+    i, dtype = inputs.shape[3], rates.dtype
+    sizes, threads = [m, n, t, i, h], torch.get_num_threads()
+    codes = _codes(activations)
+    kept, workspace = _workspace(-(-_core.ctrnn_forward_workspace(sizes, threads) // 4))
+    launch = _core.ctrnn_forward_float32 if dtype == torch.float32 else _core.ctrnn_forward_float64
+    launch(
+        sizes,
+        threads,
+        _address(inputs, "inputs", (inputs.shape[0], n, t, i), dtype),
+        n * t * i if inputs.shape[0] == m else 0,
+        _address(w_rec, "w_rec", (m, h, h), dtype),
+        _address(b_rec, "b_rec", (m, h), dtype),
+        _address(w_in, "w_in", (m, i, h), dtype),
+        _address(h0, "h0", (m, n, h), dtype),
+        _address(alpha, "alpha", (m,), dtype),
+        _address(noise_std, "noise_std", (m,), dtype),
+        _address(codes, "activations", (m,), torch.int32),
+        _address(seeds, "noise_seeds", (m,), torch.int64),
+        stream,
+        first_trial,
+        _address(rates, "rates", full, dtype),
+        _address(states, "states", full, dtype),
+        workspace,
+    )
+    del kept
+
+
+def ctrnn_backward(
+    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
+    w_rec: Tensor,  # [M, H, H]
+    w_in: Tensor,  # [M, I, H]
+    h0: Tensor,  # [M, N, H]
+    alpha: Tensor,  # [M]
+    activations: Sequence[Activation],
+    rates: Tensor,  # [M, N, T, H]
+    grad_rates: Tensor | None,  # [M, N, T, H]
+    grad_states: Tensor | None,  # [M, N, T, H]
+    grad_inputs: Tensor | None,  # [M, N, T, I]
+    grad_weights: Tensor,  # [M, H + I + 1, H]
+    grad_h0: Tensor | None,  # [M, N, H]
+) -> None:
+    """Launch ``ctrnn`` backward: gradients are written; those of w_rec, w_in and b_rec lie below one another in grad_weights."""
+    m, n, t, h = full = tuple(rates.shape)
+    i, dtype = inputs.shape[3], rates.dtype
+    sizes, threads = [m, n, t, i, h], torch.get_num_threads()
+    codes = _codes(activations)
+    kept, workspace = _workspace(-(-_core.ctrnn_backward_workspace(sizes, threads) // 4))
+    launch = _core.ctrnn_backward_float32 if dtype == torch.float32 else _core.ctrnn_backward_float64
+    launch(
+        sizes,
+        threads,
+        _address(inputs, "inputs", (inputs.shape[0], n, t, i), dtype),
+        n * t * i if inputs.shape[0] == m else 0,
+        _address(w_rec, "w_rec", (m, h, h), dtype),
+        _address(w_in, "w_in", (m, i, h), dtype),
+        _address(h0, "h0", (m, n, h), dtype),
+        _address(alpha, "alpha", (m,), dtype),
+        _address(codes, "activations", (m,), torch.int32),
+        _address(rates, "rates", full, dtype),
+        _address(grad_rates, "grad_rates", full, dtype),
+        _address(grad_states, "grad_states", full, dtype),
+        _address(grad_inputs, "grad_inputs", (m, n, t, i), dtype),
+        _address(grad_weights, "grad_weights", (m, h + i + 1, h), dtype),
+        _address(grad_h0, "grad_h0", (m, n, h), dtype),
+        workspace,
+    )
+    del kept
+
+
+def ctrnn_train(run: CtrnnTraining, chosen: Tensor) -> None:  # [K] int64
+    """Launch an epoch of the chosen models. Entries of ``order`` and ``chosen`` must be valid: the caller made them."""
+    m, n, t, i = run.train_inputs.shape
+    h, dtype = run.h0.shape[1], run.parameters.dtype
+    val, count = run.val_labels.shape[1], (h + i + 1) * h + h + 1
+    batches, o = run.order.shape[1] // run.batch, run.optimiser
+    sizes, threads = [m, run.batch, t, i, h], torch.get_num_threads()
+    codes = _codes(run.activations)
+    kept, workspace = _workspace(-(-_core.ctrnn_train_workspace(sizes, run.loss_steps, threads) // 4))
+    launch = _core.ctrnn_train_float32 if dtype == torch.float32 else _core.ctrnn_train_float64
+    launch(
+        sizes,
+        threads,
+        len(chosen),
+        _address(chosen, "chosen", (len(chosen),), torch.int64),
+        [
+            _address(run.train_inputs, "train_inputs", (m, n, t, i), torch.float32),
+            _address(run.train_labels, "train_labels", (m, n), torch.float32),
+            _address(run.order, "order", (m, batches * run.batch), torch.int64),
+            _address(run.val_inputs, "val_inputs", (m, val, t, i), torch.float32),
+            _address(run.val_labels, "val_labels", (m, val), torch.float32),
+        ],
+        [n, batches, val],
+        [
+            _address(run.h0, "h0", (m, h), dtype),
+            _address(run.alpha, "alpha", (m,), dtype),
+            _address(run.noise_std, "noise_std", (m,), dtype),
+            _address(codes, "activations", (m,), torch.int32),
+            _address(run.seeds, "seeds", (m,), torch.int64),
+            _address(run.epoch, "epoch", (m,), torch.int64),
+        ],
+        _address(run.learning_rate, "learning_rate", (m,), dtype),
+        [o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm, run.activity_weight],
+        run.loss_steps,
+        run.metrics_after,
+        _address(run.parameters, "parameters", (m, count), dtype),
+        _address(run.first_moment, "first_moment", (m, count), dtype),
+        _address(run.second_moment, "second_moment", (m, count), dtype),
+        _address(run.metrics, "metrics", (m, 3, 3), torch.float64),
+        workspace,
+    )
+    del kept
 
 
 _workspaces = threading.local()
@@ -259,6 +420,93 @@ class Grid:
         _, _, w, c = self.tensor.shape
         start = _address(self.tensor, name, tuple(self.tensor.shape), torch.float32)
         return start + 4 * (self.first[0] * w + self.first[1]) * c
+
+
+def _scratch() -> tuple[list[Tensor], Callable[[int], int]]:
+    """Gives the core scratch of as many bytes as it asks for; the tensor is held by the list."""
+    held: list[Tensor] = []
+
+    def take(nbytes: int) -> int:
+        kept, address = _workspace(-(-nbytes // 4))
+        held.append(kept)
+        return address
+
+    return held, take
+
+
+def amx_pack_weight(
+    taps: Sequence[tuple[int, int, int]],
+    sizes: Sequence[int],
+    parts: int,
+    weight: Tensor,  # contiguous
+) -> Tensor:
+    """Split and pack a weight; the result starts at a multiple of 64."""
+    size = _core.amx_packed_size(taps, sizes, parts)
+    room = empty((size + 32,), torch.int16)
+    packed = room[(-room.data_ptr() % 64) // 2 :][:size]
+    address = _address(weight, "weight", tuple(weight.shape), torch.float32)
+    _core.amx_pack_weight(taps, sizes, parts, torch.get_num_threads(), address, packed.data_ptr())
+    return packed
+
+
+def amx_conv(
+    x: Tensor,  # [M, H, W, C_in]
+    phases: Sequence[tuple[Sequence[tuple[int, int, int]], Tensor, tuple[int, int]]],  # taps, packed weight, first pixel
+    out: Tensor,  # [M, H', W', C_out]
+    in_step: int,
+    out_step: int,
+    parts: int,
+    accumulate: bool,
+) -> None:
+    """Launch ``amx_conv``: the phases' pixels of ``out`` are written, or added to."""
+    h, w, c = out.shape[1:]
+    address = _address(out, "out", (x.shape[0], h, w, c), torch.float32)
+    grids = [
+        (taps, -(-(h - a) // out_step), -(-(w - b) // out_step), packed.data_ptr(), address + 4 * (a * w + b) * c)
+        for taps, packed, (a, b) in phases
+    ]
+    strides = [h * w * c, out_step * w * c, out_step * c]
+    held, take = _scratch()
+    _core.amx_conv(
+        list(x.shape),
+        c,
+        in_step,
+        parts,
+        accumulate,
+        torch.get_num_threads(),
+        _address(x, "x", tuple(x.shape), torch.float32),
+        grids,
+        strides,
+        take,
+    )
+    del held
+
+
+def amx_weight_grad(
+    x: Tensor,  # [M, H, W, C_in], shifted by the taps
+    grad: Tensor,  # [M, H', W', C_out]
+    taps: Sequence[tuple[int, int, int]],
+    sizes: Sequence[int],
+    in_step: int,
+    parts: int,
+    grad_weight: Tensor,  # as the parameter, contiguous
+) -> None:
+    """Launch ``amx_weight_grad``: grad_weight is written."""
+    held, take = _scratch()
+    _core.amx_weight_grad(
+        list(x.shape),
+        list(grad.shape[1:3]),
+        taps,
+        sizes,
+        in_step,
+        parts,
+        torch.get_num_threads(),
+        _address(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
+        _address(grad, "grad", tuple(grad.shape), torch.float32),
+        _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
+        take,
+    )
+    del held
 
 
 def winograd_pack_weight(

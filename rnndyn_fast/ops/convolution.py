@@ -1,7 +1,8 @@
 """Linear maps of a rollout: one place decides how they are computed.
 
-Two engines: ``winograd`` (our kernels, :mod:`rnndyn_fast.ops.winograd_conv`) and ``direct`` (the vendor's convolution and matrix product,
-through torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of samples and time steps.
+Three engines: ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`), ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`) and ``direct``
+(the vendor's convolution and matrix product, through torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of
+samples and time steps.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import release_buffers
+from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
+from rnndyn_fast.ops.buffers import empty, release_buffers
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
-ENGINES = ("auto", "direct", "winograd")
+ENGINES = ("auto", "direct", "winograd", "amx")
+# torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
+_PARTS = {"highest": 3, "high": 2, "medium": 1}
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h; the core checks it
 
 
@@ -49,13 +53,64 @@ class Geometry:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine of a connection and why; ``winograd`` is None for the direct one."""
+    """The engine of a connection and why; a map is None for the direct one.
 
-    winograd: WinogradMap | None
+    ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight.
+    """
+
+    map: WinogradMap | AmxMap | None
     reason: str
+    grad_map: WinogradMap | AmxMap | None = None
+
+    @classmethod
+    def of(cls, m: WinogradMap | AmxMap | None, reason: str) -> EngineChoice:
+        """The same for both."""
+        return cls(m, reason, m)
 
     def __str__(self) -> str:
-        return f"winograd {self.winograd.form}" if self.winograd else "direct"
+        if isinstance(self.map, WinogradMap):
+            return f"winograd {self.map.form}"
+        return f"amx {self.map}" if self.map else "direct"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question; it guards on autocast and on precision itself
+def with_precision(engine: str) -> str:
+    """The engine with the precision that is asked for now, as :func:`choose_engine` takes it: "auto", "auto:2", ...
+
+    CPU autocast to bfloat16 asks for one part of a value, ``torch.set_float32_matmul_precision`` for three, two or one.
+    """
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    parts = 1 if autocast else _PARTS[torch.get_float32_matmul_precision()]
+    return engine if parts == 3 else f"{engine}:{parts}"
+
+
+def has_matrix_units() -> bool:
+    """Whether the native core runs on matrix units here (elsewhere their engine is emulated, for tests)."""
+    return _launch.unavailable is None and _launch.build_info()["isa"] == "amx"
+
+
+def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
+    """Whether the engine of matrix units computes this map; with ``raise_error``, ``ValueError`` with the reason instead of False."""
+    reason = _launch.unavailable
+    if reason is None and dtype != torch.float32:
+        reason = f"it computes in float32, not {dtype}"
+    elif reason is None and geometry.operator is Operator.IDENTITY:
+        reason = "nothing to compute"
+    elif reason is None and geometry.operator is not Operator.LINEAR:
+        kernel = weight_shape[2] * weight_shape[3]
+        if kernel > MAX_TAPS or geometry.stride**2 > MAX_PHASES:
+            reason = f"it computes kernels of at most {MAX_TAPS} elements and strides up to 4, not {kernel} and {geometry.stride}"
+    if reason and raise_error:
+        raise ValueError(f'engine="amx": {reason}')
+    return reason is None
+
+
+def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> AmxMap:
+    if geometry.operator is Operator.LINEAR:
+        return AmxMap((1, 1), parts=parts)
+    kernel = (weight_shape[2], weight_shape[3])
+    transposed = geometry.operator is Operator.CONV_TRANSPOSE
+    return AmxMap(kernel, geometry.stride, geometry.padding, geometry.output_padding, transposed, parts)
 
 
 def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
@@ -87,7 +142,6 @@ def _best_map(geometry: Geometry, kernel: int, height: int, width: int) -> Winog
     return WinogradMap(large if large.products(height, width) < 0.9 * small.products(height, width) else small, kernel)
 
 
-@lru_cache(maxsize=1024)
 def choose_engine(
     geometry: Geometry,
     weight_shape: tuple[int, ...],
@@ -99,20 +153,63 @@ def choose_engine(
 ) -> EngineChoice:
     """Choose how a linear map is computed.
 
-    The rule of ``engine="auto"``, from the measurements in docs/kernels.md: Winograd wherever it can run, with at least 16 channels on
-    both sides, where it saves a quarter of the products (tiles past the map's edge counted), and where there are at least 8 tiles: its
-    weights are up to four times as large, and fewer tiles do not pay for reading them.
+    The rule of ``engine="auto"``, from the measurements in docs/kernels.md. With at least 16 channels on both sides, on a processor with
+    matrix units:
+
+    - where torch asks for less than full precision of float32 products (``torch.set_float32_matmul_precision("high")`` or "medium", or CPU
+      autocast to bfloat16): matrix units, with two parts of each value or one;
+    - else Winograd for convolutions that keep the size, and matrix units with three parts for other maps and for gradients of weights.
+
+    Elsewhere Winograd wherever it can run. Winograd must save a quarter of the products (tiles past the map's edge counted) and have at
+    least 8 tiles: its weights are up to four times as large, and fewer tiles do not pay for reading them.
 
     Args:
         weight_shape: of the parameter.
         height, width: of the source map (after pooling).
-        engine: "auto", "direct", or "winograd" (wherever it can run at all).
+        engine: "auto", "direct", "winograd" or "amx" (wherever they can run at all), perhaps :func:`with_precision`.
         samples: of a time step.
     """
+    return _choose(geometry, weight_shape, height, width, dtype, engine, samples, has_matrix_units())
+
+
+@lru_cache(maxsize=1024)
+def _choose(
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    engine: str,
+    samples: int,
+    matrix_units: bool,
+) -> EngineChoice:
+    engine, _, precision = engine.partition(":")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "direct":
         return EngineChoice(None, "asked for")
+    parts = int(precision or 3)
+    units = None
+    if engine == "amx" or (engine == "auto" and matrix_units and min(weight_shape[:2]) >= 16):
+        try:
+            can_run_amx(geometry, weight_shape, dtype, raise_error=True)
+            units = _amx_map(geometry, weight_shape, parts)
+        except ValueError as error:
+            if engine == "amx":
+                return EngineChoice(None, str(error).split(": ", 1)[1])
+    if units and (engine == "amx" or parts < 3):
+        return EngineChoice.of(units, "asked for" if engine == "amx" else "matrix units, and torch is asked for less precision")
+    choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples)
+    if units is None:
+        return choice
+    if choice.map is None or geometry.operator is Operator.CONV_TRANSPOSE:
+        return EngineChoice.of(units, "this processor has matrix units")
+    return EngineChoice(choice.map, f"{choice.reason}; weights' gradients on matrix units", units)
+
+
+def _choose_winograd(
+    geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str, samples: int
+) -> EngineChoice:
     try:
         can_run_winograd(geometry, weight_shape, dtype, raise_error=True)
     except ValueError as error:
@@ -129,7 +226,7 @@ def choose_engine(
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
         if tiles < 8:
             return EngineChoice(None, f"only {tiles} tiles: reading the larger transformed weights would cost more than is saved")
-    return EngineChoice(chosen, f"{saving:.3g}x fewer products on a {height} x {width} map")
+    return EngineChoice.of(chosen, f"{saving:.3g}x fewer products on a {height} x {width} map")
 
 
 class Weight:
@@ -149,24 +246,40 @@ class Weight:
         return self.weight.contiguous(memory_format=torch.channels_last)
 
     @cached_property
-    def packed(self) -> PackedWeight:
-        """In the Winograd domain, for the forward convolution."""
-        assert self.choice.winograd is not None
-        return (_kept_pack if self.keep else pack_weight)(self.choice.winograd, self.weight)
+    def packed(self) -> Packed:
+        """As our engines take it, for the forward convolution."""
+        assert self.choice.map is not None
+        return (_kept_pack if self.keep else _pack)(self.choice.map, self.weight)
 
     @cached_property
-    def packed_backward(self) -> PackedWeight:
-        """In the Winograd domain, for the gradient of the data."""
-        assert self.choice.winograd is not None
-        return pack_weight(self.choice.winograd, self.weight, backward=True)
+    def packed_backward(self) -> Packed:
+        """As our engines take it, for the gradient of the data."""
+        assert self.choice.map is not None
+        return _pack(self.choice.map, self.weight, backward=True)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of a map of that size."""
+        m = self.choice.map
+        if isinstance(m, AmxMap):
+            return m.output_size(height, width)
+        return (2 * height, 2 * width) if m is not None and m.transposed else (height, width)
+
+
+Packed = PackedWeight | PackedAmxWeight
+
+
+def _pack(m: WinogradMap | AmxMap, weight: Tensor, *, backward: bool = False) -> Packed:
+    if isinstance(m, AmxMap):
+        return pack_amx_weight(m, weight, backward=backward)
+    return pack_weight(m, weight, backward=backward)
 
 
 _KEPT_BYTES = 512 * 1024 * 1024
-_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap], tuple[Tensor, PackedWeight]] = OrderedDict()
+_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[Tensor, Packed]] = OrderedDict()
 _kept_lock = threading.Lock()
 
 
-def _kept_pack(m: WinogradMap, weight: Tensor) -> PackedWeight:
+def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
     """Packed weights of earlier rollouts. A weight is compared with the copy it was packed from: in-place changes can hide from version
     counters (``.data``), and the comparison costs a quarter of packing."""
     key = (weight.data.untyped_storage()._cdata, tuple(weight.shape), m)
@@ -175,7 +288,7 @@ def _kept_pack(m: WinogradMap, weight: Tensor) -> PackedWeight:
         if entry is not None and torch.equal(entry[0], weight):
             _kept.move_to_end(key)
             return entry[1]
-        packed = pack_weight(m, weight)
+        packed = _pack(m, weight)
         _kept[key] = (weight.detach().clone(), packed)
         _kept.move_to_end(key)
         while len(_kept) > 1 and sum(w.nbytes + p.nbytes for w, p in _kept.values()) > _KEPT_BYTES:
@@ -200,8 +313,8 @@ def convolve(
 ) -> Tensor:
     """The linear map, without bias. Returns [M, H', W', C'], contiguous."""
     geometry = weight.geometry
-    if weight.choice.winograd is not None:
-        return winograd_conv([x], [weight.packed])
+    if weight.choice.map is not None:
+        return convolve_sum([weight], [x])
     if geometry.operator is Operator.LINEAR:
         return torch.mm(x.flatten(1), weight.direct.t()).reshape(x.shape[0], 1, 1, -1)
     y = torch.ops.aten.convolution(
@@ -220,15 +333,24 @@ def convolve(
 
 def can_sum(weights: Sequence[Weight]) -> bool:
     """Whether one call can compute the sum of these maps: :func:`convolve_sum`."""
-    return len({w.choice.winograd for w in weights}) == 1 and weights[0].choice.winograd is not None
+    maps = {w.choice.map for w in weights}
+    return all(isinstance(m, AmxMap) for m in maps) or (len(maps) == 1 and None not in maps)
 
 
 def convolve_sum(
     weights: Sequence[Weight],
     xs: Sequence[Tensor],  # each [M, H, W, C]
 ) -> Tensor:
-    """The sum of several maps, accumulated in the Winograd domain with one inverse transform: [M, H', W', C']."""
-    return winograd_conv(xs, [w.packed for w in weights])
+    """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other."""
+    packed = [w.packed for w in weights]
+    if all(isinstance(w, PackedWeight) for w in packed):
+        return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)])
+    samples, height, width, _ = xs[0].shape
+    out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
+    for k, (x, w) in enumerate(zip(xs, packed, strict=True)):
+        assert isinstance(w, PackedAmxWeight)
+        amx_conv(x, w, out, accumulate=k > 0)
+    return out
 
 
 def convolve_backward(
@@ -240,10 +362,10 @@ def convolve_backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve`: of x, [M, H, W, C] contiguous, and of the weight in the parameter's shape; None where not needed."""
-    geometry, m = weight.geometry, weight.choice.winograd
+    geometry, m = weight.geometry, weight.choice.map
     if m is not None:
-        grad_x = winograd_conv([grad], [weight.packed_backward]) if need_x else None
-        return grad_x, winograd_weight_grad(m, weight.weight, x, grad) if need_weight and isinstance(x, Tensor) else None
+        grad_weight = _weight_grad(weight, x, grad) if need_weight and isinstance(x, Tensor) else None
+        return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x) if need_x else None, grad_weight
     if not isinstance(x, Tensor):
         x = grad.new_empty(x)  # nobody reads its values
     if geometry.operator is Operator.LINEAR:
@@ -264,3 +386,18 @@ def convolve_backward(
         [need_x, need_weight, False],
     )
     return grad_x.permute(0, 2, 3, 1).contiguous() if need_x else None, grad_weight.contiguous() if need_weight else None
+
+
+def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size) -> Tensor:
+    packed = weight.packed_backward
+    if isinstance(packed, PackedWeight):
+        return winograd_conv([grad], [packed])
+    return amx_conv(grad, packed, empty(shape, torch.float32))
+
+
+def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
+    m = weight.choice.grad_map
+    assert m is not None
+    if isinstance(m, AmxMap):
+        return amx_weight_grad(m, weight.weight, x, grad)
+    return winograd_weight_grad(m, weight.weight, x, grad)

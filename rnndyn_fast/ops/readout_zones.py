@@ -208,22 +208,12 @@ def _native(
     inverse = torch.where(distance > 0, 1.0 / torch.where(distance > 0, distance, 1.0), 0.0).contiguous()
     outputs = _allocate(representations, readout_weight.shape[0])
     *tables, cosine = outputs
+    # PyTorch's float32 product reaches half of what ours does here, and reads the representations once more.
+    weight = readout_weight.contiguous() if representations.dtype == torch.float32 else None
+    if weight is None:
+        torch.matmul(representations, readout_weight.T, out=cosine)
     before = None if previous is None else _rows(previous)
-    # Time by time, so that the previous step of a block of samples is still in cache.
-    for t, now in enumerate(representations.unbind(0)):
-        torch.mm(now, readout_weight.T, out=cosine[t])
-        _launch.readout_zones(
-            now,
-            before,
-            None if log_probs is None else log_probs[t],
-            labels,
-            bias,
-            weight_norm,
-            inverse,
-            cosine[t],
-            tuple(table[t] for table in tables),
-        )
-        before = now
+    _launch.readout_zones(representations, before, log_probs, labels, bias, weight_norm, inverse, weight, cosine, tables)
     return outputs
 
 

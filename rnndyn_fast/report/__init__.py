@@ -1,4 +1,4 @@
-"""Reports: pages that need nothing else, and the demo."""
+"""Reports: pages that need nothing else."""
 
 from rnndyn_fast.report.page import Card, Page, Picture, Plot, Section, table_html
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: text, tables, figures (inline SVG) and images (inline PNG)."""
+"""A report as one HTML page that needs nothing else: text, sortable tables, figures (inline SVG) and images (inline PNG)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnndyn_fast.files import write_text
+from rnndyn_fast.report.script import SCRIPT
 from rnndyn_fast.report.style import STYLE
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Plot:
     caption: str
     alt: str
     inches: float = 5.0  # width to draw it at; small enough that its text can be read on a phone
+    csv: str = ""  # the numbers behind it, for download
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,13 @@ class Page:
     def plot_html(self, plot: Plot) -> str:
         """A figure as inline SVG."""
         svg = figure_svg(plot.figure, prefix=f"f{next(self._figure_numbers)}-", alt=plot.alt, inches=plot.inches)
-        return f'<figure class="plot"><div>{svg}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'
+        link = ""
+        if plot.csv:
+            data = base64.b64encode(plot.csv.encode("utf-8")).decode("ascii")
+            name = re.sub(r"[^a-z0-9]+", "_", plot.caption.lower()).strip("_")[:60] or "figure"
+            label = html.escape(f"Numbers of the figure: {plot.caption}", quote=True)
+            link = f' <a download="{name}.csv" aria-label="{label}" href="data:text/csv;base64,{data}">CSV</a>'
+        return f'<figure class="plot"><div>{svg}</div><figcaption>{escape(plot.caption)}{link}</figcaption></figure>'
 
     def html(self) -> str:
         """The whole page."""
@@ -163,7 +171,7 @@ class Page:
             f'<header><h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>'
             f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
             f"<main>{''.join(section.html() for section in self.sections)}</main>"
-            f"<footer><p>{escape(self.footer)}</p></footer></body></html>\n"
+            f"<footer><p>{escape(self.footer)}</p></footer><script>{SCRIPT}</script></body></html>\n"
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -183,10 +191,12 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
 
     head = "".join(cell("th", escape(name), k, ' scope="col"') for k, name in enumerate(header))
     body = "".join(f"<tr>{''.join(cell('td', escape(format_cell(value)), k) for k, value in enumerate(row))}</tr>" for row in rows)
+    label = html.escape(caption, quote=True)
     return (
         # A <caption> is as wide as its table and would scroll away with it on a phone.
         f'<p class="caption">{escape(caption)}</p>'
-        f'<div class="table"><table aria-label="{html.escape(caption, quote=True)}">'
+        # Wide tables scroll within their box: it takes the focus, so that arrow keys move it.
+        f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table aria-label="{label}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

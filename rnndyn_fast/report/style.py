@@ -38,6 +38,11 @@ p.caption { color: var(--muted); font-size: 0.88rem; margin: 16px 0 6px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+th button { all: unset; cursor: pointer; font: inherit; color: inherit; }
+th button:hover { color: var(--accent); }
+th button:focus-visible, .table:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " \\25B2"; font-size: 0.7em; }
+th[aria-sort=descending] button::after { content: " \\25BC"; font-size: 0.7em; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 0.82rem; line-height: 1.5; }
 .commands code { display: block; padding-left: 3ch; text-indent: -3ch; white-space: normal; }

@@ -9,29 +9,43 @@ from rnndyn_fast.train.checkpoint import (
     versions,
 )
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.loop import config_yaml, initialise, limited, loss_over_time, train
+from rnndyn_fast.train.loop import config_yaml, initialise, kept_name, learning_rate, limited, loss_over_time, train
 from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics
+from rnndyn_fast.train.phase_config import PhaseSweepConfig, PhaseTrainConfig
+from rnndyn_fast.train.phase_results import NetworkResult, compare, load_networks, read_published, save_networks, summarise
+from rnndyn_fast.train.phase_run import train_phase
 from rnndyn_fast.train.progress import PlainReporter, QuietReporter, Reporter, RichReporter, choose_reporter
 
 __all__ = [
     "FORMAT",
     "EpochMetrics",
+    "NetworkResult",
+    "PhaseSweepConfig",
+    "PhaseTrainConfig",
     "PlainReporter",
     "QuietReporter",
     "Reporter",
     "RichReporter",
     "TrainConfig",
     "choose_reporter",
+    "compare",
     "config_yaml",
     "initialise",
+    "kept_name",
+    "learning_rate",
     "limited",
     "load_checkpoint",
+    "load_networks",
     "load_weights",
     "loss_over_time",
     "read_checkpoint",
     "read_metrics",
+    "read_published",
     "save_checkpoint",
+    "save_networks",
+    "summarise",
     "train",
+    "train_phase",
     "versions",
     "write_metrics",
 ]

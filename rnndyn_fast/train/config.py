@@ -25,10 +25,11 @@ NETWORK_OPTIONS = (
     "engine",
 )
 # What a resumed run may change: how and how long it runs, not what it computes.
-FREE_ON_RESUME = ("data", "out", "epochs", "threads", "backend", "engine", "resume", "overwrite")
+FREE_ON_RESUME = ("data", "out", "epochs", "patience", "keep", "threads", "backend", "engine", "resume", "overwrite")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a configuration, with its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -51,51 +52,60 @@ class TrainConfig:
 
     data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
-    model: Literal["blt_net_64", "blt_net_128"] = _option("blt_net_64", "network; see rnndyn plan MODEL")
-    lateral_connections: bool = _option(True, "recurrence within areas")
-    topdown_connections: bool = _option(False, "recurrence from the area above")
-    LT_interaction: Literal["additive", "multiplicative"] = _option(
+    model: Literal["blt_net_64", "blt_net_128"] = option("blt_net_64", "network; see rnndyn plan MODEL")
+    lateral_connections: bool = option(True, "recurrence within areas")
+    topdown_connections: bool = option(False, "recurrence from the area above")
+    LT_interaction: Literal["additive", "multiplicative"] = option(
         "additive", "how lateral and top-down terms meet the bottom-up one: b + l + d or b * (1 + l + d)"
     )
-    timesteps: int = _option(10, "time steps T")
-    LT_position: Literal["all", "last"] = _option("all", "areas with recurrence: all, or the last alone")
-    classifier_bias: bool = _option(False, "bias of the readout; without it the readout zones are cones")
-    norm_type: Literal["LN", "None"] = _option("LN", "LayerNorm in every area, or none (then with biases)")
-    widths: tuple[int, ...] = _option((32, 64, 128, 256, 512), "channels of retina, V1, V2, V4, IT")
-    unroll: Literal["engineering", "biological"] = _option(
+    timesteps: int = option(10, "time steps T")
+    LT_position: Literal["all", "last"] = option("all", "areas with recurrence: all, or the last alone")
+    classifier_bias: bool = option(False, "bias of the readout; without it the readout zones are cones")
+    norm_type: Literal["LN", "None"] = option("LN", "LayerNorm in every area, or none (then with biases)")
+    widths: tuple[int, ...] = option((32, 64, 128, 256, 512), "channels of retina, V1, V2, V4, IT")
+    unroll: Literal["engineering", "biological"] = option(
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
-    backend: Literal["native", "reference"] | None = _option(None, "native kernels, plain PyTorch, or whichever can run")
-    engine: Literal["auto", "direct", "winograd"] = _option(
+    backend: Literal["native", "reference"] | None = option(None, "native kernels, plain PyTorch, or whichever can run")
+    engine: Literal["auto", "direct", "winograd", "amx"] = option(
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
-    epochs: int = _option(60, "epochs in all, those before a resume included")
-    batch_size: int = _option(1024, "images per training step")
-    val_batch_size: int = _option(250, "images per validation batch")
-    lr: float = _option(1e-3, "learning rate of Adam, constant")
-    init: Literal["xavier", "default"] = _option("xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default")
-    augment: Literal["trivialaugmentwide", "none"] = _option("trivialaugmentwide", "augmentation of training images")
-    max_train_images: int | None = _option(None, "train on that many images, evenly spaced over the split")
-    max_val_images: int | None = _option(None, "validate on that many images, evenly spaced over the split")
-    seed: int = _option(0, "of initial weights, order of images and augmentation")
-    threads: int | None = _option(None, "CPU threads; default: PyTorch's")
-    resume: bool = _option(False, "go on from the last checkpoint in `out`")
-    overwrite: bool = _option(False, "replace a run that is in `out`")
+    epochs: int = option(60, "epochs in all, those before a resume included")
+    batch_size: int = option(1024, "images per training step")
+    val_batch_size: int = option(250, "images per validation batch")
+    patience: int | None = option(None, "stop after that many epochs without a better validation accuracy; default: train all epochs")
+    lr: float = option(1e-3, "learning rate of Adam")
+    lr_patience: int | None = option(
+        None, "divide the learning rate by 4 after that many epochs without a better validation accuracy; default: it is constant"
+    )
+    init: Literal["xavier", "default"] = option("xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default")
+    augment: Literal["trivialaugmentwide", "none"] = option("trivialaugmentwide", "augmentation of training images")
+    max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
+    max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
+    keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
+    seed: int = option(0, "of initial weights, order of images and augmentation")
+    threads: int | None = option(None, "CPU threads; default: PyTorch's")
+    resume: bool = option(False, "go on from the last checkpoint in `out`")
+    overwrite: bool = option(False, "replace a run that is in `out`")
 
     def __post_init__(self) -> None:
         if isinstance(self.widths, Sequence) and not isinstance(self.widths, str):
             object.__setattr__(self, "widths", tuple(self.widths))  # YAML and JSON have lists only
+        if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):
+            object.__setattr__(self, "keep", tuple(self.keep))
         for name in ("data", "out"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), hints[item.name])
+            check_type(item.name, getattr(self, item.name), hints[item.name])
         for name, least in (("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0)):
-            _check_least(name, getattr(self, name), least)
-        for name in ("max_train_images", "max_val_images", "threads"):
+            check_least(name, getattr(self, name), least)
+        for name in ("patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
             if getattr(self, name) is not None:
-                _check_least(name, getattr(self, name), 1)
+                check_least(name, getattr(self, name), 1)
+        if any(epoch < 1 for epoch in self.keep):
+            raise ValueError(f"keep: expected epochs of at least 1, got {self.keep}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -109,7 +119,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON, YAML and checkpoints."""
-        return {**dataclasses.asdict(self), "widths": list(self.widths)}
+        return {**dataclasses.asdict(self), "widths": list(self.widths), "keep": list(self.keep)}
 
     def as_new(self) -> TrainConfig:
         """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""
@@ -137,7 +147,8 @@ class TrainConfig:
             raise ValueError(f"resume: the run in {self.out} was started with other options: {'; '.join(different)}")
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise unless `value` is of the declared type."""
     if not _matches(value, hint):
         if typing.get_origin(hint) is Literal or any(typing.get_origin(h) is Literal for h in typing.get_args(hint)):
             raise ValueError(f"{name}: expected one of {_choices(hint)}, got {value!r}")
@@ -168,6 +179,7 @@ def _choices(hint: Any) -> list[Any]:
     return found
 
 
-def _check_least(name: str, value: int, least: int) -> None:
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise unless `value` is at least `least`."""
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,36 @@ def initialise(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
 
 
+def kept_name(epoch: int | str) -> str:
+    """File name of the checkpoint that is kept of an epoch (or pattern of such names)."""
+    return f"epoch_{epoch}.pt"
+
+
+def epochs_since_best(rows: Sequence[EpochMetrics]) -> int:
+    """Epochs since validation accuracy (mean over time) was best; ties go to the earlier one."""
+    values = [row.mean_val_accuracy for row in rows]
+    return len(values) - 1 - values.index(max(values)) if values else 0
+
+
+def learning_rate(config: TrainConfig, rows: Sequence[EpochMetrics]) -> float:
+    """The learning rate of the epoch that follows `rows`.
+
+    Constant without `lr_patience`; with it a quarter of what it was whenever that many epochs have passed without a
+    better validation accuracy, counted from the best epoch or the last change. It follows from the rows alone, so a
+    resumed run has the same.
+    """
+    rate, best, waited = config.lr, -1.0, 0
+    if config.lr_patience is None:
+        return rate
+    for row in rows:
+        waited += 1
+        if row.mean_val_accuracy > best:
+            best, waited = row.mean_val_accuracy, 0
+        if waited == config.lr_patience:
+            rate, waited = rate / 4, 0
+    return rate
+
+
 def loss_over_time(
     log_probs: torch.Tensor,  # [T, N, classes]
     labels: torch.Tensor,  # [N]
@@ -70,9 +100,9 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
     """Train a network.
 
     In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
-    validation accuracy, mean over time steps), ``metrics.csv``, ``metrics.jsonl`` and ``train.yaml`` (this
-    configuration). A resumed run computes what an uninterrupted one would have, bit for bit with the same number of
-    threads on a CPU.
+    validation accuracy, mean over time steps), ``epoch_<n>.pt`` (those in ``config.keep``), ``metrics.csv``,
+    ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an uninterrupted one would
+    have, bit for bit with the same number of threads on a CPU.
 
     Args:
         config: what to do.
@@ -99,8 +129,8 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> Path:
             run.restore(resume_from)
         else:
             if config.overwrite:
-                for name in _OWN_FILES:
-                    (out / name).unlink(missing_ok=True)
+                for path in (*(out / name for name in _OWN_FILES), *out.glob(kept_name("*"))):
+                    path.unlink(missing_ok=True)
             run.save(INITIAL)
         write_text(out / CONFIG, config_yaml(config.as_new()))
         with reporter or choose_reporter() as shown:
@@ -165,8 +195,13 @@ class _Run:
         self.rows = [EpochMetrics.from_dict(row) for row in checkpoint["metrics"]]
 
     def go(self, reporter: Reporter) -> None:
-        """Train until `config.epochs` are done."""
+        """Train until `config.epochs` are done, or validation accuracy has stopped improving."""
         while len(self.rows) < self.config.epochs:
+            if self.config.patience is not None and epochs_since_best(self.rows) >= self.config.patience:
+                reporter.line(f"validation accuracy has not improved for {self.config.patience} epochs: done")
+                break
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.rows)
             row = self.epoch(len(self.rows) + 1, reporter)
             best = max((earlier.mean_val_accuracy for earlier in self.rows), default=-1.0)
             self.rows.append(row)
@@ -174,6 +209,8 @@ class _Run:
             write_metrics(self.out, self.rows)
             if row.mean_val_accuracy > best:
                 self.save(BEST)
+            if row.epoch in self.config.keep:
+                self.save(kept_name(row.epoch))
             self.save(LAST)
             reporter.line(epoch_line(row, self.config.epochs))
 

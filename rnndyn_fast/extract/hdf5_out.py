@@ -1,0 +1,73 @@
+"""Writing HDF5 files where a disk may be full: HDF5 itself does not survive a write that fails (it crashes at exit)."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+
+class _Patient(io.RawIOBase):
+    """A file that never tells HDF5 of an error: it keeps the first one, and forgets what is written from then on."""
+
+    def __init__(self, path: Path) -> None:
+        self.error: OSError | None = None
+        self._file = path.open("w+b", buffering=0)
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view) and (count := self._file.readinto(view[done:])):
+            done += count
+        view[done:] = bytes(len(view) - done)
+        return len(view)
+
+    def write(self, data: memoryview) -> int:  # type: ignore[override]
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while self.error is None and done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def hdf5_out(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, _Patient]]:
+    """A new HDF5 file to write into, and below it the file whose ``error`` long writers look at.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    patient = _Patient(Path(path))
+    try:
+        with h5py.File(patient, "w") as file:
+            yield file, patient
+        if patient.error is not None:
+            raise patient.error
+    finally:
+        patient.close()

@@ -1,0 +1,136 @@
+"""``amx_conv``: any convolution, transposed convolution or dense map as matrix products of bfloat16 parts, float32, on the CPU.
+
+Equations, precision and traffic: ``csrc/cpu/amx_conv_kernel.h``. Maps are channels-last and contiguous, [M, H, W, C].
+
+A convolution of stride s reads, for output pixel i and tap k, input pixel s i + k - p. A transposed one is s^2 convolutions of
+stride 1, one for each residue a of the output modulo s: output s i + a reads input i + (a + p - k) / s for the taps k where that is
+whole. Each is the gradient of the other's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
+
+Tap = tuple[int, int, int]  # row, column, element of the kernel
+MAX_TAPS = 128  # kAmxMaxTaps of amx_conv.h; the core checks it
+MAX_PHASES = 16  # kAmxMaxPhases
+
+
+@dataclass(frozen=True)
+class AmxMap:
+    """A linear map of maps: kernel, stride and padding, which way the data go, and the number of bfloat16 parts of a value."""
+
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    output_padding: int = 0
+    transposed: bool = False
+    parts: int = 2
+
+    def __str__(self) -> str:
+        return {1: "bfloat16", 2: "bfloat16 x 3", 3: "bfloat16 x 6"}[self.parts]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of a map of that size."""
+
+        def size(n: int, k: int) -> int:
+            if self.transposed:
+                return (n - 1) * self.stride - 2 * self.padding + k + self.output_padding
+            return (n + 2 * self.padding - k) // self.stride + 1
+
+        return size(height, self.kernel[0]), size(width, self.kernel[1])
+
+
+def _taps(m: AmxMap) -> tuple[Tap, ...]:
+    """Of the convolution that ``m`` is, or is the transpose of: what it reads from the larger map."""
+    kh, kw = m.kernel
+    return tuple((r - m.padding, c - m.padding, r * kw + c) for r in range(kh) for c in range(kw))
+
+
+@lru_cache(maxsize=128)
+def _phases(m: AmxMap, scatter: bool) -> tuple[tuple[tuple[int, int], tuple[Tap, ...]], ...]:
+    """Residue of the output and taps of each phase; with ``scatter`` the outputs are the larger map's pixels."""
+    if not scatter:
+        return (((0, 0), _taps(m)),)
+    s = m.stride
+    return tuple(
+        ((a, b), tuple(((a - row) // s, (b - column) // s, k) for row, column, k in _taps(m) if (a - row) % s == 0 == (b - column) % s))
+        for a in range(s)
+        for b in range(s)
+    )
+
+
+@dataclass(frozen=True)
+class PackedAmxWeight:
+    """A weight as the tiles of one direction: one tensor per phase, in the layout of the instruction set in use."""
+
+    map: AmxMap
+    backward: bool
+    data: tuple[Tensor, ...]
+    channels: int  # of the result
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.nbytes for t in self.data)
+
+
+def _sizes(m: AmxMap, weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Channels of target and source, and their strides in the parameter: [C_target, C_source, ...], or transposed the other way round."""
+    first, second = weight_shape[:2]
+    area = m.kernel[0] * m.kernel[1]
+    return (second, first, area, second * area) if m.transposed else (first, second, second * area, area)
+
+
+def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False) -> PackedAmxWeight:
+    """Split and pack a parameter's weight; ``backward``: for the gradient of the data (from target to source channels)."""
+    weight = weight.contiguous()
+    target, source, target_stride, source_stride = _sizes(m, weight.shape)
+    sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
+    data = tuple(_launch.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
+    return PackedAmxWeight(m, backward, data, sizes[0])
+
+
+def amx_conv(
+    x: Tensor,  # [M, H, W, C_in]
+    weight: PackedAmxWeight,
+    out: Tensor,  # [M, H', W', C_out]
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """The linear map, written into ``out``, or added to it; with a weight packed for the gradient of the data, that gradient."""
+    m = weight.map
+    scatter = m.transposed != weight.backward
+    step = m.stride if scatter else 1
+    phases = [(first, taps) for first, taps in _phases(m, scatter) if taps and first[0] < out.shape[1] and first[1] < out.shape[2]]
+    if scatter and len(phases) < min(step, out.shape[1]) * min(step, out.shape[2]) and not accumulate:
+        out.zero_()  # (a stride beyond the kernel leaves pixels that nothing reaches)
+    packed = dict(zip((first for first, taps in _phases(m, scatter) if taps), weight.data, strict=True))
+    grids = [(taps, packed[first], first) for first, taps in phases]
+    _launch.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate)
+    return out
+
+
+def amx_weight_grad(
+    m: AmxMap,
+    weight: Tensor,  # the parameter, for its shape
+    x: Tensor,  # [M, H, W, C_source]
+    grad: Tensor,  # [M, H', W', C_target]
+) -> Tensor:
+    """Gradient of the weight over all samples, in the parameter's shape."""
+    out = empty(weight.shape, torch.float32)
+    target, source, target_stride, source_stride = _sizes(m, weight.shape)
+    # The larger map is the one that taps shift.
+    if m.transposed:
+        _launch.amx_weight_grad(grad, x, _taps(m), (source, target, source_stride, target_stride), m.stride, m.parts, out)
+    else:
+        _launch.amx_weight_grad(x, grad, _taps(m), (target, source, target_stride, source_stride), m.stride, m.parts, out)
+    return out

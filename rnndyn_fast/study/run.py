@@ -1,0 +1,266 @@
+"""The study: data, networks, extraction, comparison, report, by the functions that the commands call."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rnndyn_fast.analysis import ReadoutZoneResult
+from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
+from rnndyn_fast.data import SPLITS, load_source, make_dataset
+from rnndyn_fast.extract import extract, sha256
+from rnndyn_fast.files import write_text
+from rnndyn_fast.study.config import NETWORKS, TITLES, StudyConfig
+from rnndyn_fast.train import (
+    EpochMetrics,
+    Reporter,
+    TrainConfig,
+    choose_reporter,
+    kept_name,
+    read_checkpoint,
+    read_metrics,
+    train,
+)
+from rnndyn_fast.train.loop import BEST, INITIAL, LAST
+from rnndyn_fast.train.progress import split_progress
+
+REPORT, TIMES, CONFIG = "report.html", "seconds.json", "study.json"
+# How a study runs, not what it computes: may change when it goes on.
+_FREE = ("out", "threads", "backend", "overwrite")
+
+
+@dataclass
+class NetworkRun:
+    """What a study has of one network."""
+
+    name: str  # one of NETWORKS
+    checkpoint: Path
+    config: TrainConfig
+    metrics: list[EpochMetrics]
+    parameters: int
+    trained: ReadoutZoneResult
+    untrained: ReadoutZoneResult | None
+    along: dict[int, ReadoutZoneResult]  # by epoch
+    boot: Bootstrap
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return TITLES[self.name]
+
+
+@dataclass
+class StudyRecord:
+    """What the report is about."""
+
+    config: StudyConfig
+    data_path: Path
+    commands: list[str] = field(default_factory=list)
+    runs: list[NetworkRun] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
+    """Train (or take) networks, run testplus through them, compare their dynamics, write the report.
+
+    In the folder ``config.out``: ``images.h5`` (unless data are given), a folder per network with its run, results and
+    analysis, ``comparison`` with the tables and figures over the networks, and ``report.html``. A study that was stopped goes
+    on where it was: finished steps are found by their files, training goes on from its last checkpoint.
+
+    Args:
+        config: sizes and where to.
+        reporter: shows progress; None chooses a bar or lines.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileExistsError: there is a report and `overwrite` is False.
+        ValueError: the folder holds an interrupted study with other options; checkpoints are of other networks.
+        FileNotFoundError, ImportError: images or checkpoints are not there; says how to get them.
+    """
+    out = Path(config.out)
+    if (out / REPORT).exists() and not config.overwrite:
+        raise FileExistsError(f"out: {out / REPORT} exists; open it, or use --overwrite to make it anew")
+    _check_same(config, out)
+    record = StudyRecord(config, Path(config.data) if config.data else out / "images.h5")
+    if not config.overwrite and (out / TIMES).exists():
+        record.seconds = json.loads((out / TIMES).read_text(encoding="utf-8"))
+    given = _given_checkpoints(config)
+    write_text(out / CONFIG, json.dumps(asdict(config), indent=1))
+    shown: Callable[[], Reporter] = choose_reporter if reporter is None else lambda: reporter
+    if config.data is None:
+        _make_data(config, record, shown)
+    for name in given or config.networks:
+        record.runs.append(_network(config, name, given.get(name), record, shown))
+    from rnndyn_fast.report.study_page import study_page
+
+    return study_page(record).save(out / REPORT)
+
+
+def _check_same(config: StudyConfig, out: Path) -> None:
+    path = out / CONFIG
+    if config.overwrite or not path.exists():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(config)))
+    different = [
+        f"{name} was {earlier.get(name)!r}, is {now[name]!r}" for name in now if name not in _FREE and earlier.get(name) != now[name]
+    ]
+    if different:
+        raise ValueError(
+            f"out: the study in {out} was begun with other options ({'; '.join(different)}); use --overwrite or another folder"
+        )
+
+
+def _given_checkpoints(config: StudyConfig) -> dict[str, Path]:
+    """The checkpoints by the kind of network that is in them."""
+    found: dict[str, Path] = {}
+    for path in config.checkpoints:
+        model = read_checkpoint(path)["model"]
+        kinds = [name for name, options in NETWORKS.items() if all(model.get(key) == value for key, value in options.items())]
+        if not kinds or not model.get("lateral_connections", True):
+            raise ValueError(f"checkpoints: {path} holds none of the networks {', '.join(NETWORKS)}")
+        if kinds[0] in found:
+            raise ValueError(f"checkpoints: {path} and {found[kinds[0]]} both hold a network of the kind {kinds[0]}")
+        found[kinds[0]] = Path(path)
+    return {name: found[name] for name in NETWORKS if name in found}
+
+
+def _make_data(config: StudyConfig, record: StudyRecord, shown: Callable[[], Reporter]) -> None:
+    """Make the images unless they are there."""
+    source = load_source(config.source, seed=config.seed)
+    most = {"train": len(source.train_labels), "testplus": len(source.test_labels)}
+    most["val"], most["test"] = most["train"] // 10, most["testplus"] // 10
+    most["train"] -= most["val"]
+    most["testplus"] -= most["test"]
+    wanted = {"train": config.train_images, "val": config.val_images, "test": most["test"], "testplus": config.testplus_images}
+    counts = {name: min(wanted[name], most[name], config.max_images or most[name]) for name in SPLITS}
+    options: dict[str, Any] = {
+        "source": source.name,
+        "size": config.size,
+        "seed": config.seed,
+        **{f"num_{name}": count for name, count in counts.items()},
+    }
+    with _step(record, shown, "data make", "data make", {"out": record.data_path, **options}) as reporter:
+        if not record.data_path.exists() or config.overwrite:  # a file is there whole or not at all
+            with reporter:
+                make_dataset(record.data_path, **options, overwrite=config.overwrite, progress=split_progress(reporter))
+
+
+def _network(config: StudyConfig, name: str, given: Path | None, record: StudyRecord, shown: Callable[[], Reporter]) -> NetworkRun:
+    """Train one network or take it, extract with and without its training and along it, analyse."""
+    folder = Path(config.out) / name
+    run_config = config.training(name, str(record.data_path))
+    if given is None:
+        started = any((folder / file).exists() for file in (LAST, INITIAL)) and not config.overwrite
+        options = {"resume": started, "overwrite": config.overwrite}
+        with _step(record, shown, f"train, {TITLES[name]}", "train", _changed(run_config)) as reporter:
+            train(config.training(name, str(record.data_path), **options), reporter=reporter)
+        checkpoint = folder / BEST
+    else:
+        checkpoint = given
+    contents = read_checkpoint(checkpoint)
+    if given is not None and "config" in contents:
+        run_config = TrainConfig.from_dict(contents["config"])
+    metrics = [EpochMetrics.from_dict(row) for row in contents.get("metrics", [])]
+    if (checkpoint.parent / "metrics.jsonl").exists():
+        metrics = read_metrics(checkpoint.parent)
+
+    wanted = {"testplus": checkpoint, "untrained": checkpoint.with_name(INITIAL)}
+    best = int(contents["epoch"])
+    wanted |= {f"epoch_{k}": checkpoint.with_name(kept_name(k)) for k in config.keep if k < best}
+    results = {}
+    for kind, path in wanted.items():
+        if path.exists():
+            results[kind] = _extracted(config, path, folder / f"{kind}.h5", f"{TITLES[name]}, {kind.replace('_', ' ')}", record, shown)
+    given_options: dict[str, Any] = {"out": folder / "analysis"}
+    if "untrained" in results:
+        given_options["compare"] = folder / "untrained.h5"
+    with _step(record, shown, f"analyse, {TITLES[name]}", "analyse", given_options, [str(folder / "testplus.h5")]):
+        from rnndyn_fast.report.analysis_page import write_report
+
+        write_report(results["testplus"], folder / "analysis", untrained=results.get("untrained"), title=TITLES[name].capitalize())
+    with _step(record, shown, f"bootstrap, {TITLES[name]}", "", {}):
+        boot = bootstrap(results["testplus"], config.bootstrap, seed=config.seed)
+    parameters = sum(value.numel() for value in contents["state_dict"].values())
+    along = {k: results[f"epoch_{k}"] for k in config.keep if f"epoch_{k}" in results}
+    along[best] = results["testplus"]
+    return NetworkRun(name, checkpoint, run_config, metrics, parameters, results["testplus"], results.get("untrained"), along, boot)
+
+
+def _extracted(
+    config: StudyConfig, checkpoint: Path, path: Path, title: str, record: StudyRecord, shown: Callable[[], Reporter]
+) -> ReadoutZoneResult:
+    """The result of testplus through a checkpoint: that of an earlier run if it is of the same checkpoint and data."""
+    given: dict[str, Any] = {
+        "out": path,
+        "split": "testplus",
+        "reducers": ("readout_zones",),
+        "keep_samples": True,
+        "backend": config.backend,
+    }
+    with _step(record, shown, f"extract, {title}", "extract", given, [str(checkpoint), str(record.data_path)]) as reporter:
+        if path.exists() and not config.overwrite:
+            earlier = ReadoutZoneResult.load(path)
+            made_from = earlier.descriptors.get("checkpoint", {}), earlier.descriptors.get("data", {})
+            if made_from[0].get("sha256") == sha256(checkpoint) and made_from[1].get("path") == str(record.data_path):
+                return earlier
+        extract(checkpoint, record.data_path, **given, overwrite=True, reporter=reporter)
+    return ReadoutZoneResult.load(path)
+
+
+def _changed(config: TrainConfig) -> dict[str, Any]:
+    """The options of a training run that are not the default ones."""
+    from dataclasses import MISSING, fields
+
+    return {
+        item.name: getattr(config, item.name)
+        for item in fields(config)
+        if item.default is MISSING or getattr(config, item.name) != item.default
+    }
+
+
+class _step:
+    """A step of the study: puts its command on record, shows it, and takes its time."""
+
+    def __init__(
+        self,
+        record: StudyRecord,
+        shown: Callable[[], Reporter],
+        name: str,
+        command: str,
+        options: dict[str, Any],
+        words: list[str] | None = None,
+    ) -> None:
+        self.record, self.name, self.reporter = record, name, shown()
+        self.line = command_line(command, options, words or []) if command else ""
+
+    def __enter__(self) -> Reporter:
+        if self.line:
+            self.record.commands.append(self.line)
+        self.reporter.line(f"$ {self.line}" if self.line else self.name)
+        self.start = time.perf_counter()
+        return self.reporter
+
+    def __exit__(self, *_: object) -> None:
+        # What was done before an interruption counts too.
+        self.record.seconds[self.name] = self.record.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
+        write_text(Path(self.record.config.out) / TIMES, json.dumps(self.record.seconds))
+
+
+def command_line(command: str, options: dict[str, Any], words: list[str]) -> str:
+    """The command that does the same as a call with these options; options that are None or False are left out."""
+    parts = ["rnndyn", *command.split(), *words]
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        parts.append(f"--{name}")
+        if value is not True:
+            parts.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(parts)
