@@ -94,7 +94,7 @@ def _component(schedule: Schedule, component: Component) -> list[str]:
     for name in component.areas:
         lines.append(f"{indent}{name} = {_equation(schedule, name)}  [{_map(schedule.network.shapes[name])}]")
         pools = [p.value for p in schedule.pools_read(name) if p is not Pool.NONE]
-        if pools:
+        if pools and unknown_to_native(schedule.network) is None:
             lines.append(f"{indent}  with its {' and '.join(sorted(pools))}-pooled map, in the same pass")
     return lines
 
