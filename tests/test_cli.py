@@ -101,7 +101,7 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["data", "make", "--out", "i.h5", "--source", "imagenet"], "source: expected 'fashion-mnist'"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--split", "all"], "split: expected one of"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--limit", "two"], "limit: expected int. Got value: two"),
-        (["train", "--data", "d", "--out", "o", "--widths", "4,a"], "widths: expected numbers with commas between them"),
+        (["train", "--data", "d", "--out", "o", "--widths", "4,a"], "widths: expected int. Got value: a"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(

@@ -143,7 +143,14 @@ class Calls:
             self.grad_x += need_x
             return convolve_backward(weight, grad, x, need_x=need_x, need_weight=need_weight)
 
+        convolve_sum = forward_module.convolve_sum
+
+        def counted_sum(weights: Any, xs: Any) -> torch.Tensor:
+            self.forward += [x.shape[0] for x in xs]
+            return convolve_sum(weights, xs)
+
         monkeypatch.setattr(forward_module, "convolve", counted)
+        monkeypatch.setattr(forward_module, "convolve_sum", counted_sum)
         monkeypatch.setattr(backward_module, "convolve_backward", counted_backward)
 
 

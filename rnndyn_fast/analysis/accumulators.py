@@ -275,13 +275,12 @@ def later_cosines(batch: Trajectories, group: np.ndarray, time: np.ndarray, offs
     """Cosines to every readout vector of stable-correct samples at the steps before they are stable: with them the means
     over pairs can be taken anew with weights.
 
-    Returns ``later_sample`` [K] (``offset`` added), ``later_step`` [K] and ``later_cosine`` [K, C] float32.
+    Returns ``later_sample`` [K] (``offset`` added), ``later_step`` [K] and ``later_cosine`` [K, C] float32, by sample, then step: so
+    that results of blocks of samples, one after another, are those of all at once.
     """
     chosen = np.flatnonzero(group == 0)
     parts = [chosen[time[chosen] > t] for t in range(len(batch.predicted))]
-    cosine = [batch.cosine[t].numpy()[part].astype(np.float32) for t, part in enumerate(parts)]
-    return {
-        "later_sample": np.concatenate(parts) + offset,
-        "later_step": np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
-        "later_cosine": np.concatenate(cosine),
-    }
+    sample, step = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    cosine = np.concatenate([batch.cosine[t].numpy()[part].astype(np.float32) for t, part in enumerate(parts)])
+    order = np.lexsort((step, sample))
+    return {"later_sample": sample[order] + offset, "later_step": step[order], "later_cosine": cosine[order]}

@@ -314,7 +314,7 @@ def convolve(
     """The linear map, without bias. Returns [M, H', W', C'], contiguous."""
     geometry = weight.geometry
     if weight.choice.map is not None:
-        return convolve_sum([weight], [x])
+        return _sum([weight], [x])
     if geometry.operator is Operator.LINEAR:
         return torch.mm(x.flatten(1), weight.direct.t()).reshape(x.shape[0], 1, 1, -1)
     y = torch.ops.aten.convolution(
@@ -342,6 +342,10 @@ def convolve_sum(
     xs: Sequence[Tensor],  # each [M, H, W, C]
 ) -> Tensor:
     """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other."""
+    return _sum(weights, xs)
+
+
+def _sum(weights: Sequence[Weight], xs: Sequence[Tensor]) -> Tensor:
     packed = [w.packed for w in weights]
     if all(isinstance(w, PackedWeight) for w in packed):
         return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)])
