@@ -55,7 +55,8 @@ class Geometry:
 class EngineChoice:
     """The engine of a connection and why; a map is None for the direct one.
 
-    ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight.
+    ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight; but over many tiles
+    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many.
     """
 
     map: WinogradMap | AmxMap | None
@@ -158,7 +159,8 @@ def choose_engine(
 
     - where torch asks for less than full precision of float32 products (``torch.set_float32_matmul_precision("high")`` or "medium", or CPU
       autocast to bfloat16): matrix units, with two parts of each value or one;
-    - else Winograd for convolutions that keep the size, and matrix units with three parts for other maps and for gradients of weights.
+    - else Winograd for convolutions that keep the size, and matrix units with three parts for other maps and for
+      gradients of weights over few tiles.
 
     Elsewhere Winograd wherever it can run. Winograd must save a quarter of the products (tiles past the map's edge counted) and have at
     least 8 tiles: its weights are up to four times as large, and fewer tiles do not pay for reading them.
@@ -204,7 +206,7 @@ def _choose(
         return choice
     if choice.map is None or geometry.operator is Operator.CONV_TRANSPOSE:
         return EngineChoice.of(units, "this processor has matrix units")
-    return EngineChoice(choice.map, f"{choice.reason}; weights' gradients on matrix units", units)
+    return EngineChoice(choice.map, f"{choice.reason}; gradients of the weight over few tiles on matrix units", units)
 
 
 def _choose_winograd(
@@ -399,9 +401,14 @@ def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size) -> Tensor:
     return amx_conv(grad, packed, empty(shape, torch.float32))
 
 
+_MANY_TILES = 192  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
+
+
 def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
-    m = weight.choice.grad_map
+    m, own = weight.choice.grad_map, weight.choice.map
     assert m is not None
+    if isinstance(own, WinogradMap) and x.shape[0] * own.form.products(*x.shape[1:3]) >= _MANY_TILES * own.form.patch**2:
+        m = own
     if isinstance(m, AmxMap):
         return amx_weight_grad(m, weight.weight, x, grad)
     return winograd_weight_grad(m, weight.weight, x, grad)
