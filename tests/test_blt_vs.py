@@ -169,9 +169,8 @@ def samples(x: Tensor) -> np.ndarray:
 def test_golden_networks(size: str, name: str) -> None:
     net, data = golden_net(size, name, backend="scheduled")
     shared = part(size)
-    dtype = torch.float32 if (size, name) in (("net224", "standard_t2"), ("net128", "bio_t10")) else torch.float64  # (the largest)
-    net.to(dtype)
-    image = torch.from_numpy(shared["input"]).to(dtype).requires_grad_(True)
+    net.double()  # (in float32 one relu that decides otherwise moves some gradients by 1e-2)
+    image = torch.from_numpy(shared["input"]).double().requires_grad_(True)
     labels = torch.from_numpy(shared["labels"])
     steps = range(net.timesteps)
     readouts, maps = net(image, extract_actvs=True, areas=AREAS, timesteps=steps)
@@ -180,10 +179,8 @@ def test_golden_networks(size: str, name: str) -> None:
     np.testing.assert_allclose(loss.item(), data["loss"], rtol=1e-5)
     check_activations(maps, data, steps)
     loss.backward()
-    tight = dtype == torch.float64
     errors = gradient_errors(net, image, data)
-    assert max(errors.values()) < (1e-4 if tight else 1e-2), max(errors, key=errors.get)
-    assert sorted(errors.values())[len(errors) // 2] < 1e-3
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
 
 
 def check_activations(maps: dict[str, dict[int, dict[str, Tensor]]], data: dict[str, np.ndarray], steps: range) -> None:
