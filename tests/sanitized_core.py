@@ -37,7 +37,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)
 
 
-def _workspace(floats: int) -> tuple[Tensor, int]:
+def _workspace_of(floats: int) -> tuple[Tensor, int]:
     scratch = _empty((floats,), torch.float32)
     assert scratch.data_ptr() % 64 == 0
     return scratch, scratch.data_ptr()
@@ -47,5 +47,5 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run on any other core."""
     if not rnndyn_fast.build_info()["sanitized"]:
         raise pytest.UsageError(f"{os.environ['RNNDYN_SANITIZED_CORE']}: this core was built without AddressSanitizer")
-    _launch._workspace = _workspace
+    _launch.workspace_of = _workspace_of
     _launch.empty = winograd_conv.empty = amx_conv.empty = convolution.empty = _empty

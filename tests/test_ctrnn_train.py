@@ -168,7 +168,7 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
         scratch = torch.full((floats + 16,), torch.nan)
         return scratch, -(-scratch.data_ptr() // 64) * 64
 
-    monkeypatch.setattr(_launch, "_workspace", workspace)
+    monkeypatch.setattr(_launch, "workspace_of", workspace)
     ctrnn_train(poisoned, range(5))
     torch.testing.assert_close(state(poisoned), state(clean), rtol=0, atol=0)
 

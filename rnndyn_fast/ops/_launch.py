@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.reference.ctrnn import Activation
-from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
@@ -37,7 +35,7 @@ def build_info() -> dict[str, Any]:
     return _core.build_info()
 
 
-def _address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     if tensor is None:
         return 0
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -49,7 +47,7 @@ def _address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: to
 
 
 def _addresses(tensors: Sequence[Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
-    return [_address(t, f"{name}[{i}]", shape, dtype) for i, t in enumerate(tensors)]
+    return [address_of(t, f"{name}[{i}]", shape, dtype) for i, t in enumerate(tensors)]
 
 
 def num_chunks(height: int, width: int, channels: int) -> int:
@@ -92,22 +90,22 @@ def area_step_forward(
         [n, h, w, c],
         torch.get_num_threads(),
         _addresses(drives, "drives", full, dtype),
-        _address(drive_bias, "drive_bias", (c,), dtype),
+        address_of(drive_bias, "drive_bias", (c,), dtype),
         _addresses(modulators, "modulators", full, dtype),
-        _address(modulator_bias, "modulator_bias", (c,), dtype),
+        address_of(modulator_bias, "modulator_bias", (c,), dtype),
         modulator_complete,
-        _address(gamma, "gamma", (h, w, c), dtype),
-        _address(beta, "beta", (h, w, c), dtype),
+        address_of(gamma, "gamma", (h, w, c), dtype),
+        address_of(beta, "beta", (h, w, c), dtype),
         eps,
         rectify,
-        _address(value, "value", full, dtype),
-        _address(modulator_sum, "modulator_sum", full, dtype),
-        _address(state, "state", full, dtype),
-        _address(max_pooled, "max_pooled", pooled, dtype),
-        _address(argmax, "argmax", pooled, torch.uint8),
-        _address(mean_pooled, "mean_pooled", (n, 1, 1, c), dtype),
-        _address(mean, "mean", (n,), dtype),
-        _address(rstd, "rstd", (n,), dtype),
+        address_of(value, "value", full, dtype),
+        address_of(modulator_sum, "modulator_sum", full, dtype),
+        address_of(state, "state", full, dtype),
+        address_of(max_pooled, "max_pooled", pooled, dtype),
+        address_of(argmax, "argmax", pooled, torch.uint8),
+        address_of(mean_pooled, "mean_pooled", (n, 1, 1, c), dtype),
+        address_of(mean, "mean", (n,), dtype),
+        address_of(rstd, "rstd", (n,), dtype),
     )
 
 
@@ -129,9 +127,9 @@ def gate_step(
     launch(
         rule, n * h * w, channels, torch.get_num_threads(), forget_bias, tau, gate, activation,
         [_addresses(terms, f"ports[{k}]", size, dtype) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
-        [_address(total, f"sums[{k}]", sizes[k], dtype) for k, total in enumerate(sums)],
+        [address_of(total, f"sums[{k}]", sizes[k], dtype) for k, total in enumerate(sums)],
         _addresses(states, "states", shape, dtype),
-        [_address(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],
+        [address_of(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],
         backward,
     )  # fmt: skip
 
@@ -176,24 +174,24 @@ def area_step_backward(
         list(shape),
         torch.get_num_threads(),
         _addresses(grad_states, "grad_states", shape, dtype),
-        _address(grad_max_pooled, "grad_max_pooled", pooled, dtype),
-        _address(argmax, "argmax", pooled, torch.uint8),
-        _address(grad_mean_pooled, "grad_mean_pooled", (n, 1, 1, c), dtype),
+        address_of(grad_max_pooled, "grad_max_pooled", pooled, dtype),
+        address_of(argmax, "argmax", pooled, torch.uint8),
+        address_of(grad_mean_pooled, "grad_mean_pooled", (n, 1, 1, c), dtype),
         multiplicative,
-        _address(value, "value", shape, dtype),
+        address_of(value, "value", shape, dtype),
         _addresses(drives, "drives", shape, dtype),
-        _address(drive_bias, "drive_bias", (c,), dtype),
-        _address(modulator_sum, "modulator_sum", shape, dtype),
-        _address(mean, "mean", (n,), dtype),
-        _address(rstd, "rstd", (n,), dtype),
-        _address(gamma, "gamma", (h, w, c), dtype),
-        _address(beta, "beta", (h, w, c), dtype),
+        address_of(drive_bias, "drive_bias", (c,), dtype),
+        address_of(modulator_sum, "modulator_sum", shape, dtype),
+        address_of(mean, "mean", (n,), dtype),
+        address_of(rstd, "rstd", (n,), dtype),
+        address_of(gamma, "gamma", (h, w, c), dtype),
+        address_of(beta, "beta", (h, w, c), dtype),
         rectify,
-        _address(grad_drive, "grad_drive", shape, dtype),
-        _address(grad_drive_sum, "grad_drive_sum", shape, dtype),
-        _address(grad_modulator, "grad_modulator", shape, dtype),
-        _address(grad_gamma, "grad_gamma", (h, w, c), dtype),
-        _address(grad_beta, "grad_beta", (h, w, c), dtype),
+        address_of(grad_drive, "grad_drive", shape, dtype),
+        address_of(grad_drive_sum, "grad_drive_sum", shape, dtype),
+        address_of(grad_modulator, "grad_modulator", shape, dtype),
+        address_of(grad_gamma, "grad_gamma", (h, w, c), dtype),
+        address_of(grad_beta, "grad_beta", (h, w, c), dtype),
         0 if partial is None else partial.data_ptr(),
     )
 
@@ -237,14 +235,17 @@ def readout_zones(
         before,
         before_stride,
         *_row_address(log_probs, "log_probs", (t, n, c), dtype),
-        _address(labels, "labels", (n,), torch.int64),
-        _address(bias, "bias", (c,), dtype),
-        _address(weight_norm, "weight_norm", (c,), dtype),
-        _address(inverse_distance, "inverse_distance", (c, c), dtype),
-        _address(weight, "weight", (c, d), torch.float32),
+        address_of(labels, "labels", (n,), torch.int64),
+        address_of(bias, "bias", (c,), dtype),
+        address_of(weight_norm, "weight_norm", (c,), dtype),
+        address_of(inverse_distance, "inverse_distance", (c, c), dtype),
+        address_of(weight, "weight", (c, d), torch.float32),
         0 if packed is None else packed.data_ptr(),
-        _address(cosine, "cosine", (t, n, c), dtype),
-        *(_address(table, name, (t, n), torch.int64 if name == "predicted" else dtype) for table, name in zip(tables, names, strict=True)),
+        address_of(cosine, "cosine", (t, n, c), dtype),
+        *(
+            address_of(table, name, (t, n), torch.int64 if name == "predicted" else dtype)
+            for table, name in zip(tables, names, strict=True)
+        ),
     )
 
 
@@ -258,151 +259,14 @@ def trajectory_norms(
     if values.device.type != "cpu" or (values.stride(2) != 1 and d > 1):
         raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")
     launch = _core.trajectory_norms_float32 if values.dtype == torch.float32 else _core.trajectory_norms_float64
-    outputs = (_address(norm, "norm", (t, n), torch.float64), _address(change, "change", (t - 1, n), torch.float64))
+    outputs = (address_of(norm, "norm", (t, n), torch.float64), address_of(change, "change", (t - 1, n), torch.float64))
     launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
-
-
-ACTIVATIONS = tuple(Activation)  # in the order of CtrnnActivation (ctrnn.h)
-
-
-def _codes(activations: Sequence[Activation]) -> Tensor:
-    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32)
-
-
-def ctrnn_forward(
-    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
-    w_rec: Tensor,  # [M, H, H]
-    b_rec: Tensor,  # [M, H]
-    w_in: Tensor,  # [M, I, H]
-    h0: Tensor,  # [M, N, H]
-    alpha: Tensor,  # [M]
-    noise_std: Tensor,  # [M]
-    activations: Sequence[Activation],
-    seeds: Tensor | None,  # [M] int64
-    stream: int,
-    first_trial: int,
-    rates: Tensor,  # [M, N, T, H]
-    states: Tensor | None,  # [M, N, T, H]
-) -> None:
-    """Launch ``ctrnn`` forward: rates and states are written."""
-    m, n, t, h = full = tuple(rates.shape)
-    i, dtype = inputs.shape[3], rates.dtype
-    sizes, threads = [m, n, t, i, h], torch.get_num_threads()
-    codes = _codes(activations)
-    kept, workspace = _workspace(-(-_core.ctrnn_forward_workspace(sizes, threads) // 4))
-    launch = _core.ctrnn_forward_float32 if dtype == torch.float32 else _core.ctrnn_forward_float64
-    launch(
-        sizes,
-        threads,
-        _address(inputs, "inputs", (inputs.shape[0], n, t, i), dtype),
-        n * t * i if inputs.shape[0] == m else 0,
-        _address(w_rec, "w_rec", (m, h, h), dtype),
-        _address(b_rec, "b_rec", (m, h), dtype),
-        _address(w_in, "w_in", (m, i, h), dtype),
-        _address(h0, "h0", (m, n, h), dtype),
-        _address(alpha, "alpha", (m,), dtype),
-        _address(noise_std, "noise_std", (m,), dtype),
-        _address(codes, "activations", (m,), torch.int32),
-        _address(seeds, "noise_seeds", (m,), torch.int64),
-        stream,
-        first_trial,
-        _address(rates, "rates", full, dtype),
-        _address(states, "states", full, dtype),
-        workspace,
-    )
-    del kept
-
-
-def ctrnn_backward(
-    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
-    w_rec: Tensor,  # [M, H, H]
-    w_in: Tensor,  # [M, I, H]
-    h0: Tensor,  # [M, N, H]
-    alpha: Tensor,  # [M]
-    activations: Sequence[Activation],
-    rates: Tensor,  # [M, N, T, H]
-    grad_rates: Tensor | None,  # [M, N, T, H]
-    grad_states: Tensor | None,  # [M, N, T, H]
-    grad_inputs: Tensor | None,  # [M, N, T, I]
-    grad_weights: Tensor,  # [M, H + I + 1, H]
-    grad_h0: Tensor | None,  # [M, N, H]
-) -> None:
-    """Launch ``ctrnn`` backward: gradients are written; those of w_rec, w_in and b_rec lie below one another in grad_weights."""
-    m, n, t, h = full = tuple(rates.shape)
-    i, dtype = inputs.shape[3], rates.dtype
-    sizes, threads = [m, n, t, i, h], torch.get_num_threads()
-    codes = _codes(activations)
-    kept, workspace = _workspace(-(-_core.ctrnn_backward_workspace(sizes, threads) // 4))
-    launch = _core.ctrnn_backward_float32 if dtype == torch.float32 else _core.ctrnn_backward_float64
-    launch(
-        sizes,
-        threads,
-        _address(inputs, "inputs", (inputs.shape[0], n, t, i), dtype),
-        n * t * i if inputs.shape[0] == m else 0,
-        _address(w_rec, "w_rec", (m, h, h), dtype),
-        _address(w_in, "w_in", (m, i, h), dtype),
-        _address(h0, "h0", (m, n, h), dtype),
-        _address(alpha, "alpha", (m,), dtype),
-        _address(codes, "activations", (m,), torch.int32),
-        _address(rates, "rates", full, dtype),
-        _address(grad_rates, "grad_rates", full, dtype),
-        _address(grad_states, "grad_states", full, dtype),
-        _address(grad_inputs, "grad_inputs", (m, n, t, i), dtype),
-        _address(grad_weights, "grad_weights", (m, h + i + 1, h), dtype),
-        _address(grad_h0, "grad_h0", (m, n, h), dtype),
-        workspace,
-    )
-    del kept
-
-
-def ctrnn_train(run: CtrnnTraining, chosen: Tensor) -> None:  # [K] int64
-    """Launch an epoch of the chosen models. Entries of ``order`` and ``chosen`` must be valid: the caller made them."""
-    m, n, t, i = run.train_inputs.shape
-    h, dtype = run.h0.shape[1], run.parameters.dtype
-    val, count = run.val_labels.shape[1], (h + i + 1) * h + h + 1
-    batches, o = run.order.shape[1] // run.batch, run.optimiser
-    sizes, threads = [m, run.batch, t, i, h], torch.get_num_threads()
-    codes = _codes(run.activations)
-    kept, workspace = _workspace(-(-_core.ctrnn_train_workspace(sizes, run.loss_steps, threads) // 4))
-    launch = _core.ctrnn_train_float32 if dtype == torch.float32 else _core.ctrnn_train_float64
-    launch(
-        sizes,
-        threads,
-        len(chosen),
-        _address(chosen, "chosen", (len(chosen),), torch.int64),
-        [
-            _address(run.train_inputs, "train_inputs", (m, n, t, i), torch.float32),
-            _address(run.train_labels, "train_labels", (m, n), torch.float32),
-            _address(run.order, "order", (m, batches * run.batch), torch.int64),
-            _address(run.val_inputs, "val_inputs", (m, val, t, i), torch.float32),
-            _address(run.val_labels, "val_labels", (m, val), torch.float32),
-        ],
-        [n, batches, val],
-        [
-            _address(run.h0, "h0", (m, h), dtype),
-            _address(run.alpha, "alpha", (m,), dtype),
-            _address(run.noise_std, "noise_std", (m,), dtype),
-            _address(codes, "activations", (m,), torch.int32),
-            _address(run.seeds, "seeds", (m,), torch.int64),
-            _address(run.epoch, "epoch", (m,), torch.int64),
-        ],
-        _address(run.learning_rate, "learning_rate", (m,), dtype),
-        [o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm, run.activity_weight],
-        run.loss_steps,
-        run.metrics_after,
-        _address(run.parameters, "parameters", (m, count), dtype),
-        _address(run.first_moment, "first_moment", (m, count), dtype),
-        _address(run.second_moment, "second_moment", (m, count), dtype),
-        _address(run.metrics, "metrics", (m, 3, 3), torch.float64),
-        workspace,
-    )
-    del kept
 
 
 _workspaces = threading.local()
 
 
-def _workspace(floats: int) -> tuple[Tensor, int]:
+def workspace_of(floats: int) -> tuple[Tensor, int]:
     """Scratch of at least that many floats, kept from call to call, and its first address that is a multiple of 64."""
     kept: Tensor | None = getattr(_workspaces, "scratch", None)
     if kept is None or kept.numel() < floats + 16:
@@ -434,7 +298,7 @@ class Grid:
     def address(self, name: str) -> int:
         """Of the first pixel."""
         _, _, w, c = self.tensor.shape
-        start = _address(self.tensor, name, tuple(self.tensor.shape), torch.float32)
+        start = address_of(self.tensor, name, tuple(self.tensor.shape), torch.float32)
         return start + 4 * (self.first[0] * w + self.first[1]) * c
 
 
@@ -443,7 +307,7 @@ def _scratch() -> tuple[list[Tensor], Callable[[int], int]]:
     held: list[Tensor] = []
 
     def take(nbytes: int) -> int:
-        kept, address = _workspace(-(-nbytes // 4))
+        kept, address = workspace_of(-(-nbytes // 4))
         held.append(kept)
         return address
 
@@ -460,7 +324,7 @@ def amx_pack_weight(
     size = _core.amx_packed_size(taps, sizes, parts)
     room = empty((size + 32,), torch.int16)
     packed = room[(-room.data_ptr() % 64) // 2 :][:size]
-    address = _address(weight, "weight", tuple(weight.shape), torch.float32)
+    address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
     _core.amx_pack_weight(taps, sizes, parts, torch.get_num_threads(), address, packed.data_ptr())
     return packed
 
@@ -476,7 +340,7 @@ def amx_conv(
 ) -> None:
     """Launch ``amx_conv``: the phases' pixels of ``out`` are written, or added to."""
     h, w, c = out.shape[1:]
-    address = _address(out, "out", (x.shape[0], h, w, c), torch.float32)
+    address = address_of(out, "out", (x.shape[0], h, w, c), torch.float32)
     grids = [
         (taps, -(-(h - a) // out_step), -(-(w - b) // out_step), packed.data_ptr(), address + 4 * (a * w + b) * c)
         for taps, packed, (a, b) in phases
@@ -490,7 +354,7 @@ def amx_conv(
         parts,
         accumulate,
         torch.get_num_threads(),
-        _address(x, "x", tuple(x.shape), torch.float32),
+        address_of(x, "x", tuple(x.shape), torch.float32),
         grids,
         strides,
         take,
@@ -517,9 +381,9 @@ def amx_weight_grad(
         in_step,
         parts,
         torch.get_num_threads(),
-        _address(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
-        _address(grad, "grad", tuple(grad.shape), torch.float32),
-        _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
+        address_of(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
+        address_of(grad, "grad", tuple(grad.shape), torch.float32),
+        address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
         take,
     )
     del held
@@ -533,7 +397,7 @@ def winograd_pack_weight(
 ) -> Tensor:
     """Transform and pack a weight; the layout belongs to the instruction set in use."""
     packed = empty((_core.winograd_packed_size(form, taps, sizes),), torch.float32)
-    address = _address(weight, "weight", tuple(weight.shape), torch.float32)
+    address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
     _core.winograd_pack_weight(form, taps, sizes, torch.get_num_threads(), address, packed.data_ptr())
     return packed
 
@@ -559,7 +423,7 @@ def winograd_conv(
     ]
     phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
     arguments = (form, pad, shape, torch.get_num_threads(), terms, phases, ys[0].strides)
-    kept, workspace = _workspace(_core.winograd_conv_workspace(*arguments))
+    kept, workspace = workspace_of(_core.winograd_conv_workspace(*arguments))
     _core.winograd_conv(*arguments, workspace)
     del kept
 
@@ -580,8 +444,8 @@ def winograd_weight_grad(
             raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
     arguments = (form, pad, taps, list(x.shape[:3]), sizes, torch.get_num_threads())
     phases = [(g.address(f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))]
-    kept, workspace = _workspace(_core.winograd_weight_grad_workspace(*arguments))
-    address = _address(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
+    kept, workspace = workspace_of(_core.winograd_weight_grad_workspace(*arguments))
+    address = address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
     _core.winograd_weight_grad(*arguments, x.address("x"), x.strides, phases, grads[0].strides, address, workspace)
     del kept
 

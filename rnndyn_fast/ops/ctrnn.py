@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_ctrnn
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
@@ -57,7 +57,7 @@ def _forward_cpu(
     with_states: bool,
 ) -> tuple[Tensor, Tensor]:
     rates, states = _forward_fake(inputs, w_rec, b_rec, w_in, h0, alpha, noise_std, seeds, activations, stream, first_trial, with_states)
-    _launch.ctrnn_forward(
+    _launch_ctrnn.ctrnn_forward(
         _shared(inputs),
         w_rec.contiguous(),
         b_rec.contiguous(),
@@ -111,7 +111,7 @@ def _backward_cpu(
     grad_inputs = inputs.new_empty(inputs.shape if inputs_too else (0,))
     grad_weights = w_rec.new_empty(w_rec.shape[0], units + channels + 1, units)
     grad_h0 = h0.new_empty(h0.shape)
-    _launch.ctrnn_backward(
+    _launch_ctrnn.ctrnn_backward(
         _shared(inputs),
         w_rec.contiguous(),
         w_in.contiguous(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_ctrnn
 from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 from rnndyn_fast.reference.ctrnn_train import ctrnn_train as reference_ctrnn_train
 
@@ -85,4 +85,4 @@ def ctrnn_train(run: CtrnnTraining, chosen: Sequence[int], backend: str | None =
     if backend == "reference":
         reference_ctrnn_train(run, index.tolist())
     else:
-        _launch.ctrnn_train(run, index)
+        _launch_ctrnn.ctrnn_train(run, index)
