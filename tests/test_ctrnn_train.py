@@ -141,6 +141,21 @@ def test_native_epoch_in_float32() -> None:
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=2e-5)
 
 
+def test_all_right_is_exactly_one() -> None:
+    """Over batches and tiles whose counts are no powers of two."""
+    run = small_run(torch.float32, batch=7, learning_rate=torch.zeros(5))
+    run.parameters[:, -8:] = torch.tensor([0.0] * 7 + [1.0])  # the output is its bias
+    run = dataclasses.replace(
+        run,
+        train_labels=torch.ones(5, 45),
+        val_inputs=run.train_inputs,
+        val_labels=torch.ones(5, 45),
+        order=torch.arange(42).repeat(5, 1),
+    )
+    ctrnn_train(run, range(5))
+    assert (run.metrics[..., 2] == 1.0).all()
+
+
 def test_a_network_depends_on_itself_alone() -> None:
     """Bit for bit: on no other network, no number of threads, no order; those that are not chosen are not touched."""
     before = torch.get_num_threads()

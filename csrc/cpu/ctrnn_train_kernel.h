@@ -199,11 +199,11 @@ struct CtrnnEpoch {
     return sum;
   }
 
-  // Sums over trials become shares of the means.
+  // Sums over trials become shares of the means; accuracy stays a count, so that all right is exactly 1 in the end.
   void add(CtrnnMetrics& sum, const CtrnnMetrics& tile, int64_t trials) const {
     sum.error += tile.error / (double(trials) * p.loss_steps);
     sum.activity += tile.activity / (double(trials) * s.steps * s.units);
-    sum.accuracy += tile.accuracy / double(trials);
+    sum.accuracy += tile.accuracy;
   }
 
   void run() {
@@ -233,9 +233,10 @@ struct CtrnnEpoch {
     const CtrnnMetrics all[] = {before, after, validation};
     for (int k = 0; k < 3; ++k) {
       const double scale = k < 2 ? 1 / double(p.batches) : 1.0;
+      const int64_t trials = k < 2 ? p.batches * batch : p.val_trials;
       metrics[3 * k] = scale * all[k].error;
       metrics[3 * k + 1] = scale * all[k].activity;
-      metrics[3 * k + 2] = scale * all[k].accuracy;
+      metrics[3 * k + 2] = trials > 0 ? all[k].accuracy / double(trials) : 0.0;
     }
   }
 };

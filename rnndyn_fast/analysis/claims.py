@@ -38,13 +38,11 @@ class Claim:
 
 
 def mean_difference(result: ReadoutZoneResult, measure: str) -> tuple[float, float, int]:
-    """Already stable minus not yet stable, averaged over steps below max_t_analysed where both groups have MIN_GROUP
-    samples.
+    """Already stable minus not yet stable, averaged over steps below max_t_analysed where both groups have MIN_GROUP samples.
 
     Returns the difference, the half-width of its 95% interval, and the number of steps. At one step the groups share
-    no sample: ``se_t^2 = sd_now^2 / n_now + sd_later^2 / n_later``. Steps share samples, so their errors may agree
-        fully: the standard error
-    of the average is taken as the average of the ``se_t``, its largest possible value.
+    no sample: ``se_t^2 = sd_now^2 / n_now + sd_later^2 / n_later``. Steps share samples, so their errors may agree fully: the
+    standard error of the average is taken as the average of the ``se_t``, its largest possible value.
     """
     summary = result.summary(measure)
     head = slice(0, result.max_t_analysed)

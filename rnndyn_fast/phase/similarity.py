@@ -144,35 +144,43 @@ def _search(a: Tensor, b: Tensor, starts: int, iterations: int, screening: int, 
 
 
 def _climb(a: Tensor, b: Tensor, c: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The ascent of ``procrustes_distance``: the last C and its similarity."""
-    at, bt = a.mT, b.mT
-    value = (a * (c @ b @ c.mT)).sum((1, 2))
+    """The ascent of ``procrustes_distance``: the last C and its similarity. Pairs that have come to rest leave the batch."""
+    best, best_value = c.clone(), (a * (c @ b @ c.mT)).sum((1, 2))
+    left = torch.arange(len(a))
+    at, bt, value = a.mT, b.mT, best_value.clone()
     step, age = a.new_ones(len(a), 1, 1), a.new_zeros(len(a), 1, 1)
-    previous, quiet = c, 0
-    for _ in range(iterations):
+    previous, quiet = c, torch.zeros(len(a), dtype=torch.int64)
+    for iteration in range(iterations):
         ahead = _polar(c + age / (age + 3) * (c - previous))
         turn = (a @ ahead @ bt + at @ ahead @ b) @ ahead.mT
         new = _polar(ahead + step * ((turn - turn.mT) / 2) @ ahead)
         new_value = (a * (new @ b @ new.mT)).sum((1, 2))
         better = (new_value >= value)[:, None, None]
-        growth = (new_value - value).clamp_min(0)
+        quiet = torch.where(new_value - value > tolerance, 0, quiet + 1)
         previous, c = c, torch.where(better, new, c)
         value = torch.maximum(value, new_value)
         age = torch.where(better, age + 1, torch.zeros_like(age))
         step = torch.where(better, step * 1.05, step / 2)
-        quiet = quiet + 1 if bool((growth <= tolerance).all()) else 0
-        if quiet == 10:  # one step without growth may be a restart
-            break
-    return c, value
+        if iteration % 10 == 9 or iteration == iterations - 1:
+            best[left], best_value[left] = c, value
+            active = quiet < 10  # one step without growth may be a restart
+            if not bool(active.any()):
+                break
+            left, a, b, c, previous, value, step, age, quiet = (x[active] for x in (left, a, b, c, previous, value, step, age, quiet))
+            at, bt = a.mT, b.mT
+    return best, best_value
 
 
 def _polar(x: Tensor) -> Tensor:
     """Orthogonal polar factor by Newton-Schulz iteration."""
-    # Any norm that bounds the spectral one makes the iteration converge; this one is closer than Frobenius'.
-    x = x / (x.abs().sum(1).amax(1) * x.abs().sum(2).amax(1)).sqrt()[:, None, None]
+    gram = x.mT @ x
+    # The largest row sum bounds the square of the spectral norm, so that the iteration converges; near an orthogonal matrix it is
+    # near 1, and a few rounds do.
+    bound = gram.abs().sum(2).amax(1)[:, None, None]
+    x, gram = x / bound.sqrt(), gram / bound
     for _ in range(30):
-        gram = x.mT @ x
         x = 1.5 * x - 0.5 * (x @ gram)
+        gram = x.mT @ x
         if float((gram.diagonal(dim1=1, dim2=2) - 1).abs().max()) < 1e-7:
             break
     return x
