@@ -172,6 +172,20 @@ def search(**options: Any) -> None:
     print(path)
 
 
+def compare(**options: Any) -> None:
+    """`rnndyn compare`"""
+    from rnndyn_fast.search import CompareConfig
+    from rnndyn_fast.search import compare as run
+
+    config = CompareConfig(**options)
+    try:
+        path = run(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn compare --config {config.out}/compare.yaml --resume")
+        raise
+    print(path)
+
+
 def phase_analyse(networks: str, jobs: list[int] | None, **options: Any) -> None:
     """`rnndyn phase analyse`"""
     from rnndyn_fast.phase.run import TABLE, analyse_networks

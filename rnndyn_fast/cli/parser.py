@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
     "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
     "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
+    "compare": ("Train cells at equal numbers of parameters, and say which is best.", commands.compare),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
@@ -36,8 +37,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
-            "--lr_trend")  # fmt: skip
-LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
+            "--lr_trend", "--bypass", "--challenging")  # fmt: skip
+LISTS = ("--widths", "--networks", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -151,6 +152,7 @@ def _data_make(parser: ArgumentParser) -> None:
     _add(parser, "seed", int, "of the splits and the conditions of testplus", 0)
     for split in ("train", "val", "test", "testplus"):
         _add(parser, f"num_{split}", int | None, f"images in {split}; default: all that is left", None)
+    _add(parser, "challenging", bool, "put train and val under the conditions of testplus too", False)
     _add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
@@ -313,6 +315,12 @@ def _search(parser: ArgumentParser) -> None:
     _add_config(parser, SearchConfig)
 
 
+def _compare(parser: ArgumentParser) -> None:
+    from rnndyn_fast.search.compare import CompareConfig
+
+    _add_config(parser, CompareConfig)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """No options."""
 
@@ -353,6 +361,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "react": _react,
     "predict": _predict,
     "search": _search,
+    "compare": _compare,
     "doctor": _doctor,
     "study": _study,
     "demo": _demo,

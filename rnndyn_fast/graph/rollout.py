@@ -428,7 +428,7 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
+            warnings.warn(f'running backend="scheduled", in PyTorch\'s operations: {reason}', stacklevel=2)
             backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)

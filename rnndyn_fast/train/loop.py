@@ -95,7 +95,7 @@ def train(
     """
     out = Path(config.out)
     resume_from = _resume_from(config, out)
-    with ImageFile(config.data, required_splits=("train", "val")) as data, _threads(config.threads):
+    with ImageFile(config.data, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
         description = describe_data(data, config.normalise or "data")
         run = _Run(config, data, description)
         if resume_from is not None:
