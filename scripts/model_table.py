@@ -108,13 +108,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--update", type=Path, metavar="PAGE")
+    parser.add_argument("--run", type=float, default=float("inf"), help="multiply-adds of the largest network to run; default: all")
     mode.add_argument("--check", type=Path, metavar="PAGE")
     options = parser.parse_args()
     if options.check:
         agrees = same(between(options.check.read_text(encoding="utf-8"))[1], table(SMALL))
         print(f"{options.check}: {'up to date' if agrees else 'differs; run scripts/model_table.py --update'}")
         return int(not agrees)
-    made = table()
+    made = table(options.run)
     if not options.update:
         print(made)
         return 0

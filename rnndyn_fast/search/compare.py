@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,12 +192,14 @@ def _train(config: CompareConfig, folder: Path, one: Architecture, network: Netw
     """Train, or go on with it; then run the test images through the best epoch's network."""
     options = config.training(str(folder), network_to_plain(network), seed)
     started = any((folder / name).exists() for name in (LAST, INITIAL))
-    train(dataclasses.replace(options, resume=started, overwrite=not started), reporter=QuietReporter())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="running backend")  # which runs what is no news here
+        train(dataclasses.replace(options, resume=started, overwrite=not started), reporter=QuietReporter())
+        results = {
+            split: react(folder / BEST, config.data, split, backend=config.backend, engine=config.engine, reporter=QuietReporter())[0]
+            for split in SPLITS
+        }
     rows = read_metrics(folder)
-    results = {
-        split: react(folder / BEST, config.data, split, backend=config.backend, engine=config.engine, reporter=QuietReporter())[0]
-        for split in SPLITS
-    }
     cost = results[SPLITS[0]].cost
     assert cost is not None
     trained = Trained(

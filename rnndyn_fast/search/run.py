@@ -211,6 +211,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
         raise _infeasible(trial, str(error)) from error
     folder = Path(config.out) / TRIALS / f"{trial.number:04d}"
     options = config.trial_config(str(folder), network_to_plain(network), training)
+    assert options.timesteps is not None  # (a spec has a default)
     schedule = compile_schedule(network, options.timesteps, ("gap",))
     parameters = count_parameters(network)
     for name, value in (("parameters", parameters), ("multiply_adds", schedule.multiplications()[0]), ("config", config_yaml(options))):

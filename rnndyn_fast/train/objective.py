@@ -47,7 +47,7 @@ def inverse_frequencies(labels: np.ndarray, num_classes: int) -> Tensor:  # [n] 
     return torch.from_numpy((1 / counts) / (1 / counts).sum()).to(torch.float32)
 
 
-def kernels(net: nn.Module) -> list[nn.Parameter]:
+def kernels(net: nn.Module) -> list[Tensor]:
     """Weights of convolutions and dense layers."""
     return [m.weight for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
 
