@@ -19,7 +19,7 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, num_classes: int, image_size: int | None, engine: str, **options: Any) -> None:
+def plan(model: str, num_classes: int | None, image_size: int | None, engine: str, **options: Any) -> None:
     """`rnndyn plan`"""
     import torch
 
@@ -32,8 +32,8 @@ def plan(model: str, num_classes: int, image_size: int | None, engine: str, **op
     else:
         built = TrainConfig(data="", out="", model=model, engine=engine, **options).build_options()
         if built["model"] != "network":  # (a spec has a size and classes of its own)
-            size = {} if image_size is None else {"image_size": image_size}
-            built |= {"num_classes": num_classes, **size}
+            given = {"num_classes": num_classes, "image_size": image_size}
+            built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
     print(describe(net.schedule(), engine))

@@ -163,7 +163,7 @@ def _plan(parser: ArgumentParser) -> None:
     for name in ("model_options", *NETWORK_OPTIONS):
         if name != "backend":
             _add_field(parser, TrainConfig, name)
-    _add(parser, "num_classes", int, "classes of the readout", 100)
+    _add(parser, "num_classes", int | None, "classes of the readout; default: the model's", None)
     _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
 
 

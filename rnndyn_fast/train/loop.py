@@ -122,8 +122,9 @@ class _Run:
             try:
                 self.net = models.build_for(config.build_options(), num_classes=data.num_classes, image_size=data.image_size)
             except ValueError as error:
+                what = "" if str(error).startswith("model ") else f"model {config.model}: "
                 images = f"{config.data} has {data.image_size} px and {data.num_classes} categories"
-                raise ValueError(f"model {config.model}: {error} ({images})") from error
+                raise ValueError(f"{what}{error} ({images})") from error
             if config.init == "xavier":
                 initialise(self.net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, eps=config.adam_eps)
