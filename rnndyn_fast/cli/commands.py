@@ -19,7 +19,7 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, num_classes: int | None, image_size: int | None, engine: str, **options: Any) -> None:
+def plan(model: str, num_classes: int | None, image_size: int | None, engine: Any, **options: Any) -> None:
     """`rnndyn plan`"""
     import torch
 

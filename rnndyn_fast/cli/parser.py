@@ -188,7 +188,7 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
     import dataclasses
 
     item = {field.name: field for field in dataclasses.fields(kind)}[name]
-    default = () if item.default is dataclasses.MISSING else (item.default,)
+    default: tuple[Any, ...] = () if item.default is dataclasses.MISSING else (item.default,)
     if item.default_factory is not dataclasses.MISSING:
         default = (item.default_factory(),)
     _add(parser, name, typing.get_type_hints(kind)[name], item.metadata["help"], *default)

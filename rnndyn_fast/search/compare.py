@@ -118,8 +118,9 @@ class Trained:
 def architecture(name: str, config: CompareConfig, width: int, growth: float) -> Architecture:
     """A network of a width. Norms are group norms, whose parameters do not depend on the image's size."""
     cell, gating = ("rgc", False) if name == UNGATED else (name, True)
-    norms = {"norm": "group", "cell_norm": False}
-    return Architecture(depth=config.depth, width=width, growth=growth, cell=cell, gating=gating, bypass=config.bypass, **norms)
+    return Architecture(
+        depth=config.depth, width=width, growth=growth, norm="group", cell=cell, gating=gating, cell_norm=False, bypass=config.bypass
+    )
 
 
 def matched(name: str, config: CompareConfig, image: dict[str, int]) -> tuple[Architecture, Network]:

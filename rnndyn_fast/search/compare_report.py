@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -145,7 +145,7 @@ def figure_cost(networks: dict[str, list[Trained]]) -> Figure:
     axes = figure.subplots()
     for k, (name, trained) in enumerate(networks.items()):
         found = summarise(trained, "testplus")
-        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         axes.errorbar(trained[0].multiply_adds / 1e6, 100 * found.mean, 100 * found.half, label=name, capsize=3, **style)
     axes.set_xlabel("multiply-adds per image (M)")
     axes.set_ylabel("challenging images correct (%)")

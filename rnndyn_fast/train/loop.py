@@ -250,8 +250,9 @@ class _Run:
         """Log-probabilities [T, N, classes] and loss of raw or augmented images [N, 3, H, W]."""
         mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
         log_probs = self.net.run(normalise(images, mean, std))
-        options = {"label_smoothing": self.config.label_smoothing, "class_weights": self.class_weights}
-        return log_probs, loss_over_time(log_probs, labels, self.config.loss, **options)
+        smoothing = self.config.label_smoothing
+        loss = loss_over_time(log_probs, labels, self.config.loss, label_smoothing=smoothing, class_weights=self.class_weights)
+        return log_probs, loss
 
 
 class _Totals:
