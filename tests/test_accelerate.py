@@ -10,7 +10,7 @@ from published import PublishedConv, PublishedNet
 from torch import nn
 
 from rnndyn_fast import accelerate
-from rnndyn_fast.models import BLTNet
+from rnndyn_fast.models import BLTVS, BLTNet, blt_vs
 from rnndyn_fast.nn import BLTConv
 
 SMALL: dict[str, Any] = {"widths": (2, 4, 8, 16, 32), "num_classes": 7}
@@ -84,6 +84,81 @@ def test_convolution(lateral: bool, topdown: bool, interaction: str, pool: bool,
     torch.testing.assert_close(ours(*inputs), published(*inputs), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours(inputs[0]), published(inputs[0]), rtol=1e-10, atol=1e-10)
     assert all(ours.get_parameter(n) is p for n, p in published.named_parameters())
+
+
+class StandIn(nn.Module):
+    """The interface of the published two-stream class, without its loop: attributes, modules for hooks, parameters by name and in order."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        like = blt_vs(**options)
+        names = ("timesteps", "num_classes", "add_feats", "image_size", "bio_unroll", "readout_type", "hook_type")
+        for name in names:
+            setattr(self, name, getattr(like, name))
+        for name, parameter in like.named_parameters():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, nn.Parameter(torch.randn_like(parameter) * 0.1))
+        for name, child in like.named_children():
+            if isinstance(child, nn.Identity):
+                self.add_module(name, nn.Identity())
+
+
+TWO_STREAMS: list[dict[str, Any]] = [
+    {"timesteps": 6},
+    {"timesteps": 2, "bio_unroll": False, "readout_type": "single"},
+    {"timesteps": 5, "image_size": 224, "topdown_connections": False},
+    {"timesteps": 6, "lateral_connections": False, "hook_type": "concat"},
+    {"timesteps": 2, "bio_unroll": False, "skip_connections": False, "hook_type": "separate"},
+]
+
+
+@pytest.mark.parametrize("options", TWO_STREAMS, ids=str)
+def test_two_stream_network(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnndyn_fast.models.blt_vs_net.CHANNELS", (2, 2, 4, 4, 4, 2, 2))  # in place of 32 to 576
+    options = {"num_classes": 3, "add_feats": 2, "image_size": 128, **options}
+    published = StandIn(options).eval()
+    seen: list[Any] = []
+    if options.get("hook_type", "None") != "None":
+        name = "V1_1" if options["hook_type"] == "concat" else "V1_1_BU"
+        published.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
+    ours = accelerate(published, backend="scheduled")
+    assert isinstance(ours, BLTVS)
+    assert not ours.training
+    expected = blt_vs(**options, backend="scheduled")
+    expected.load_state_dict(published.state_dict(), strict=True)
+    assert ours.config == expected.config
+    x = torch.rand(1, 3, options["image_size"], options["image_size"])
+    outputs = ours(x)
+    for mine, theirs in zip(outputs, expected(x), strict=True):
+        assert torch.equal(mine, theirs)
+    assert len(seen) == ("hook_type" in options)
+    assert all(ours.get_parameter(n) is p for n, p in published.named_parameters())
+    sum(output.sum() for output in outputs).backward()
+    assert published.get_parameter("connections.V1.bu_conv.weight").grad is not None
+    _, activations = ours(x, extract_actvs=True, areas=["V1", "Readout"], timesteps=[1], concat=False)
+    assert set(activations["V1"][1]) == {"bu", "td"}
+    with pytest.raises(ValueError, match=r"areas: unknown area 'IT'; there are \['Retina'"):
+        ours(x, extract_actvs=True, areas=["IT"], timesteps=[1])
+
+
+def test_refuses_what_only_looks_like_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnndyn_fast.models.blt_vs_net.CHANNELS", (2, 2, 4, 4, 4, 2, 2))
+    published = StandIn({"timesteps": 5, "num_classes": 3, "add_feats": 2, "image_size": 128})
+    published.attention = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"unexpected \['attention.bias', 'attention.weight'\]"):
+        accelerate(published)
+    del published.attention
+    del published.connections.Readout.readout_conv  # type: ignore[union-attr]
+    with pytest.raises(TypeError, match=r"missing \['connections.Readout.readout_conv.weight'\]"):
+        accelerate(published)
+    del published.bio_unroll
+    with pytest.raises(TypeError, match=r"a BLT_VS \(attributes connections, timesteps, num_classes, bio_unroll\)"):
+        accelerate(published)
 
 
 def test_ours_is_accepted_as_well() -> None:

@@ -199,13 +199,13 @@ def test_checkpoint_that_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "expected"),
+    ("words", "expected"),
     [
-        ("convrnn", "{name: lstm_intermediate, num_classes: 10}", "conv5.cell = lstm(gates=conv3(conv5.pre, conv5.ConvLSTMCell.gates)"),
-        ("blt_vs", "{bio_unroll: false, timesteps: 6, num_classes: 1000}", "multiply-adds per image: 63.63 G"),
-        ("rcnn_sat", "{kind: bl, timesteps: 2}", "BatchNorm[t](conv7(image, RCL_0_BConv) + conv7(layer0, RCL_0_LConv))"),
+        ("lstm_intermediate --num-classes 10", "conv5.cell = lstm(gates=conv3(conv5.pre, conv5.ConvLSTMCell.gates)"),
+        ('blt_vs --model-options {"bio_unroll":false} --timesteps 6 --num-classes 1000', "multiply-adds per image: 63.63 G"),
+        ("rcnn_sat --timesteps 2", "BatchNorm[t](conv7(image, RCL_0_BConv) + conv7(layer0, RCL_0_LConv))"),
     ],
 )
-def test_plan_on_the_command_line(model: str, options: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", model, "--options", options])
+def test_plan_on_the_command_line(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words.split()]) == 0
     assert expected in capsys.readouterr().out

@@ -106,6 +106,23 @@ def test_testplus_records_its_conditions(made: Path) -> None:
         assert images.min() > 80
 
 
+def test_challenging_puts_training_images_under_conditions_too(made: Path, tmp_path: Path) -> None:
+    path = small(tmp_path / "hard.h5", challenging=True)
+    with ImageFile(path) as hard, ImageFile(made) as plain:
+        assert hard.attrs["challenging"]
+        for name in SPLITS:
+            one, two = hard.split(name), plain.split(name)
+            np.testing.assert_array_equal(one.extra("source_index"), two.extra("source_index"))
+            same = (one.read(slice(None))[0] == two.read(slice(None))[0]).flatten(1).all(1)
+            if name in ("test", "testplus"):
+                assert same.all()
+            else:
+                assert same.float().mean() < 0.2
+                counts = np.bincount(one.extra("condition"), minlength=len(CONDITIONS))
+                assert counts.max() - counts.min() <= 1
+        assert not np.allclose(hard.mean, plain.mean)
+
+
 def test_equal_arguments_give_equal_contents(made: Path, tmp_path: Path) -> None:
     assert contents(small(tmp_path / "again.h5")) == contents(made)
     assert contents(small(tmp_path / "other.h5", seed=1)) != contents(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,82 +17,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from extraction import CLASSES, HERE, Images, Interrupting, contents, forward, run, set_small_blocks, start, whole_run
 
-from rnndyn_fast.analysis import DecodabilityReducer, MomentReducer, NormReducer, RdmReducer, ReadoutZoneReducer, Reducer
-from rnndyn_fast.extract import Activations, DatasetSource, engine, load_results, plan, stream, trajectories_path
+from rnndyn_fast.extract import load_results, trajectories_path
 from rnndyn_fast.train import QuietReporter
-
-QUIET = QuietReporter()
-HERE = Path(__file__).resolve().parent
-CLASSES = 5
-
-
-class Images(Dataset[tuple[torch.Tensor, int]]):
-    """Images that are a function of their number alone."""
-
-    def __init__(self, count: int, nan_at: int | None = None, fail_at: int | None = None, slow: float = 0.0) -> None:
-        self.count, self.nan_at, self.fail_at, self.slow = count, nan_at, fail_at, slow
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if index == self.fail_at:
-            raise OSError("no such sector")
-        time.sleep(self.slow)
-        values = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(index))
-        if index == self.nan_at:
-            values[0, 0, 0] = float("nan")
-        return values, index * 7 % CLASSES
-
-
-WEIGHT = torch.randn(CLASSES, 6, generator=torch.Generator().manual_seed(1))
-MIXING = torch.randn(48, 6, generator=torch.Generator().manual_seed(2))
-
-
-def forward(images: torch.Tensor) -> Activations:
-    """A network of sorts: three steps of a map and of representations."""
-    maps = torch.stack([(images - 0.4 * t).relu() for t in range(3)])
-    gap = torch.stack([torch.tanh(images.flatten(1) @ MIXING * (t + 1)) for t in range(3)])
-    return Activations({"map": maps, "gap": gap}, torch.log_softmax(gap @ WEIGHT.T, 2))
-
-
-def reducers() -> list[Reducer]:
-    both = ("map", "gap")
-    return [
-        ReadoutZoneReducer(WEIGHT, timesteps=3, keep_samples=True),
-        NormReducer(both),
-        MomentReducer(both, units=8, exact=10),
-        RdmReducer(both, classes=range(CLASSES)),
-        DecodabilityReducer(both, num_classes=CLASSES, held_out=20),
-    ]
-
-
-def run(out: Path, images: Dataset[Any] | None = None, **options: Any) -> Path:
-    source = DatasetSource(Images(110) if images is None else images)
-    given = {"batch_size": 4, "save": ("map", "gap"), "shards": 4, "reporter": QUIET, **options}
-    return stream(forward, source, reducers(), out=out, **given)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    assert not out.with_name(out.name + ".partial").exists()
-    return {path.name[len(out.stem) :]: path.read_bytes() for path in (out, trajectories_path(out))}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "BLOCK_IMAGES", 12)
-    monkeypatch.setattr(engine, "COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(engine, "COMMIT_SHARE", float("inf"))
+    set_small_blocks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a run that nothing interrupted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "BLOCK_IMAGES", 12)
-        return contents(run(tmp_path_factory.mktemp("whole") / "r.h5"))
+    return whole_run(tmp_path_factory.mktemp("whole"))
 
 
 # ---------------------------------------------------------------- what is written
@@ -141,16 +78,6 @@ def test_data_hash_depends_on_the_data_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- interruptions
 
 
-class Interrupting(QuietReporter):
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def advance(self, images: int, text: str) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("after", [0, 1, 4, 17, 27])
 def test_interrupted_and_resumed_is_uninterrupted(whole: dict[str, bytes], tmp_path: Path, after: int) -> None:
     out = tmp_path / "r.h5"
@@ -158,28 +85,6 @@ def test_interrupted_and_resumed_is_uninterrupted(whole: dict[str, bytes], tmp_p
         run(out, reporter=Interrupting(after))
     assert not out.exists()
     assert contents(run(out)) == whole
-
-
-SCRIPT = """
-    import sys
-    sys.path.insert(0, {here!r})
-    from pathlib import Path
-    import torch
-    torch.set_num_threads(1)
-    import test_extract_engine as t
-    from rnndyn_fast.extract import engine, plan
-    plan.BLOCK_IMAGES, engine.COMMIT_SECONDS, engine.COMMIT_SHARE = 12, 0.0, float("inf")
-    {more}
-    {end}
-"""
-
-
-def start(out: Path, slow: float = 0.0, more: str = "", launcher: tuple[str, ...] = (), end: str = "") -> subprocess.Popen[str]:
-    path = out.with_suffix(".py")
-    end = end or f"t.run(Path({str(out)!r}), t.Images(110, slow={slow}))"
-    path.write_text(textwrap.dedent(SCRIPT).format(here=str(HERE), more=more, end=end))
-    command, pipe = [sys.executable, *launcher, str(path)], subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def mortal(moment: int) -> Callable[[], int]:
@@ -282,99 +187,6 @@ def test_other_options_do_not_go_on(tmp_path: Path) -> None:
     assert load_results(out)["norms"].n == 110
     with pytest.raises(FileExistsError, match=r"out: .* exists"):
         run(out)
-
-
-# ---------------------------------------------------------------- what goes wrong
-
-
-def test_bad_images_are_named_and_what_was_done_is_kept(whole: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "r.h5"
-    with pytest.raises(ValueError, match=r"Images\[77\]: image holds NaN or infinite values"):
-        run(out, Images(110, nan_at=77))
-    with pytest.raises(OSError, match=r"Images\[90\]: no such sector"):
-        run(out, Images(110, fail_at=90))
-    assert contents(run(out)) == whole  # the blocks before were kept, and none was counted twice
-    assert load_results(out)["norms"].n == 110
-
-
-def test_nothing_is_left_where_nothing_was_done(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"Images\[0\]: no such sector"):
-        run(tmp_path / "r.h5", Images(110, fail_at=0))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_activations_with_nan_are_named(tmp_path: Path) -> None:
-    def broken(images: torch.Tensor) -> Activations:
-        areas, log_probs = forward(images)
-        areas["map"][2, images[:, 0, 0, 0] == Images(110)[30][0][0, 0, 0]] = float("inf")
-        return Activations(areas, log_probs)
-
-    with pytest.raises(ValueError, match=r"Images\[30\]: the activation of area 'map' holds NaN or infinite values at time step 2"):
-        stream(broken, DatasetSource(Images(110)), reducers(), out=tmp_path / "r.h5", batch_size=4, reporter=QUIET)
-
-
-def test_images_of_another_shape_are_named(tmp_path: Path) -> None:
-    class Ragged(Images):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            image, label = super().__getitem__(index)
-            return (image[:, :3] if index == 9 else image), label
-
-    with pytest.raises(ValueError, match=r"Ragged\[8\] and the 3 after it: expected an image \[3, 4, 4\] .*got \[3, 3, 4\]"):
-        run(tmp_path / "r.h5", Ragged(110))
-
-
-def test_half_precision_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    def large(images: torch.Tensor) -> Activations:
-        return Activations({"gap": 1e5 * torch.ones(1, len(images), 2)})
-
-    with pytest.raises(ValueError, match=r"dtype: activations of 'gap' exceed float16 \(65504\); use float32"):
-        stream(large, DatasetSource(Images(9)), [NormReducer()], out=tmp_path / "r.h5", save=["gap"], dtype="float16", reporter=QUIET)
-
-
-def test_full_disk(whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Writes fail, first of a part, then of a state, then of the final files; room is made, and it goes on."""
-    out = tmp_path / "r.h5"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        for size in (1000, 5000, 20_000, 60_000):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            try:
-                run(out)
-            except OSError as error:
-                assert "r.h5.partial: cannot be written" in str(error)  # noqa: PT017
-                assert "make room and run the same again" in str(error)  # noqa: PT017
-            else:
-                pytest.fail(f"{size} bytes were enough")
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert not out.exists()
-    finally:
-        signal.signal(signal.SIGXFSZ, handler)
-    assert contents(run(out)) == whole
-
-
-def test_damaged_states_and_parts_are_named(tmp_path: Path) -> None:
-    out = tmp_path / "r.h5"
-    with pytest.raises(KeyboardInterrupt):
-        run(out, reporter=Interrupting(26))
-    partial = out.with_name("r.h5.partial")
-    part = partial / "part_000001.bin"
-    good = part.read_bytes()
-    part.write_bytes(good[:40] + b"?" + good[41:])
-    with pytest.raises(ValueError, match=r"part_000001.bin: damaged"):
-        run(out)
-    part.write_bytes(good[:-3])
-    with pytest.raises(ValueError, match=r"part_000001.bin: damaged"):
-        run(out)
-    part.write_bytes(good)
-    state = partial / "shard_0000.pt"
-    kept = state.read_bytes()
-    state.write_bytes(kept[: len(kept) // 2])
-    with pytest.raises(ValueError, match=r"shard_0000.pt: damaged"):
-        run(out)
-    state.write_bytes(kept)
-    run(out)
 
 
 # ---------------------------------------------------------------- several processes

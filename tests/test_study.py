@@ -13,8 +13,8 @@ from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
 from rnndyn_fast.cli import main
 from rnndyn_fast.study import StudyConfig, run_study
 from rnndyn_fast.train import QuietReporter, TrainConfig, learning_rate, read_checkpoint, read_metrics
-from rnndyn_fast.train.loop import epochs_since_best
 from rnndyn_fast.train.metrics import EpochMetrics
+from rnndyn_fast.train.rates import epochs_since_best
 
 NETWORKS = ("lateral_additive", "topdown_multiplicative")
 OPTIONS = {"networks": NETWORKS, "quick": True, "threads": 1}
@@ -118,7 +118,8 @@ def test_learning_rate_falls_on_plateaus() -> None:
 
 
 def test_epochs_since_best_counts_from_the_first_of_equals() -> None:
-    assert [epochs_since_best(rows(*a)) for a in ((), (0.5,), (0.5, 0.4), (0.4, 0.5, 0.5))] == [0, 0, 1, 1]
+    config = TrainConfig(data="d", out="o")
+    assert [epochs_since_best(config, rows(*a)) for a in ((), (0.5,), (0.5, 0.4), (0.4, 0.5, 0.5))] == [0, 0, 1, 1]
 
 
 def test_training_stops_when_accuracy_does(study: Path, tmp_path: Path) -> None:

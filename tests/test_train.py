@@ -258,10 +258,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(images: Path, tm
     out = tmp_path / "run"
     calls = 0
 
-    def diverging(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def diverging(log_probs: torch.Tensor, labels: torch.Tensor, *over: str, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return loss_over_time(log_probs, labels) * (float("nan") if calls == 6 else 1.0)
+        return loss_over_time(log_probs, labels, *over, **options) * (float("nan") if calls == 6 else 1.0)
 
     # 3 training batches and 1 validation batch per epoch: the sixth call is batch 2 of epoch 2.
     monkeypatch.setattr(train_loop, "loss_over_time", diverging)

@@ -224,7 +224,7 @@ def test_json_keeps_cells(cell: Any) -> None:
 
 def test_unknown_words_go_to_the_reference_visibly() -> None:
     net = one(up("image", "a", 2, padding=SAME))
-    with pytest.warns(UserWarning, match="plain PyTorch rollout: .*image -> a.*has padding 'same', which the native engine"):
+    with pytest.warns(UserWarning, match="running backend=.scheduled., .*image -> a.*has padding 'same', which the native engine"):
         rollout(net, 1, [torch.zeros(1, 6, 7, 6)], {"a.bottom_up.weight": torch.zeros(4, 6, 2, 2)}, ("a",))
     assert "backend: scheduled, in PyTorch's operations (connection image -> a" in str(compile_schedule(net, 1, ("a",)))
 

@@ -12,20 +12,8 @@ from rnndyn_fast.analysis.protocol import Batch, SumReducer, Table, by_area, che
 _AXES = ("area", "t")
 
 
-class NormReducer(SumReducer):
-    r"""L2 norm over all units of an area, :math:`\lVert r_a[t] \rVert`: mean, standard deviation and n over samples.
-
-    Tables ``norm``, ``norm_sd`` [area, t], in the order of `areas`.
-
-    Deterministic: yes. Memory: 16 bytes per area and time step.
-
-    >>> reducer = NormReducer(["it"])
-    >>> reducer.add(Batch([0], [1], {"it": np.full((2, 1, 4), 3.0)}))
-    >>> reducer.result()["norm"].tolist()
-    [[6.0, 6.0]]
-    """
-
-    name = "norms"
+class _AreaReducer(SumReducer):
+    """A reducer with areas and no other option."""
 
     def __init__(self, areas: Sequence[str] = ("gap",)) -> None:
         super().__init__()
@@ -40,6 +28,22 @@ class NormReducer(SumReducer):
     def options(self) -> dict[str, Any]:
         """The areas."""
         return {"areas": list(self.areas)}
+
+
+class NormReducer(_AreaReducer):
+    r"""L2 norm over all units of an area, :math:`\lVert r_a[t] \rVert`: mean, standard deviation and n over samples.
+
+    Tables ``norm``, ``norm_sd`` [area, t], in the order of `areas`.
+
+    Deterministic: yes. Memory: 16 bytes per area and time step.
+
+    >>> reducer = NormReducer(["it"])
+    >>> reducer.add(Batch([0], [1], {"it": np.full((2, 1, 4), 3.0)}))
+    >>> reducer.result()["norm"].tolist()
+    [[6.0, 6.0]]
+    """
+
+    name = "norms"
 
     def measure(self, batch: Batch) -> dict[str, np.ndarray]:
         """Sums and sums of squares [T] per area."""
@@ -57,7 +61,7 @@ class NormReducer(SumReducer):
         return {"norm": Table(_AXES, by_area(self.areas, mean)), "norm_sd": Table(_AXES, by_area(self.areas, sd))}
 
 
-class RepresentationChangeReducer(SumReducer):
+class RepresentationChangeReducer(_AreaReducer):
     r"""L2 change between successive steps, :math:`\lVert r_a[t + 1] - r_a[t] \rVert`, and the same divided by :math:`\lVert r_a[t] \rVert`.
 
     Tables ``change``, ``change_sd``, ``relative_change`` [area, t -> t + 1]: T - 1 columns, none where T = 1. A sample whose norm is 0
@@ -72,20 +76,6 @@ class RepresentationChangeReducer(SumReducer):
     """
 
     name = "change"
-
-    def __init__(self, areas: Sequence[str] = ("gap",)) -> None:
-        super().__init__()
-        self.areas = check_areas(areas)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """The areas."""
-        return self.areas
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The areas."""
-        return {"areas": list(self.areas)}
 
     def measure(self, batch: Batch) -> dict[str, np.ndarray]:
         """Sums, sums of squares, sums relative to the norm and their counts, [T - 1] per area."""

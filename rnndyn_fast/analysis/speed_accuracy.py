@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +12,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import Z95, divide
 from rnndyn_fast.analysis.inputs import check_choice
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.analysis.npz_results import load_npz, save_npz
 
 FORMAT = "rnndyn_fast.reaction_times/1"
 UNREACHED = ("last", "exclude")
@@ -142,26 +139,12 @@ class ReactionTimeResult:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to an NPZ file, whole or not at all."""
-        arrays: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        arrays = {name: value for name, value in arrays.items() if value is not None}
-        arrays |= {"format": FORMAT, "descriptors": json.dumps(dict(self.descriptors))}
-        with replaced_atomically(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        return Path(path)
+        return save_npz(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReactionTimeResult:
         """Read what :meth:`save` wrote. Raises FileNotFoundError, or ValueError for any other kind of file."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                values: dict[str, Any] = {name: data[name] for name in data.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"path: {path} is not a result of reaction times: {error}") from error
-        if str(values.pop("format", "")) != FORMAT:
-            raise ValueError(f"path: {path} is not a result of reaction times (expected format {FORMAT!r})")
+        values = load_npz(path, FORMAT, "result of reaction times")
         values["num_classes"] = int(values["num_classes"])
         values |= {name: bool(values[name]) for name in ("strict", "cumulative")}
-        values["descriptors"] = json.loads(str(values["descriptors"]))
         return cls(**values)

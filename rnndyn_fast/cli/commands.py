@@ -19,23 +19,24 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> None:
+def plan(model: str, num_classes: int | None, image_size: int | None, engine: Any, **options: Any) -> None:
     """`rnndyn plan`"""
     import torch
 
     from rnndyn_fast import models
     from rnndyn_fast.graph.plan import describe
+    from rnndyn_fast.train import TrainConfig, read_checkpoint
 
-    if network["image_size"] is None:
-        del network["image_size"]
-    what = models.named(model)
-    if "network" in what:  # a spec, with a size and classes of its own
-        network = {name: network[name] for name in ("timesteps", "engine")}
-    elif not model.startswith("blt_net"):  # the options of the command are those of blt_net; other models have options of their own
-        network = {"engine": network["engine"]}
+    if model.endswith(".pt"):
+        built = {**read_checkpoint(model)["model"], "engine": engine}
+    else:
+        built = TrainConfig(data="", out="", model=model, engine=engine, **options).build_options()
+        if built["model"] != "network":  # (a spec has a size and classes of its own)
+            given = {"num_classes": num_classes, "image_size": image_size}
+            built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
-        net = models.build({**what, **network, **(options or {})})
-    print(describe(net.schedule(), network["engine"]))
+        net = models.build(built)
+    print(describe(net.schedule(), engine))
 
 
 def train(**options: Any) -> None:
@@ -167,6 +168,20 @@ def search(**options: Any) -> None:
         path = run(config)
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: rnndyn search --config {config.out}/search.yaml --resume")
+        raise
+    print(path)
+
+
+def compare(**options: Any) -> None:
+    """`rnndyn compare`"""
+    from rnndyn_fast.search import CompareConfig
+    from rnndyn_fast.search import compare as run
+
+    config = CompareConfig(**options)
+    try:
+        path = run(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: rnndyn compare --config {config.out}/compare.yaml --resume")
         raise
     print(path)
 

@@ -6,6 +6,7 @@ import itertools
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union
 
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
     "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
     "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
+    "compare": ("Train cells at equal numbers of parameters, and say which is best.", commands.compare),
     "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
@@ -34,8 +36,9 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative")
-LISTS = ("--widths", "--keep", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
+SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
+            "--lr_trend", "--bypass", "--challenging")  # fmt: skip
+LISTS = ("--widths", "--networks", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -48,11 +51,24 @@ def normalise(argv: list[str]) -> list[str]:
             name = "--" + name[2:].replace("-", "_")
             if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
                 equals, value = "=", "true"
+            if name == "--config" and equals:
+                value = _config_file(argv, value)
             word = name + equals + (_bracketed(value) if name in LISTS else value)
         elif out and out[-1] in LISTS:
             word = _bracketed(word)
+        elif out and out[-1] == "--config":
+            word = _config_file(argv, word)
         out.append(word)
     return out
+
+
+def _config_file(argv: list[str], value: str) -> str:
+    """A configuration file as it is; the name of a published recipe of training as its file."""
+    if argv[0] != "train" or Path(value).suffix or Path(value).exists():
+        return value
+    from rnndyn_fast.train.recipes import recipe
+
+    return str(recipe(value))
 
 
 def _bracketed(value: str) -> str:
@@ -136,36 +152,33 @@ def _data_make(parser: ArgumentParser) -> None:
     _add(parser, "seed", int, "of the splits and the conditions of testplus", 0)
     for split in ("train", "val", "test", "testplus"):
         _add(parser, f"num_{split}", int | None, f"images in {split}; default: all that is left", None)
+    _add(parser, "challenging", bool, "put train and val under the conditions of testplus too", False)
     _add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
 def _plan(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="blt_net_64, blt_net_128, a file (YAML) with a spec, or with --options: convrnn, blt_vs, rcnn_sat")
-    _add(parser, "options", dict[str, Any] | None, "options of the model, as YAML, e.g. '{name: gru_shallow}'; before those below", None)
-    _add_network_options(parser)
-    _add(parser, "num_classes", int, "classes of the readout", 100)
-    _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
-
-
-def _add_network_options(parser: ArgumentParser) -> None:
     from rnndyn_fast.train.config import NETWORK_OPTIONS, TrainConfig
 
-    for name in NETWORK_OPTIONS:
+    parser.add_argument("model", help="a network by the names of rnndyn train --model, a file (YAML) with a spec, or a checkpoint (.pt)")
+    for name in ("model_options", *NETWORK_OPTIONS):
         if name != "backend":
             _add_field(parser, TrainConfig, name)
+    _add(parser, "num_classes", int | None, "classes of the readout; default: the model's", None)
+    _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
 
 
 def _train(parser: ArgumentParser) -> None:
     from rnndyn_fast.train.config import TrainConfig
+    from rnndyn_fast.train.recipes import RECIPES
 
-    _add_config(parser, TrainConfig)
+    _add_config(parser, TrainConfig, f"YAML file of these options, or a published recipe ({', '.join(RECIPES)})")
 
 
-def _add_config(parser: ArgumentParser, kind: type) -> None:
+def _add_config(parser: ArgumentParser, kind: type, file: str = "YAML file of these options") -> None:
     """An option for each field of a dataclass, and --config."""
     import dataclasses
 
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
+    parser.add_argument("--config", action=ActionConfigFile, help=f"{file}; --print_config prints one")
     for item in dataclasses.fields(kind):
         _add_field(parser, kind, item.name)
 
@@ -175,7 +188,9 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
     import dataclasses
 
     item = {field.name: field for field in dataclasses.fields(kind)}[name]
-    default = () if item.default is dataclasses.MISSING else (item.default,)
+    default: tuple[Any, ...] = () if item.default is dataclasses.MISSING else (item.default,)
+    if item.default_factory is not dataclasses.MISSING:
+        default = (item.default_factory(),)
     _add(parser, name, typing.get_type_hints(kind)[name], item.metadata["help"], *default)
 
 
@@ -295,13 +310,15 @@ def _predict(parser: ArgumentParser) -> None:
 
 
 def _search(parser: ArgumentParser) -> None:
-    import dataclasses
-
     from rnndyn_fast.search.config import SearchConfig
 
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options; --print_config prints one")
-    for item in dataclasses.fields(SearchConfig):
-        _add_field(parser, SearchConfig, item.name)
+    _add_config(parser, SearchConfig)
+
+
+def _compare(parser: ArgumentParser) -> None:
+    from rnndyn_fast.search.compare import CompareConfig
+
+    _add_config(parser, CompareConfig)
 
 
 def _doctor(parser: ArgumentParser) -> None:
@@ -344,6 +361,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "react": _react,
     "predict": _predict,
     "search": _search,
+    "compare": _compare,
     "doctor": _doctor,
     "study": _study,
     "demo": _demo,

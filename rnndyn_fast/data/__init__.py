@@ -1,6 +1,7 @@
 """Images: HDF5 files of the MiniEcoset layout, their batches, augmentation, and making such files from real images."""
 
 from rnndyn_fast.data.augment import TrivialAugmentWide
+from rnndyn_fast.data.augmentation import augmentation
 from rnndyn_fast.data.challenge import CONDITIONS, Condition, ObjectPool, assign_conditions, challenge
 from rnndyn_fast.data.hdf5 import SPLITS, ImageFile, ImageSplit
 from rnndyn_fast.data.loader import BatchLoader, BatchSource, normalise
@@ -20,6 +21,7 @@ __all__ = [
     "ObjectPool",
     "TrivialAugmentWide",
     "assign_conditions",
+    "augmentation",
     "challenge",
     "load_source",
     "make_dataset",

@@ -32,8 +32,9 @@ SPLITS: tuple[str, ...] = ("train", "val", "test", "testplus")
 class _Handle:
     """An HDF5 file opened when first needed, once per process: HDF5 handles survive neither fork nor pickle."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, argument: str) -> None:
         self.path = path
+        self.argument = argument
         self._file: h5py.File | None = None
         self._pid = -1
         self._closed = False
@@ -42,7 +43,7 @@ class _Handle:
         if self._closed:
             raise ValueError(f"{self.path}: the file was closed; open it again with ImageFile(path)")
         if self._file is None or self._pid != os.getpid():
-            self._file = _open_hdf5(self.path)
+            self._file = _open_hdf5(self.path, self.argument)
             self._pid = os.getpid()
         return self._file
 
@@ -53,7 +54,7 @@ class _Handle:
         self._closed = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None, "_pid": -1, "_closed": self._closed}
+        return {"path": self.path, "argument": self.argument, "_file": None, "_pid": -1, "_closed": self._closed}
 
 
 class ImageSplit(Dataset[tuple[torch.Tensor, int]]):
@@ -160,6 +161,7 @@ class ImageFile:
     Args:
         path: the file.
         required_splits: splits that must be there and are validated on open; others are validated when asked for.
+        argument: what the user calls the path, for messages.
 
     Attributes:
         path: Path.
@@ -180,14 +182,14 @@ class ImageFile:
     ...     images, labels = file.split("test").read(slice(0, 16))
     """
 
-    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] = SPLITS) -> None:
+    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] = SPLITS, *, argument: str = "path") -> None:
         if isinstance(required_splits, str):
             raise TypeError(f"required_splits: expected a sequence of names, got the string {required_splits!r}")
         unknown = [name for name in required_splits if name not in SPLITS]
         if unknown or not required_splits:
             raise ValueError(f"required_splits: expected some of {SPLITS}, got {tuple(required_splits)}")
         self.path = Path(path)
-        self._handle = _Handle(self.path)
+        self._handle = _Handle(self.path, argument)
         self._splits: dict[str, ImageSplit] = {}
         file = self._handle.file()
         try:
@@ -235,11 +237,11 @@ class ImageFile:
         self.close()
 
 
-def _open_hdf5(path: Path) -> h5py.File:
+def _open_hdf5(path: Path, argument: str) -> h5py.File:
     if not path.exists():
-        raise FileNotFoundError(f"path: no such file: {path}")
+        raise FileNotFoundError(f"{argument}: no such file: {path}")
     if path.is_dir():
-        raise ValueError(f"path: expected an HDF5 file, got a folder: {path}")
+        raise ValueError(f"{argument}: expected an HDF5 file, got a folder: {path}")
     try:
         return h5py.File(path, "r")
     except PermissionError:

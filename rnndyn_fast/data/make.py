@@ -22,6 +22,8 @@ Progress = Callable[[str, int, int], None]
 
 MIN_SIZE, MAX_SIZE = 8, 512
 POOL_SIZE = 512
+CHALLENGING = ("train", "val", "testplus")  # splits under conditions where training is to be on hard images too
+_STREAMS = {"train": (1,), "val": (2,)}  # of random numbers; testplus is that of files without them
 _BLOCK_PIXELS = 2**21
 # A chunk is what one random read must decompress: about 32 KiB, at least one image.
 _CHUNK_BYTES = 2**15
@@ -46,6 +48,7 @@ def make_dataset(
     num_val: int | None = None,
     num_test: int | None = None,
     num_testplus: int | None = None,
+    challenging: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -64,6 +67,7 @@ def make_dataset(
         seed: int >= 0.
         num_train, num_val, num_test, num_testplus: number of images. None: val is a tenth of train and val together,
             test half of test and testplus together, train and testplus take all that is left.
+        challenging: put train and val under these conditions too, with other objects of their own split.
         overwrite: replace an existing file.
         progress: called with (split, images done, images in all).
         folder: where the Fashion-MNIST files are; None is where the Debian package puts them.
@@ -94,7 +98,7 @@ def make_dataset(
     images = load_source(source, folder=folder, seed=seed)
     parts = _divide(images, wanted, seed)
     with replaced_atomically(path) as unfinished, h5py.File(unfinished, "w") as file:
-        _write(file, images, parts, size, seed, progress)
+        _write(file, images, parts, size, seed, CHALLENGING if challenging else ("testplus",), progress)
     return path
 
 
@@ -133,7 +137,9 @@ def _divide(source: ImageSource, wanted: dict[str, int | None], seed: int) -> di
     return parts
 
 
-def _write(file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, progress: Progress | None) -> None:
+def _write(
+    file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, hard: tuple[str, ...], progress: Progress | None
+) -> None:
     block = max(1, _BLOCK_PIXELS // size**2)
     for split in SPLITS:
         part = parts[split]
@@ -149,14 +155,15 @@ def _write(file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: 
             compression="gzip",  # the one filter every HDF5 reader has; level 1 makes three equal channels small
             compression_opts=1,
         )
-        if split == "testplus":
-            condition, pool = _prepare_testplus(group, part, size, seed)
+        stream = _STREAMS.get(split, ())
+        if split in hard:
+            condition, pool = _prepare_conditions(group, part, size, seed, stream)
         total, total_of_squares = 0, 0
         for start in range(0, count, block):
             rows = slice(start, min(start + block, count))
             grey = resize(part.images[rows], size)
-            if split == "testplus":
-                rng = np.random.default_rng([seed, 3, start])
+            if split in hard:
+                rng = np.random.default_rng([seed, 3, *stream, start])
                 grey = challenge(grey, part.labels[rows], condition[rows], pool, rng)
             data[rows] = np.repeat(grey[:, :, :, None], 3, axis=3)
             total += int(grey.sum(dtype=np.int64))
@@ -172,6 +179,7 @@ def _write(file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: 
             "source_note": source.note,
             "seed": seed,
             "size": size,
+            "challenging": len(hard) > 1,
             "version": _version(),
             "parameters": json.dumps(
                 {
@@ -185,8 +193,8 @@ def _write(file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: 
     )
 
 
-def _prepare_testplus(group: h5py.Group, part: _Part, size: int, seed: int) -> tuple[np.ndarray, ObjectPool]:
-    condition = assign_conditions(part.labels, np.random.default_rng([seed, 2]))
+def _prepare_conditions(group: h5py.Group, part: _Part, size: int, seed: int, stream: tuple[int, ...]) -> tuple[np.ndarray, ObjectPool]:
+    condition = assign_conditions(part.labels, np.random.default_rng([seed, 2, *stream]))
     group.create_dataset("condition", data=condition)
     group.attrs["condition_names"] = [settings.name for settings in CONDITIONS]
     group.attrs["condition_parameters"] = json.dumps(_testplus_parameters())

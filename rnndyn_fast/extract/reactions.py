@@ -16,6 +16,7 @@ from rnndyn_fast.data import SPLITS, normalise
 from rnndyn_fast.extract.plan import Rows
 from rnndyn_fast.extract.run import sha256
 from rnndyn_fast.extract.sources import open_source
+from rnndyn_fast.models import BLTVS
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.progress import Reporter, choose_reporter
@@ -60,11 +61,13 @@ def react(
     if human is not None and limit is not None:
         raise ValueError("limit: expected None together with human, whose images are rows of the whole split")
     net, contents = load_checkpoint(checkpoint, timesteps=timesteps, backend=backend, engine=engine)
+    if isinstance(net, BLTVS) and net.readout_type != "multi":
+        raise ValueError(f"checkpoint: expected answers at several time steps, got a network of readout_type {net.readout_type!r}")
     trained = contents["data"]
     with open_source(data, split, trained["image_size"], trained["categories"]) as source:
         rows = Rows(len(source), limit)
         people = None if human is None else load_reaction_times(human, len(rows))
-        steps = net.timesteps - net.schedule().first_step[_readout(net)]
+        steps = net.timesteps - net.first_output
         num_classes = len(trained["categories"])
         reducer = ReactionTimeReducer(num_classes, steps, strict=strict, cumulative=cumulative, keep_samples=people is not None)
         mean, std = (np.asarray(trained[name]) for name in ("mean", "std"))
@@ -72,7 +75,7 @@ def react(
             shown.start(f"{split}, {len(rows)} images", len(rows))
             for first in range(0, len(rows), batch_size):
                 pixels, labels = source.read(rows.between(first, min(first + batch_size, len(rows))))
-                reducer.update(net(normalise(pixels, mean, std)), labels)
+                reducer.update(net.run(normalise(pixels, mean, std)), labels)
                 shown.advance(len(labels), "")
     descriptors = {
         "checkpoint": {"path": str(Path(checkpoint)), "sha256": sha256(checkpoint), "epoch": contents["epoch"]},
@@ -87,11 +90,4 @@ def react(
 
 def costs(net: RecurrentNetwork) -> np.ndarray:  # [T]
     """Multiply-adds per image of stopping after each output, by the schedule, which computes nothing twice."""
-    first = net.schedule().first_step[_readout(net)]
-    return np.array([net.schedule(timesteps=t + 1).multiplications()[0] for t in range(first, net.timesteps)], dtype=np.float64)
-
-
-def _readout(net: RecurrentNetwork) -> str:
-    if net.network.readout is None:
-        raise ValueError(f"checkpoint: network {net.network.name!r} has no readout, so it has no reaction times")
-    return net.network.readout.source
+    return np.array([net.schedule(timesteps=t + 1).multiplications()[0] for t in range(net.first_output, net.timesteps)], dtype=np.float64)

@@ -138,7 +138,7 @@ def extract(
     elif rdm_classes is not None:
         raise ValueError("rdm_classes: expected either rdm_classes or rdm_images, got both")
     weight, bias = net.readout_map()
-    begins = max(net.schedule().first_step[representations], net.network.readout.first_step)
+    begins = net.first_output
     steps = net.timesteps - begins
     makers: dict[str, Callable[[], Reducer]] = {
         "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=backend),
@@ -186,7 +186,7 @@ def network_forward(net: RecurrentNetwork, areas: Sequence[str], mean: np.ndarra
 
     def forward(images: Tensor) -> Activations:
         x = normalise(images.to(place.device), mean, std).to(place.dtype)
-        log_probs, representations, *rest = net(x, return_representations=True, **({"record": recorded} if recorded else {}))
+        log_probs, representations, *rest = net.run(x, return_representations=True, **({"record": recorded} if recorded else {}))
         states = {source: representations, **(rest[0] if rest else {})}
         return Activations({area: states[area] for area in dict.fromkeys((source, *areas))}, log_probs)
 

@@ -213,7 +213,7 @@ class _OpenFile:
     """An Hdf5Source that closes its file."""
 
     def __init__(self, path: Path, split: str, image_size: int, categories: Sequence[str]) -> None:
-        self.file = ImageFile(path, required_splits=(split,))
+        self.file = ImageFile(path, required_splits=(split,), argument="data")
         self.split = split
         try:
             _check_fits(self.file, image_size, categories)

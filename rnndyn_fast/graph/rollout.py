@@ -320,7 +320,7 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
         elif tensor.dtype not in NATIVE_DTYPES:
             reason = f"{name} has dtype {tensor.dtype}; the native engine takes float32 and float64"
     if reason and raise_error:
-        raise ValueError(f'backend="native": {reason}; use backend="reference"')
+        raise ValueError(f'backend="native": {reason}; use backend="scheduled"')
     return reason is None
 
 
@@ -428,7 +428,7 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
+            warnings.warn(f'running backend="scheduled", in PyTorch\'s operations: {reason}', stacklevel=2)
             backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)

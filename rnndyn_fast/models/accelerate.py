@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
+from rnndyn_fast.models.blt_vs_net import AREAS, BLTVS, KERNELS, blt_vs
 from rnndyn_fast.nn.blt_conv import BLTConv
 
 _NET_ATTRIBUTES = ("retina", "v1", "v2", "v4", "it", "gap", "readout", "timesteps")
+_VS_ATTRIBUTES = ("connections", "timesteps", "num_classes", "bio_unroll")
 _CONV_ATTRIBUTES = ("bottom_up", "lateral_connect", "topdown_connect", "LT_interaction", "pool_input")
 
 
@@ -17,7 +19,8 @@ def accelerate(module: nn.Module, *, backend: str | None = None) -> nn.Module:
     """An instance of a published class as our module of the same function, on the same parameters.
 
     Recognised by their attributes: ``BLT_Conv``, ``BLT_net_64``, ``BLT_net_128`` of the study of representation dynamics
-    (arXiv 2308.12435). The parameters are shared, not copied: an optimiser built on either trains both.
+    (arXiv 2308.12435), and the two-stream network of KietzmannLab/BLT-VS, whose modules for hooks are shared too. The parameters are
+    shared, not copied: an optimiser built on either trains both.
 
     Args:
         module: the published instance.
@@ -30,12 +33,14 @@ def accelerate(module: nn.Module, *, backend: str | None = None) -> nn.Module:
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     if all(hasattr(module, name) for name in _NET_ATTRIBUTES):
         ours: nn.Module = _blt_net(module, backend)
+    elif all(hasattr(module, name) for name in _VS_ATTRIBUTES):
+        ours = _blt_vs(module, backend)
     elif all(hasattr(module, name) for name in _CONV_ATTRIBUTES):
         ours = _blt_conv(module, backend)
     else:
         raise TypeError(
             f"module: {type(module).__name__} is not a published class we know; looked for a BLT_net "
-            f"(attributes {', '.join(_NET_ATTRIBUTES)}) "
+            f"(attributes {', '.join(_NET_ATTRIBUTES)}), a BLT_VS (attributes {', '.join(_VS_ATTRIBUTES)}) "
             f"or a BLT_Conv (attributes {', '.join(_CONV_ATTRIBUTES)})"
         )
     _share_parameters(module, ours)
@@ -73,6 +78,37 @@ def _blt_net(module: Any, backend: str | None) -> BLTNet:
         widths=[module.retina.out_channels, *(c.out_channels for c in convs)],
         backend=backend,
     )
+
+
+def _blt_vs(module: Any, backend: str | None) -> BLTVS:
+    """What parameters tell is read from them; attributes are asked for the rest."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    needed = ["connections.Retina.bu_conv.weight", "connections.Readout.readout_conv.weight"]
+    if missing := [name for name in needed if name not in shapes]:
+        raise TypeError(f"module: its parameters are not those of the published class: missing {missing}")
+    size = next((size for size, kernels in KERNELS.items() if kernels[0] == shapes[needed[0]][-1]), None)
+    if size is None:
+        raise TypeError(
+            f"module: expected kernels of {' or '.join(str(k[0]) for k in KERNELS.values())} in Retina, got {shapes[needed[0]]}"
+        )
+    children = dict(module.named_children())
+    hooks = {name: child for name, child in children.items() if name.split("_")[0] in AREAS}
+    ours = blt_vs(
+        module.timesteps,
+        module.num_classes,
+        shapes[needed[1]][0] - module.num_classes,
+        lateral_connections="connections.V1.bu_l_conv_depthwise.weight" in shapes,
+        topdown_connections="connections.V1.td_conv.weight" in shapes,
+        skip_connections="connections.V4.skip_bu_depthwise.weight" in shapes,
+        bio_unroll=bool(module.bio_unroll),
+        image_size=size,
+        hook_type="separate" if "Retina_0_BU" in hooks else "concat" if hooks else "None",
+        readout_type="single" if "readout_weights" in shapes else "multi",
+        backend=backend,
+    )
+    for name, hook in hooks.items():
+        setattr(ours, name, hook)
+    return ours
 
 
 def _pool_size(pool: nn.AvgPool2d) -> int:

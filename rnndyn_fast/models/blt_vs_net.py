@@ -16,21 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.spec import (
-    FIT,
-    Activation,
-    Area,
-    Connection,
-    Input,
-    Interaction,
-    Network,
-    Norm,
-    Operator,
-    Pool,
-    Readout,
-    Role,
-    Unroll,
-)
+from rnndyn_fast.graph import spec
+from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork, connection_modules
 
 AREAS = ("Retina", "LGN", "V1", "V2", "V3", "V4", "LOC", "Readout")
@@ -95,7 +82,7 @@ def _area(i: int, o: Options) -> list[Connection]:
         # Kernel, stride and padding are those of the area above; so is the order of the sweeps: down now, up at the next step.
         drive_and_modulate(
             td, bu, (step, 1), source=f"{AREAS[i + 1]}.td", role=DOWN, operator=Operator.CONV_TRANSPOSE, kernel_size=kernel[i + 1],
-            stride=STRIDES[i + 1], output_padding=FIT, bias=True, parameter=prefix + "td_conv",
+            stride=STRIDES[i + 1], output_padding=spec.FIT, bias=True, parameter=prefix + "td_conv",
         )  # fmt: skip
         if o.lateral and i >= V1:
             connections.append(_separable(td, td, LATERAL, prefix + "td_l_conv", lateral, (channels[i],) * 2, port="drive", delay=1))
@@ -178,7 +165,7 @@ class BLTVS(RecurrentNetwork):
             modules={"connections": _modules(o, network)},
         )  # fmt: skip
         self.readout_type, self.hook_type = options["readout_type"], options["hook_type"]
-        self.num_classes = o.num_classes
+        self.num_classes, self.add_feats, self.image_size, self.bio_unroll = o.num_classes, o.add_feats, o.image_size, o.bio
         self.config: dict[str, Any] = {"model": "blt_vs", **options}
         first = self.schedule().first_step["Readout.logits"]
         if self.readout_type == "single":
@@ -214,7 +201,7 @@ class BLTVS(RecurrentNetwork):
         record = self._with_states(("Readout.logits", *(node for node in nodes if node in known)))
         schedule = self.schedule(record)
         maps = dict(zip(record, self.states((img,), record), strict=True))
-        readouts = list(maps["Readout.logits"].flatten(2)[..., : self.num_classes])
+        readouts = list(self.logits(maps["Readout.logits"].flatten(2)))
 
         def at(node: str, t: int) -> Tensor | None:
             node = "Readout.logits" if node == "Readout.bu" else node
@@ -224,9 +211,6 @@ class BLTVS(RecurrentNetwork):
             return value.flatten(1)[:, : self.num_classes] if node == "Readout.logits" else value
 
         self._feed_hooks(at, len(img))
-        if self.readout_type == "single":
-            weights = torch.softmax(self.readout_weights, 0)
-            readouts = [(weights[:, None, None] * torch.stack(readouts)).sum(0)]
         if not extract_actvs:
             return readouts
         activations: dict[str, dict[int, Any]] = {name: {} for name in wanted}
@@ -238,6 +222,16 @@ class BLTVS(RecurrentNetwork):
                 elif name != "Readout":
                     activations[name][t] = torch.cat([pair["bu"], pair["td"]], 1)
         return readouts, activations
+
+    def logits(
+        self,
+        representations: Tensor,  # [T, N, D]
+    ) -> Tensor:
+        """Of every step, or with ``readout_type="single"`` their weighted mean: [T, N, classes] or [1, N, classes]."""
+        logits = super().logits(representations)
+        if self.readout_type == "multi":
+            return logits
+        return (torch.softmax(self.readout_weights, 0)[:, None, None] * logits).sum(0, keepdim=True)
 
     def _with_states(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of some areas that get a state within the time steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rnndyn_fast.graph.files import is_network_file, network_from_plain, network_to_plain, read_network
+from rnndyn_fast.graph.files import network_from_plain, network_to_plain
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 NETWORK = "network"  # the name under "model" of a network whose spec is given instead
@@ -47,10 +47,3 @@ class SpecNetwork(RecurrentNetwork):
         super().__init__(spec, timesteps, backend=backend, engine=engine)
         plain = network_to_plain(spec)
         self.config: dict[str, Any] = {"model": NETWORK, "network": plain, "timesteps": timesteps, "backend": backend, "engine": engine}
-
-
-def named(model: str) -> dict[str, Any]:
-    """The options that a model's name stands for: the name itself, or the spec in the file that it names."""
-    if is_network_file(model):
-        return {"model": NETWORK, "network": network_to_plain(read_network(model))}
-    return {"model": model}

@@ -63,6 +63,17 @@ class RecurrentNetwork(nn.Module):
         """The schedule of this network's rollout; ``print`` it for the plan."""
         return compile_schedule(self.network, self.timesteps if timesteps is None else timesteps, self._recorded(self.network, record))
 
+    @property
+    def first_output(self) -> int:
+        """The time step of the first answer. Raises ValueError: no readout, or fewer time steps."""
+        readout = self.network.readout
+        if readout is None:
+            raise ValueError(f"network {self.network.name!r} has no readout")
+        first = max(readout.first_step, self.schedule().first_step[readout.source])
+        if first >= self.timesteps:
+            raise ValueError(f"timesteps: expected more than {first}, the step of the first answer, got {self.timesteps}")
+        return first
+
     def readout_map(self) -> tuple[Tensor, Tensor | None]:
         """Weight [classes, D] and bias [classes] of the readout; without a map of its own, ones that select its channels."""
         readout = self.network.readout
@@ -107,6 +118,15 @@ class RecurrentNetwork(nn.Module):
         return_representations: bool = False,
         record: Sequence[str] = (),
     ) -> Any:
+        """As :meth:`run`, where a published class does not say otherwise."""
+        return self.run(*inputs, return_representations=return_representations, record=record)
+
+    def run(
+        self,
+        *inputs: Tensor,  # [N, C, H, W] each, or [T, N, C, H, W]
+        return_representations: bool = False,
+        record: Sequence[str] = (),
+    ) -> Any:
         """Run the network through time.
 
         Returns:
@@ -125,7 +145,7 @@ class RecurrentNetwork(nn.Module):
         recorded = {name: state for name, state in zip(names, states, strict=True) if name in record}
         if self.network.readout is None:
             return recorded or {names[0]: states[0]}
-        # From the readout's first step on. (Its states are those of the last steps.)
+        # From the readout's first step on. (Its states are those of the last steps; torch.compile cannot trace `first_output`.)
         skipped = max(0, self.network.readout.first_step - (self.timesteps - len(states[0])))
         if skipped >= len(states[0]):
             raise ValueError(f"timesteps: the readout begins at step {self.network.readout.first_step}, got {self.timesteps}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.analysis.npz_results import load_npz, save_npz
 
 FORMAT = "rnndyn_fast.predictivity/1"
 RESAMPLES = 2000
@@ -74,29 +71,14 @@ class PredictivityResult:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to an NPZ file, whole or not at all."""
-        arrays: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        arrays |= {"format": FORMAT, "descriptors": json.dumps(dict(self.descriptors))}
-        if self.bin_edges_ms is None:
-            del arrays["bin_edges_ms"]
-        with replaced_atomically(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        return Path(path)
+        return save_npz(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PredictivityResult:
         """Read what :meth:`save` wrote. Raises FileNotFoundError, or ValueError for any other kind of file."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                values: dict[str, Any] = {name: data[name] for name in data.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"path: {path} is not a predictivity result: {error}") from error
-        if str(values.pop("format", "")) != FORMAT:
-            raise ValueError(f"path: {path} is not a predictivity result (expected format {FORMAT!r})")
+        values = load_npz(path, FORMAT, "predictivity result")
         values["area"] = str(values["area"])
         values["neurons"] = tuple(map(str, values["neurons"]))
-        values["descriptors"] = json.loads(str(values["descriptors"]))
         return cls(**{"bin_edges_ms": None, **values})
 
 

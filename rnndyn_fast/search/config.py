@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rnndyn_fast.search.space import Space, load_space
-from rnndyn_fast.train.config import TrainConfig, check_least, check_type
+from rnndyn_fast.train.config import TrainConfig, check_least, check_type, option
 
 # What a search that goes on may change: how long and how it runs, not what a trial computes.
 FREE_ON_RESUME = (
@@ -29,10 +29,6 @@ FREE_ON_RESUME = (
 OF_TRAINING = ("timesteps", "epochs", "batch_size", "max_train_images", "max_val_images", "augment", "seed", "threads", "backend", "engine")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class SearchConfig:
     """A search. What each field means is in its ``metadata["help"]``, which is also what ``rnndyn search --help`` prints.
@@ -46,29 +42,29 @@ class SearchConfig:
 
     data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
     out: str = field(metadata={"help": "folder of the search: storage, trials, report"})
-    space: str = _option("cells", "what is searched: cells, blt, or a YAML file")
-    trials: int = _option(40, "finished trials in all, those before a resume included")
-    workers: int = _option(1, "processes that run trials side by side")
-    storage: str | None = _option(None, "database URL, as postgresql://user@host/name; default: an SQLite file in `out`")
-    study: str = _option("search", "name of the study in the storage")
-    objective: Literal["last", "mean"] = _option("last", "validation accuracy that is maximised: at the last time step, or mean over steps")
-    max_parameters: int | None = _option(None, "architectures with more parameters are passed over")
-    startup_trials: int = _option(10, "trials drawn at random before the sampler (TPE) learns from them")
-    pruning_trials: int = _option(5, "trials that must have finished before any is pruned")
-    pruning_epochs: int = _option(1, "epochs before a trial may be pruned (median rule)")
-    timesteps: int = _option(6, "time steps T (unless searched)")
-    epochs: int = _option(4, "epochs of a trial")
-    batch_size: int = _option(64, "images per training step (unless searched)")
-    max_train_images: int | None = _option(None, "train on that many images, evenly spaced over the split")
-    max_val_images: int | None = _option(None, "validate on that many images, evenly spaced over the split")
-    augment: Literal["trivialaugmentwide", "none"] = _option("none", "augmentation of training images")
-    seed: int = _option(0, "of every trial's training, and of the sampler")
-    threads: int | None = _option(1, "CPU threads of a worker")
-    heartbeat_s: int = _option(60, "seconds between signs of life; a trial without one for five times as long is run again")
-    backend: Literal["native", "reference"] | None = _option(None, "native kernels, plain PyTorch, or whichever can run")
-    engine: Literal["auto", "direct", "winograd"] = _option("auto", "convolutions of the native backend")
-    resume: bool = _option(False, "go on with the search in `out`, or join the one in `storage`")
-    overwrite: bool = _option(False, "replace the search that is in `out`")
+    space: str = option("cells", "what is searched: cells, blt, or a YAML file")
+    trials: int = option(40, "finished trials in all, those before a resume included")
+    workers: int = option(1, "processes that run trials side by side")
+    storage: str | None = option(None, "database URL, as postgresql://user@host/name; default: an SQLite file in `out`")
+    study: str = option("search", "name of the study in the storage")
+    objective: Literal["last", "mean"] = option("last", "validation accuracy that is maximised: at the last time step, or mean over steps")
+    max_parameters: int | None = option(None, "architectures with more parameters are passed over")
+    startup_trials: int = option(10, "trials drawn at random before the sampler (TPE) learns from them")
+    pruning_trials: int = option(5, "trials that must have finished before any is pruned")
+    pruning_epochs: int = option(1, "epochs before a trial may be pruned (median rule)")
+    timesteps: int = option(6, "time steps T (unless searched)")
+    epochs: int = option(4, "epochs of a trial")
+    batch_size: int = option(64, "images per training step (unless searched)")
+    max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
+    max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
+    augment: Literal["trivialaugmentwide", "none"] = option("none", "augmentation of training images")
+    seed: int = option(0, "of every trial's training, and of the sampler")
+    threads: int | None = option(1, "CPU threads of a worker")
+    heartbeat_s: int = option(60, "seconds between signs of life; a trial without one for five times as long is run again")
+    backend: Literal["native", "scheduled", "reference"] | None = option(None, "as in rnndyn train")
+    engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")
+    resume: bool = option(False, "go on with the search in `out`, or join the one in `storage`")
+    overwrite: bool = option(False, "replace the search that is in `out`")
 
     def __post_init__(self) -> None:
         for name in ("data", "out", "space"):

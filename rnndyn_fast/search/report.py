@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 BEST = 5
 NOT_MADE = "not made"  # a choice that meant nothing in a trial
 MIN_FOR_IMPORTANCE = 8
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#F0E442", "#000000", GREY)
-_MARKERS = "os^Dv*PX<"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#F0E442", "#000000", GREY)
+MARKERS = "os^Dv*PX<"
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -221,7 +221,7 @@ def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
     cells = sorted({str(t.params.get("cell", "network")) for t in best})
     for k, cell in enumerate(cells):
         points = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in best if str(t.params.get("cell", "network")) == cell]
-        style: dict[str, Any] = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         x, y = zip(*points, strict=True)
         axes.scatter(x, y, 36, label=cell, **style)
     front = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in pareto_front(best)]

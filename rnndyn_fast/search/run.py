@@ -68,7 +68,7 @@ def search(config: SearchConfig, *, say: Say = print) -> Path:
     Deterministic: every trial is, on a CPU, from its ``train.yaml``; which trials are made depends, with several workers, on their timing.
     """
     out, space = Path(config.out), config.load_space()
-    with ImageFile(config.data, required_splits=("train", "val")):
+    with ImageFile(config.data, required_splits=("train", "val"), argument="data"):
         pass
     _prepare(config, out)
     study = open_study(config, create=config.storage is None or not config.resume)
@@ -164,7 +164,7 @@ def work(config: SearchConfig, index: int, *, parent: int | None = None, say: Sa
     begun = len(study.get_trials(deepcopy=False))
     # Another seed in every worker, and after every resume: equal ones would propose equal trials.
     study = open_study(config, create=False, sampler_seed=((config.seed * 1009 + index) * 100_003 + begun) % 2**32)
-    with ImageFile(config.data, required_splits=("train", "val")) as file:
+    with ImageFile(config.data, required_splits=("train", "val"), argument="data") as file:
         image = {"image_size": file.image_size, "num_classes": file.num_classes}
     while True:
         _check_parent(parent)
@@ -211,6 +211,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
         raise _infeasible(trial, str(error)) from error
     folder = Path(config.out) / TRIALS / f"{trial.number:04d}"
     options = config.trial_config(str(folder), network_to_plain(network), training)
+    assert options.timesteps is not None  # (a spec has a default)
     schedule = compile_schedule(network, options.timesteps, ("gap",))
     parameters = count_parameters(network)
     for name, value in (("parameters", parameters), ("multiply_adds", schedule.multiplications()[0]), ("config", config_yaml(options))):
@@ -242,7 +243,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
     try:
         with warnings.catch_warnings():
             # Which engine runs an architecture is no news in a search over many.
-            warnings.filterwarnings("ignore", message="running the slow")
+            warnings.filterwarnings("ignore", message="running backend")
             train(options, reporter=QuietReporter(), on_epoch=on_epoch)
     except FloatingPointError as error:
         trial.set_user_attr("diverged", str(error))

@@ -217,13 +217,8 @@ def _extracted(
 
 def _changed(config: TrainConfig) -> dict[str, Any]:
     """The options of a training run that are not the default ones."""
-    from dataclasses import MISSING, fields
-
-    return {
-        item.name: getattr(config, item.name)
-        for item in fields(config)
-        if item.default is MISSING or getattr(config, item.name) != item.default
-    }
+    default = TrainConfig(data="", out="").to_dict()
+    return {name: getattr(config, name) for name, value in config.to_dict().items() if value != default[name]}
 
 
 class _step:

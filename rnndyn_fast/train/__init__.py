@@ -9,12 +9,14 @@ from rnndyn_fast.train.checkpoint import (
     versions,
 )
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.loop import config_yaml, initialise, kept_name, learning_rate, limited, loss_over_time, train
+from rnndyn_fast.train.loop import config_yaml, initialise, kept_name, limited, train
 from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics
+from rnndyn_fast.train.objective import loss_over_time
 from rnndyn_fast.train.phase_config import PhaseSweepConfig, PhaseTrainConfig
 from rnndyn_fast.train.phase_results import NetworkResult, compare, load_networks, read_published, save_networks, summarise
 from rnndyn_fast.train.phase_run import train_phase
 from rnndyn_fast.train.progress import PlainReporter, QuietReporter, Reporter, RichReporter, choose_reporter
+from rnndyn_fast.train.rates import learning_rate
 
 __all__ = [
     "FORMAT",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import typing
@@ -12,20 +11,21 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union
 
-NETWORK_OPTIONS = (
+# Options of blt_net that are fields here; every other network takes its own from `model_options`.
+BLT_NET_OPTIONS = (
     "lateral_connections",
     "topdown_connections",
     "LT_interaction",
-    "timesteps",
     "LT_position",
     "classifier_bias",
     "norm_type",
     "widths",
     "unroll",
-    "backend",
-    "engine",
 )
-OPTIONS_WITH_SPEC = ("timesteps", "backend", "engine")  # those of them that are no part of a spec
+COMMON_OPTIONS = ("timesteps", "backend", "engine")  # of every network
+NETWORK_OPTIONS = (*BLT_NET_OPTIONS, *COMMON_OPTIONS)
+DEFAULT_TIMESTEPS = 10  # of blt_net and of a spec, which have no published number of their own
+LR_RULES = ("lr_patience", "lr_steps", "lr_trend")
 # What a resumed run may change: how and how long it runs, not what it computes.
 FREE_ON_RESUME = ("data", "out", "epochs", "patience", "keep", "threads", "backend", "engine", "resume", "overwrite")
 
@@ -40,9 +40,9 @@ class TrainConfig:
     """A training run. The defaults are the published recipe for the lateral, additive network (arXiv 2308.12435).
 
     Recipe: Adam at a constant 1e-3, batches of 1024 (validation 250), 60 epochs, ``loss = sum over time steps of the
-    mean negative log-likelihood`` of the clamped log-probabilities, Xavier-uniform weights, TrivialAugmentWide. What
-    each field means is in its ``metadata["help"]``, which is also what ``rnndyn train --help`` prints. Image size and
-    number of classes are those of the data.
+    mean negative log-likelihood`` of the clamped log-probabilities, Xavier-uniform weights, TrivialAugmentWide. Recipes of
+    other networks are files (``rnndyn_fast.train.recipes``). What each field means is in its ``metadata["help"]``, which is
+    also what ``rnndyn train --help`` prints. Image size and number of classes are those of the data.
 
     Raises:
         TypeError: a field has another type than declared.
@@ -54,14 +54,20 @@ class TrainConfig:
 
     data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
-    model: str = option("blt_net_64", "network: blt_net_64, blt_net_128, or a file (YAML) with a spec; see rnndyn plan MODEL")
+    model: str = option(
+        "blt_net_64", "network: blt_net_64, blt_net_128, blt_vs, rcnn_sat, a ConvRNN (rgc_shallow, ...), or a file (YAML) with a spec"
+    )
+    model_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of blt_vs, rcnn_sat or a ConvRNN, as YAML: '{kind: b, width_divisor: 8}'; those of blt_net are below"},
+    )
     network: dict[str, Any] | None = option(None, "the spec itself, in a configuration file (what a file under `model` becomes)")  # noqa: RUF009
     lateral_connections: bool = option(True, "recurrence within areas")
     topdown_connections: bool = option(False, "recurrence from the area above")
     LT_interaction: Literal["additive", "multiplicative"] = option(
         "additive", "how lateral and top-down terms meet the bottom-up one: b + l + d or b * (1 + l + d)"
     )
-    timesteps: int = option(10, "time steps T")
+    timesteps: int | None = option(None, "time steps T; default: 10 (blt_net, a spec), or as published")
     LT_position: Literal["all", "last"] = option("all", "areas with recurrence: all, or the last alone")
     classifier_bias: bool = option(False, "bias of the readout; without it the readout zones are cones")
     norm_type: Literal["LN", "None"] = option("LN", "LayerNorm in every area, or none (then with biases)")
@@ -69,7 +75,9 @@ class TrainConfig:
     unroll: Literal["engineering", "biological"] = option(
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
-    backend: Literal["native", "reference"] | None = option(None, "native kernels, plain PyTorch, or whichever can run")
+    backend: Literal["native", "scheduled", "reference"] | None = option(
+        None, "native kernels, the same schedule in PyTorch's operations, plain PyTorch, or the first that can run"
+    )
     engine: Literal["auto", "direct", "winograd", "amx"] = option(
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
@@ -77,12 +85,32 @@ class TrainConfig:
     batch_size: int = option(1024, "images per training step")
     val_batch_size: int = option(250, "images per validation batch")
     patience: int | None = option(None, "stop after that many epochs without a better validation accuracy; default: train all epochs")
+    loss: Literal["sum", "mean", "last"] = option("sum", "cross-entropy over time steps: the sum, the mean, or the last step's")
+    label_smoothing: float = option(0.0, "share of the label's probability that is spread over all classes, in 0..1")
+    class_weights: Literal["none", "inverse_frequency"] = option("none", "weights of classes in the loss, scaled to sum 1")
+    weight_decay: float = option(0.0, "times the sum of squares of all kernels (convolutions, dense layers) is added to the loss")
+    clip: float | None = option(None, "gradients of a tensor longer than that share of the tensor are scaled back to it")
     lr: float = option(1e-3, "learning rate of Adam")
+    adam_eps: float = option(1e-8, "epsilon of Adam")
+    lr_warmup: int = option(0, "epochs in which the learning rate rises linearly, from a hundredth of it")
     lr_patience: int | None = option(
         None, "divide the learning rate by 4 after that many epochs without a better validation accuracy; default: it is constant"
     )
-    init: Literal["xavier", "default"] = option("xavier", "Xavier-uniform weights of convolutions and dense layers, or PyTorch's default")
-    augment: Literal["trivialaugmentwide", "none"] = option("trivialaugmentwide", "augmentation of training images")
+    lr_steps: tuple[int, ...] = option((), "divide the learning rate by 10 after each of these epochs: 30,60")
+    lr_trend: bool = option(
+        False,
+        "halve the learning rate when a line through the last 5 validation losses has fallen less than 1% for the third epoch in a row",
+    )
+    lr_least: float = option(0.0, "training ends when the learning rate has fallen to that")
+    init: Literal["xavier", "default"] | None = option(
+        None, "Xavier-uniform weights of convolutions and dense layers (default of blt_net), or the network's own"
+    )
+    normalise: Literal["data", "signed", "imagenet"] | None = option(
+        None, "input: by the data's mean and deviation, to -1..1, or by those of ImageNet; default: as the network was published"
+    )
+    augment: Literal["trivialaugmentwide", "none", "flip", "blur_flip_trivialaugmentwide"] = option(
+        "trivialaugmentwide", "augmentation of training images; flips are horizontal"
+    )
     max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
     keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
@@ -92,66 +120,103 @@ class TrainConfig:
     overwrite: bool = option(False, "replace a run that is in `out`")
 
     def __post_init__(self) -> None:
-        if isinstance(self.widths, Sequence) and not isinstance(self.widths, str):
-            object.__setattr__(self, "widths", tuple(self.widths))  # YAML and JSON have lists only
-        if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):
-            object.__setattr__(self, "keep", tuple(self.keep))
+        for name in ("widths", "keep", "lr_steps"):  # YAML and JSON have lists only
+            if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("data", "out"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        self._take_spec()
+        self._take_model()
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             check_type(item.name, getattr(self, item.name), hints[item.name])
-        for name, least in (("timesteps", 1), ("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0), ("lr_warmup", 0)):
             check_least(name, getattr(self, name), least)
-        for name in ("patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
+        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
             if getattr(self, name) is not None:
                 check_least(name, getattr(self, name), 1)
-        if any(epoch < 1 for epoch in self.keep):
-            raise ValueError(f"keep: expected epochs of at least 1, got {self.keep}")
+        for name in ("keep", "lr_steps"):
+            if any(epoch < 1 for epoch in getattr(self, name)):
+                raise ValueError(f"{name}: expected epochs of at least 1, got {getattr(self, name)}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr: expected a positive finite number, got {self.lr}")
+        for name in ("lr", "adam_eps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a positive finite number, got {value}")
+        for name, most in (("label_smoothing", 1.0), ("weight_decay", math.inf), ("lr_least", math.inf)):
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(f"{name}: expected at least 0 and below {most:g}, got {getattr(self, name)}")
+        rules = [name for name in LR_RULES if getattr(self, name)]
+        if len(rules) > 1:
+            raise ValueError(f"{', '.join(rules)}: expected at most one of them")
         self._check_model()
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of them, got both")
 
-    def _take_spec(self) -> None:
-        """Put the spec in the place of the file that names it, so that the configuration stands for itself."""
+    def _take_model(self) -> None:
+        """Put what a name or file stands for in its place, and the defaults of the network, so that the configuration stands for itself."""
         from rnndyn_fast.models import named
 
         if isinstance(self.model, str) and self.network is None:
-            for name, value in named(self.model).items():
+            found = named(self.model)
+            object.__setattr__(self, "model", found.pop("model"))
+            object.__setattr__(self, "network", found.pop("network", None))
+            if found and isinstance(self.model_options, dict):
+                object.__setattr__(self, "model_options", {**self.model_options, **found})
+        own = self.own_fields
+        published = {"blt_vs": "signed", "rcnn_sat": "signed", "convrnn": "imagenet"}
+        for name, value in (
+            ("timesteps", DEFAULT_TIMESTEPS if own else None),
+            ("init", "xavier" if own else "default"),
+            ("normalise", published.get(self.model, "data") if isinstance(self.model, str) else "data"),
+        ):
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    @property
+    def own_fields(self) -> bool:
+        """Whether the network is described by fields of the configuration: blt_net, or a spec."""
+        return self.network is not None or str(self.model).startswith("blt_net")
+
     def _check_model(self) -> None:
-        from rnndyn_fast.models import MODELS
+        from rnndyn_fast.models import options_of
+        from rnndyn_fast.models.registry import OF_DATA, nearest
         from rnndyn_fast.models.spec_network import NETWORK
 
-        if self.model not in MODELS:
-            near = difflib.get_close_matches(self.model, MODELS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"model: expected one of {sorted(MODELS)} or a file of a spec, got {self.model!r}; {hint}a file ends in .yaml")
+        known = options_of(self.model)
         if (self.model == NETWORK) != (self.network is not None):
             raise ValueError(f"network: expected a spec with model = {NETWORK!r} and with no other, got model = {self.model!r}")
-        if self.network is None:
+        fields = ("network", *COMMON_OPTIONS, *(BLT_NET_OPTIONS if self.own_fields else ()))
+        options = [name for name in known if name not in (*fields, *OF_DATA)]
+        for name in self.model_options:
+            if name in OF_DATA:
+                raise ValueError(f"model_options: {name!r} is that of the data")
+            if name in fields:
+                raise ValueError(f"model_options: {name!r} is an option of its own, beside model_options")
+            if name not in options:
+                raise ValueError(f"model_options: {self.model} has no option {name!r}{nearest(name, options)}; options are {options}")
+        if self.model.startswith("blt_net"):
             return
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for name in NETWORK_OPTIONS:
-            if name not in OPTIONS_WITH_SPEC and getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name}: is part of the spec of a network; expected its default, got {getattr(self, name)!r}")
+        for name in BLT_NET_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                what = "is part of the spec of a network" if self.network is not None else f"is an option of blt_net, not of {self.model}"
+                raise ValueError(f"{name}: {what}; expected its default, got {getattr(self, name)!r}")
 
-    def network_options(self) -> dict[str, Any]:
-        """Keyword options of the network that do not come from the data."""
+    def build_options(self) -> dict[str, Any]:
+        """The network for `rnndyn_fast.models.build`, less what comes from the data."""
+        fields = NETWORK_OPTIONS if self.own_fields and self.network is None else COMMON_OPTIONS
+        options: dict[str, Any] = {"model": self.model, **{name: getattr(self, name) for name in fields}, **self.model_options}
         if self.network is not None:
-            return {"network": self.network, **{name: getattr(self, name) for name in OPTIONS_WITH_SPEC}}
-        return {name: getattr(self, name) for name in NETWORK_OPTIONS}
+            options["network"] = self.network
+        if self.timesteps is None:
+            del options["timesteps"]
+        return options
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON, YAML and checkpoints."""
-        return {**dataclasses.asdict(self), "widths": list(self.widths), "keep": list(self.keep)}
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in ("widths", "keep", "lr_steps")}}
 
     def as_new(self) -> TrainConfig:
         """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""

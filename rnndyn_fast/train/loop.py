@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from rnndyn_fast import models
-from rnndyn_fast.data import BatchLoader, BatchSource, ImageFile, TrivialAugmentWide, normalise
+from rnndyn_fast.data import BatchLoader, ImageFile, ImageSplit, augmentation, normalise
 from rnndyn_fast.files import write_text
+from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
+from rnndyn_fast.train.objective import clip_gradients, inverse_frequencies, kernels, loss_over_time, squared_norm
 from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent
+from rnndyn_fast.train.rates import epochs_since_best, learning_rate, validation_accuracy
 
 INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
 _OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
@@ -29,9 +31,10 @@ _OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
 class SpacedSubset:
     """`count` images of a split, evenly spaced over it, so that a split sorted by class still yields all classes."""
 
-    def __init__(self, split: BatchSource, count: int) -> None:
+    def __init__(self, split: ImageSplit, count: int) -> None:
         self._split = split
         self._rows = np.arange(count) * len(split) // count
+        self.labels = split.labels[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -41,7 +44,7 @@ class SpacedSubset:
         return self._split.read(self._rows[indices])
 
 
-def limited(split: BatchSource, count: int | None) -> BatchSource:
+def limited(split: ImageSplit, count: int | None) -> ImageSplit | SpacedSubset:
     """The split, or `count` of its images, evenly spaced, if it holds more than that."""
     return split if count is None or count >= len(split) else SpacedSubset(split, count)
 
@@ -62,47 +65,13 @@ def kept_name(epoch: int | str) -> str:
     return f"epoch_{epoch}.pt"
 
 
-def epochs_since_best(rows: Sequence[EpochMetrics]) -> int:
-    """Epochs since validation accuracy (mean over time) was best; ties go to the earlier one."""
-    values = [row.mean_val_accuracy for row in rows]
-    return len(values) - 1 - values.index(max(values)) if values else 0
-
-
-def learning_rate(config: TrainConfig, rows: Sequence[EpochMetrics]) -> float:
-    """The learning rate of the epoch that follows `rows`.
-
-    Constant without `lr_patience`; with it a quarter of what it was whenever that many epochs have passed without a
-    better validation accuracy, counted from the best epoch or the last change. It follows from the rows alone, so a
-    resumed run has the same.
-    """
-    rate, best, waited = config.lr, -1.0, 0
-    if config.lr_patience is None:
-        return rate
-    for row in rows:
-        waited += 1
-        if row.mean_val_accuracy > best:
-            best, waited = row.mean_val_accuracy, 0
-        if waited == config.lr_patience:
-            rate, waited = rate / 4, 0
-    return rate
-
-
-def loss_over_time(
-    log_probs: torch.Tensor,  # [T, N, classes]
-    labels: torch.Tensor,  # [N]
-) -> torch.Tensor:
-    """``sum over t of mean over n of -log_probs[t, n, labels[n]]``, a scalar in nats. Differentiable in `log_probs`."""
-    timesteps, count = log_probs.shape[:2]
-    return functional.nll_loss(log_probs.flatten(0, 1), labels.repeat(timesteps), reduction="sum") / count
-
-
 def train(
     config: TrainConfig, *, reporter: Reporter | None = None, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None = None
 ) -> Path:
     """Train a network.
 
     In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
-    validation accuracy, mean over time steps), ``epoch_<n>.pt`` (those in ``config.keep``), ``metrics.csv``,
+    validation accuracy, see :func:`validation_accuracy`), ``epoch_<n>.pt`` (those in ``config.keep``), ``metrics.csv``,
     ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an uninterrupted one would
     have, bit for bit with the same number of threads on a CPU.
 
@@ -126,8 +95,8 @@ def train(
     """
     out = Path(config.out)
     resume_from = _resume_from(config, out)
-    with ImageFile(config.data, required_splits=("train", "val")) as data, _threads(config.threads):
-        description = describe_data(data)
+    with ImageFile(config.data, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
+        description = describe_data(data, config.normalise or "data")
         run = _Run(config, data, description)
         if resume_from is not None:
             run.restore(resume_from)
@@ -150,18 +119,23 @@ class _Run:
         self.out = Path(config.out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            options = {"model": config.model, **config.network_options()}
-            self.net = models.build({**options, "num_classes": data.num_classes, "image_size": data.image_size, "in_channels": 3})
+            try:
+                self.net = models.build_for(config.build_options(), num_classes=data.num_classes, image_size=data.image_size)
+            except ValueError as error:
+                what = "" if str(error).startswith("model ") else f"model {config.model}: "
+                images = f"{config.data} has {data.image_size} px and {data.num_classes} categories"
+                raise ValueError(f"{what}{error} ({images})") from error
             if config.init == "xavier":
                 initialise(self.net)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, eps=config.adam_eps)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.augment: Callable[[torch.Tensor], torch.Tensor] | None = None
-        if config.augment == "trivialaugmentwide":
-            self.augment = TrivialAugmentWide(self.generator)
+        self.augment = augmentation(config.augment, self.generator)
         self.rows: list[EpochMetrics] = []
         train_images = limited(data.split("train"), config.max_train_images)
         val_images = limited(data.split("val"), config.max_val_images)
+        self.class_weights = None
+        if config.class_weights == "inverse_frequency":
+            self.class_weights = inverse_frequencies(train_images.labels, data.num_classes)
         self.train_loader = BatchLoader(train_images, config.batch_size, shuffle=True, seed=config.seed)
         self.val_loader = BatchLoader(val_images, config.val_batch_size)
 
@@ -187,8 +161,8 @@ class _Run:
         if missing:
             raise ValueError(f"resume: {path} lacks {missing}; it cannot be resumed")
         self.config.check_resumes(TrainConfig.from_dict(checkpoint["config"]))
-        for name in ("categories", "image_size", "mean", "std"):
-            if checkpoint["data"][name] != self.description[name]:
+        for name in ("categories", "image_size", "mean", "std", "statistics"):
+            if checkpoint["data"].get(name, self.description[name]) != self.description[name]:  # (older runs have no statistics)
                 raise ValueError(
                     f"resume: {name} of {self.config.data} differs from that of the data the run was started with, "
                     f"{checkpoint['data']['path']}"
@@ -201,17 +175,21 @@ class _Run:
     def go(self, reporter: Reporter, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None) -> None:
         """Train until `config.epochs` are done, or validation accuracy has stopped improving."""
         while len(self.rows) < self.config.epochs:
-            if self.config.patience is not None and epochs_since_best(self.rows) >= self.config.patience:
+            if self.config.patience is not None and epochs_since_best(self.config, self.rows) >= self.config.patience:
                 reporter.line(f"validation accuracy has not improved for {self.config.patience} epochs: done")
                 break
+            rate = learning_rate(self.config, self.rows)
+            if len(self.rows) >= self.config.lr_warmup and rate <= self.config.lr_least:
+                reporter.line(f"the learning rate has fallen to {rate:.3g}: done")
+                break
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.rows)
+                group["lr"] = rate
             row = self.epoch(len(self.rows) + 1, reporter)
-            best = max((earlier.mean_val_accuracy for earlier in self.rows), default=-1.0)
+            best = max((validation_accuracy(self.config, earlier) for earlier in self.rows), default=-1.0)
             self.rows.append(row)
             # last.pt comes last: a run killed between these lines takes up the epoch before and writes them again.
             write_metrics(self.out, self.rows)
-            if row.mean_val_accuracy > best:
+            if validation_accuracy(self.config, row) > best:
                 self.save(BEST)
             if row.epoch in self.config.keep:
                 self.save(kept_name(row.epoch))
@@ -236,7 +214,9 @@ class _Run:
                     f"{self.config.lr} may help. The checkpoint of epoch {number - 1} is kept in {self.out}"
                 )
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss + self.config.weight_decay * squared_norm(kernels(self.net)) if self.config.weight_decay else loss).backward()
+            if self.config.clip is not None:
+                clip_gradients(self.net.parameters(), self.config.clip)
             self.optimizer.step()
             total.add(log_probs.detach(), loss.item(), labels)
             speed = total.images / (time.perf_counter() - start)
@@ -269,8 +249,10 @@ class _Run:
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [T, N, classes] and loss of raw or augmented images [N, 3, H, W]."""
         mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
-        log_probs = self.net(normalise(images, mean, std))
-        return log_probs, loss_over_time(log_probs, labels)
+        log_probs = self.net.run(normalise(images, mean, std))
+        smoothing = self.config.label_smoothing
+        loss = loss_over_time(log_probs, labels, self.config.loss, label_smoothing=smoothing, class_weights=self.class_weights)
+        return log_probs, loss
 
 
 class _Totals:
@@ -294,14 +276,24 @@ class _Totals:
         return tuple((torch.as_tensor(self._correct) / self.images).tolist())
 
 
-def describe_data(data: ImageFile) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: its statistics (scale 0-255), categories and image size."""
+def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
+    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by.
+
+    The latter are "mean" and "std" (scale 0-255): the statistics themselves ("data"), those that take 0-255 to -1..1 ("signed"), or
+    ImageNet's.
+    """
+    statistics = {"mean": [float(value) for value in data.mean], "std": [float(value) for value in data.std]}
+    of_input = {
+        "data": statistics,
+        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
+        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
+    }
     return {
         "path": str(data.path),
         "image_size": data.image_size,
         "categories": list(data.categories),
-        "mean": [float(value) for value in data.mean],
-        "std": [float(value) for value in data.std],
+        **of_input[normalise],
+        "statistics": statistics,
     }
 
 

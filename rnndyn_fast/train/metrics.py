@@ -18,7 +18,7 @@ CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One epoch. Losses are sums over time of the mean negative log-likelihood (nats); accuracies are fractions [T]."""
+    """One epoch. Losses are cross-entropies in nats, over time steps as configured; accuracies are fractions [T]."""
 
     epoch: int
     train_loss: float
@@ -30,7 +30,7 @@ class EpochMetrics:
 
     @property
     def mean_val_accuracy(self) -> float:
-        """Mean over time steps of the validation accuracy: what "best" means."""
+        """Mean over time steps of the validation accuracy."""
         return sum(self.val_accuracy) / len(self.val_accuracy)
 
     def to_dict(self) -> dict[str, Any]:

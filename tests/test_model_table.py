@@ -1,0 +1,67 @@
+"""The table of networks in docs/networks.md is what the networks are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rnndyn_fast.graph.plan import saved_bytes
+from rnndyn_fast.graph.saved import saved_buffers
+from rnndyn_fast.models import blt_net_64
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "networks.md"
+
+
+@pytest.fixture
+def model_table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import model_table
+
+    return model_table
+
+
+def test_page_is_up_to_date(model_table: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["model_table.py", "--check", str(PAGE)])
+    assert model_table.main() == 0, capsys.readouterr().out
+    rows = model_table.between(PAGE.read_text(encoding="utf-8"))[1].splitlines()[2:-2]
+    assert len(rows) == len(model_table.NETWORKS)
+    # As published.
+    for name, parameters in (
+        ("rcnn_sat bl", "27,979,605"),
+        ("rgc_intermediate", "15,445,800"),
+        ("blt_vs, biological, 224 px", "27,332,427"),
+    ):
+        assert f"| {name} | {parameters} |" in "\n".join(rows)
+
+
+def test_check_finds_another_number(model_table: Any) -> None:
+    one = "| a | 1,000 | 2 |\n\nnote"
+    assert model_table.same(one, "| a | 1,000 |  |\n\nnote")
+    assert not model_table.same(one, "| a | 1,001 | 2 |\n\nnote")
+    assert not model_table.same(one, "| a | 1,000 | 2 |\n| b | 1 | 1 |\n\nnote")
+    with pytest.raises(ValueError, match="page: expected one"):
+        model_table.between("no marks")
+
+
+def test_kept_bytes_are_those_of_the_plan(model_table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = blt_net_64(timesteps=3, image_size=32, widths=(16,) * 5, topdown_connections=False, backend="native")
+    planned = saved_bytes(saved_buffers(net.schedule()))
+    assert model_table.kept_bytes(net) == pytest.approx(planned, rel=0.05)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{model_table.START}\nold\n{model_table.END}\nafter")
+    monkeypatch.setattr(model_table, "NETWORKS", {"small": {"model": "rcnn_sat", "kind": "b", "width_divisor": 32, "image_size": 64}})
+    monkeypatch.setattr(sys, "argv", ["model_table.py", "--update", str(page)])
+    assert model_table.main() == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    row = text.splitlines()[4].split(" | ")
+    assert row[0] == "| small"
+    net = model_table.build(model_table.NETWORKS["small"])
+    assert row[1] == f"{sum(p.numel() for p in net.parameters()):,}"
+    assert torch.is_grad_enabled()
