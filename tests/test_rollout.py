@@ -22,6 +22,7 @@ from rnndyn_fast.graph import (
     compile_schedule,
     rollout,
 )
+from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import forward as forward_module
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
@@ -56,6 +57,15 @@ def assert_same(ours: Result, theirs: Result, rtol: float = 1e-10, atol: float =
 @by_case
 def test_native_equals_reference_in_float64(case: RolloutCase) -> None:
     assert_same(run(case, "native"), run(case, "reference"))
+
+
+@by_case
+@pytest.mark.parametrize("window", [1, 4096])
+def test_windows_of_the_backward_pass_change_nothing(case: RolloutCase, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One time step in a window, and a few."""
+    expected = run(case, "native")
+    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", window)
+    assert_same(run(case, "native"), expected, 1e-11, 1e-11)
 
 
 @by_case
