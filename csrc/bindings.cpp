@@ -13,6 +13,7 @@
 #include "area_step.h"
 #include "bindings.h"
 #include "cpu/kernel_table.h"
+#include "fingerprint.h"
 #include "gate_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
@@ -278,6 +279,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); });
   m.def("num_chunks", &num_chunks);
   m.attr("MAX_CONV_TERMS") = kMaxConvTerms;
+  m.def("fingerprint", [](Address data, int64_t size, int num_threads) {
+    py::gil_scoped_release release;
+    return fingerprint(pointer<const void>(data), size, num_threads);
+  });
   bind_convolutions(m);
   m.def("area_step_forward_float32", &area_step_forward<float>);
   m.def("area_step_forward_float64", &area_step_forward<double>);

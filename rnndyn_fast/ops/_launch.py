@@ -37,7 +37,7 @@ def build_info() -> dict[str, Any]:
 def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     if tensor is None:
         return 0
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous CPU tensor {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
@@ -267,6 +267,14 @@ def trajectory_norms(
     launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
 
 
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """128 bits that any change of a tensor's bytes changes, but for one in 2^64 (csrc/fingerprint.h); the tensor is on the CPU."""
+    contiguous = tensor.contiguous()
+    address = address_of(contiguous, "tensor", tuple(contiguous.shape), contiguous.dtype)
+    first, second = _core.fingerprint(address, contiguous.nbytes, torch.get_num_threads())
+    return first, second
+
+
 _workspaces = threading.local()
 
 
@@ -312,7 +320,7 @@ def packed_room(size: int) -> Tensor:
 
 def on_device(tensor: Tensor) -> bool:
     """Whether the CUDA kernels are the ones for this tensor."""
-    return tensor.device.type == "cuda"
+    return tensor.is_cuda
 
 
 class Use(enum.Enum):

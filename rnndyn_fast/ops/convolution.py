@@ -291,23 +291,24 @@ def _pack(m: WinogradMap | AmxMap, weight: Tensor, *, backward: bool = False) ->
 
 
 _KEPT_BYTES = 512 * 1024 * 1024
-_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[Tensor, Packed]] = OrderedDict()
+_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[tuple[int, int], Packed]] = OrderedDict()
 _kept_lock = threading.Lock()
 
 
 def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
-    """Packed weights of earlier rollouts. A weight is compared with the copy it was packed from: in-place changes can hide from version
-    counters (``.data``), and the comparison costs a quarter of packing."""
+    """Packed weights of earlier rollouts. A weight is known by the fingerprint of its bytes: in-place changes can hide from version
+    counters (``.data``)."""
     key = (weight.data.untyped_storage()._cdata, tuple(weight.shape), m)
+    mark = _launch.fingerprint(weight.detach())
     with _kept_lock:
         entry = _kept.get(key)
-        if entry is not None and torch.equal(entry[0], weight):
+        if entry is not None and entry[0] == mark:
             _kept.move_to_end(key)
             return entry[1]
         packed = _pack(m, weight)
-        _kept[key] = (weight.detach().clone(), packed)
+        _kept[key] = mark, packed
         _kept.move_to_end(key)
-        while len(_kept) > 1 and sum(w.nbytes + p.nbytes for w, p in _kept.values()) > _KEPT_BYTES:
+        while len(_kept) > 1 and sum(p.nbytes for _, p in _kept.values()) > _KEPT_BYTES:
             _kept.popitem(last=False)
         return packed
 
@@ -318,9 +319,8 @@ def release_memory() -> int:
     Returns: the bytes given back. The next rollout takes and makes them anew.
     """
     with _kept_lock:
-        packed = sum(w.nbytes for w, _ in _kept.values())  # (the packed forms lie in the buffers)
-        _kept.clear()
-    return packed + release_buffers()
+        _kept.clear()  # (the packed forms lie in the buffers)
+    return release_buffers()
 
 
 def convolve(
