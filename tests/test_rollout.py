@@ -255,6 +255,24 @@ def test_inference_holds_two_time_steps(name: str, monkeypatch: pytest.MonkeyPat
     assert peaks[8] <= (2 + terms) * one_step
 
 
+@pytest.mark.parametrize("name", ["topdown_additive", "topdown_multiplicative"])
+def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rooms = CASES[name], {}
+    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", 1)
+
+    class Watched(backward_module.Arena):
+        def __init__(self, nbytes: int) -> None:
+            rooms.setdefault(timesteps, []).append(nbytes)
+            super().__init__(nbytes)
+
+    monkeypatch.setattr(backward_module, "Arena", Watched)
+    for timesteps in (4, 12):
+        parameters = {k: p.requires_grad_() for k, p in case.parameters().items()}
+        sum(o.sum() for o in rollout(case.network, timesteps, case.inputs(), parameters, case.record, backend="native")).backward()
+    assert rooms[4] == rooms[12]
+    assert min(rooms[4]) > 0
+
+
 # ---------------------------------------------------------------- the reference
 
 

@@ -315,7 +315,13 @@ class _Inference:
         shape = (operands.samples, *_hwc(schedule, name))
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
         values, modulating = [self._term_value(t) for t in drives], [self._term_value(t) for t in modulators]
-        value, ours = (None, False) if area.gamma is None else self._room_of_value(shape, drives, values, modulating)
+        value: Tensor | None = None
+        mean: Tensor | None = None
+        rstd: Tensor | None = None
+        ours = False
+        if area.gamma is not None:
+            value, ours = self._room_of_value(shape, drives, values, modulating)
+            mean, rstd = empty((2, operands.samples), operands.dtype).unbind()
         for term, v in zip((*drives, *modulators), (*values, *modulating), strict=True):
             if isinstance(v, Pending):  # what it reads may be overwritten by the area's outputs, which are written last
                 drive = schedule.drives[term.drive]
@@ -332,7 +338,6 @@ class _Inference:
             else:
                 self.forms[form] = self._map(_form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
-        statistics = empty((2, operands.samples), operands.dtype) if area.gamma is not None else (None, None)
         update_area(
             area,
             values,
@@ -340,8 +345,8 @@ class _Inference:
             operands.bias(drives),
             operands.bias(modulators),
             value,
-            statistics[0],
-            statistics[1],
+            mean,
+            rstd,
             **outputs,
         )
         if value is not None and ours:
