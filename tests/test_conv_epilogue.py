@@ -228,7 +228,8 @@ def test_pending_terms_of_an_area(norm: bool, engines: tuple[str | None, ...], m
     """Terms computed beforehand and terms computed with the step, by one engine, two, or the vendor's: the same state."""
     size = (2, 6, 8, 20)
     area, known, factor = area_of(size, norm=norm), torch.randn(size), torch.randn(size)
-    terms, exact = [], []
+    terms: list[Pending] = []
+    exact: list[Tensor] = []
     for k, name in enumerate(engines):
         twice = name in ("amxT", "F42T")
         case = Case(name or "F43", (2, 3, 4, 18, 20) if twice else (2, 6, 8, 18, 20), "alone", seed=k)

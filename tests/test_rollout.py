@@ -257,7 +257,8 @@ def test_inference_holds_two_time_steps(name: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", ["topdown_additive", "topdown_multiplicative"])
 def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, rooms = CASES[name], {}
+    case = CASES[name]
+    rooms: dict[int, list[int]] = {}
     monkeypatch.setattr(backward_module, "_WINDOW_BYTES", 1)
 
     class Watched(backward_module.Arena):
