@@ -39,7 +39,8 @@ struct AmxConvParams {
   const float* x;   // [M, in_height, in_width, C_in], contiguous
   GridStrides y_strides;
   const AmxPhase* phase;
-  void* workspace;  // amx_conv_workspace(...) bytes, scratch, 64-byte aligned
+  const ConvEpilogue* epilogue;  // or null; then the phases' grids are all of y
+  void* workspace;               // amx_conv_workspace(...) bytes, scratch, 64-byte aligned
 };
 
 // Weights of one phase, in the order in which they are read: [ceil(C_out / 32), ceil(C_in / 32), taps, parts, 2 tiles of 16 rows of 16 pairs].

@@ -29,6 +29,8 @@ struct AreaStepForwardParams {
   const Real* beta;   // [H, W, C] or null
   double eps;
   bool rectify;
+  bool
+      complete;  // with a norm: value, mean and rstd are there already, from a convolution's epilogue; there are no terms
   // Outputs.
   Real* value;          // [N, H, W, C] value before the norm; required with a norm, else optional
   Real* modulator_sum;  // [N, H, W, C] 1 + sum of modulators, kept for backward; or null

@@ -1,5 +1,5 @@
 // The Python module rnndyn_fast._core. It links neither torch nor NumPy: buffers arrive as addresses (0: absent) and sizes, and
-// only rnndyn_fast/ops/_launch.py calls these functions. It has checked shapes, dtypes and contiguity by then.
+// only rnndyn_fast/ops/_launch*.py call these functions. They have checked shapes, dtypes and contiguity by then.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "area_step.h"
+#include "bindings.h"
 #include "cpu/kernel_table.h"
+#include "fingerprint.h"
 #include "gate_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
@@ -21,29 +23,12 @@ using namespace rnndyn;
 
 namespace {
 
-using Address = uintptr_t;
-using Shape = std::array<int64_t, 4>;  // samples, height, width, channels where nothing else is said
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <typename Real>
-int fill_terms(const Real* (&out)[kMaxTerms], const std::vector<Address>& terms, const char* name) {
-  if (terms.size() > kMaxTerms)
-    throw std::invalid_argument(std::string(name) + ": at most " + std::to_string(kMaxTerms) + " terms, got " +
-                                std::to_string(terms.size()));
-  for (size_t i = 0; i < kMaxTerms; ++i) out[i] = i < terms.size() ? pointer<const Real>(terms[i]) : nullptr;
-  return static_cast<int>(terms.size());
-}
-
 template <typename Real>
 void area_step_forward(const Shape& shape, int num_threads, const std::vector<Address>& drive, Address drive_bias,
                        const std::vector<Address>& modulator, Address modulator_bias, bool modulator_complete,
-                       Address gamma, Address beta, double eps, bool rectify, Address value, Address modulator_sum,
-                       Address state, Address max_pooled, Address argmax, Address mean_pooled, Address mean,
-                       Address rstd) {
+                       Address gamma, Address beta, double eps, bool rectify, bool complete, Address value,
+                       Address modulator_sum, Address state, Address max_pooled, Address argmax, Address mean_pooled,
+                       Address mean, Address rstd) {
   AreaStepForwardParams<Real> p{};
   p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.channels = shape[3];
   p.num_threads = num_threads;
@@ -52,7 +37,7 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
   p.num_modulator = fill_terms(p.modulator, modulator, "modulator");
   p.modulator_bias = pointer<const Real>(modulator_bias), p.modulator_complete = modulator_complete;
   p.gamma = pointer<const Real>(gamma), p.beta = pointer<const Real>(beta);
-  p.eps = eps, p.rectify = rectify;
+  p.eps = eps, p.rectify = rectify, p.complete = complete;
   p.value = pointer<Real>(value), p.modulator_sum = pointer<Real>(modulator_sum), p.state = pointer<Real>(state);
   p.max_pooled = pointer<Real>(max_pooled), p.argmax = pointer<uint8_t>(argmax),
   p.mean_pooled = pointer<Real>(mean_pooled);
@@ -266,210 +251,6 @@ void ctrnn_train(const CtrnnSizes& sizes, int num_threads, int64_t num_chosen, A
   }
 }
 
-WinogradForm winograd_form(const std::array<int, 2>& form) {
-  const std::array<int, 2> known[] = {{5, 2}, {6, 3}, {8, 3}, {6, 5}, {8, 5}};
-  for (const auto& f : known)
-    if (f == form) return {form[0], form[1]};
-  throw std::invalid_argument("form: expected (patch, kernel) (5, 2), (6, 3), (8, 3), (6, 5) or (8, 5)");
-}
-
-GridStrides grid_strides(const std::array<int64_t, 3>& strides) { return {strides[0], strides[1], strides[2]}; }
-
-using Taps = std::vector<std::vector<int>>;
-
-void fill_taps(int (&out)[kMaxPhases][kMaxTaps], const Taps& taps, int kernel) {
-  if (taps.empty() || taps.size() > kMaxPhases) throw std::invalid_argument("taps: expected 1 to 4 phases");
-  for (size_t p = 0; p < taps.size(); ++p) {
-    if (taps[p].size() != size_t(kernel) * kernel)
-      throw std::invalid_argument("taps: expected kernel * kernel entries");
-    for (size_t k = 0; k < taps[p].size(); ++k) out[p][k] = taps[p][k];
-  }
-}
-
-// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address and vanishing frequencies
-// each; phases: address and vanishing frequencies.
-using Pair = std::array<int, 2>;
-using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair>;
-using Phase = std::tuple<Address, Pair>;
-
-WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                                        const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
-                                        const std::array<int64_t, 3>& y_strides) {
-  if (terms.empty() || terms.size() > kMaxConvTerms || y.empty() || y.size() > kMaxPhases)
-    throw std::invalid_argument("terms: expected 1 to 8 terms and 1 to 4 phases, got " + std::to_string(terms.size()) +
-                                " and " + std::to_string(y.size()));
-  WinogradConvParams p{};
-  p.form = winograd_form(form), p.pad = pad;
-  p.samples = shape[0], p.height = shape[1], p.width = shape[2], p.out_channels = shape[3];
-  p.num_threads = num_threads;
-  p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
-  for (size_t k = 0; k < terms.size(); ++k) {
-    const auto& [x, strides, channels, packed, vanishing] = terms[k];
-    p.term[k] = {pointer<const float>(x),
-                 grid_strides(strides),
-                 channels,
-                 pointer<const float>(packed),
-                 {vanishing[0], vanishing[1]}};
-  }
-  for (size_t k = 0; k < y.size(); ++k) {
-    const auto& [address, vanishing] = y[k];
-    p.y[k] = pointer<float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};
-  }
-  p.y_strides = grid_strides(y_strides);
-  return p;
-}
-
-int64_t winograd_conv_workspace(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                                const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
-                                const std::array<int64_t, 3>& y_strides) {
-  return kernels().winograd_conv_workspace(winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides));
-}
-
-void winograd_conv(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
-                   const std::vector<ConvTerm>& terms, const std::vector<Phase>& y,
-                   const std::array<int64_t, 3>& y_strides, Address workspace) {
-  WinogradConvParams p = winograd_conv_params(form, pad, shape, num_threads, terms, y, y_strides);
-  p.workspace = pointer<float>(workspace);
-  py::gil_scoped_release release;
-  kernels().winograd_conv(p);
-}
-
-// Sizes: output and input channels, and the strides of both in the parameter.
-WinogradPackParams winograd_pack_params(const std::array<int, 2>& form, const Taps& taps,
-                                        const std::array<int64_t, 4>& sizes) {
-  WinogradPackParams p{};
-  p.form = winograd_form(form);
-  fill_taps(p.tap, taps, p.form.kernel);
-  p.num_phases = static_cast<int>(taps.size());
-  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
-  return p;
-}
-
-int64_t winograd_packed_size(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes) {
-  return kernels().winograd_packed_size(winograd_pack_params(form, taps, sizes));
-}
-
-void winograd_pack_weight(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes,
-                          int num_threads, Address weight, Address packed) {
-  WinogradPackParams p = winograd_pack_params(form, taps, sizes);
-  p.num_threads = num_threads;
-  p.weight = pointer<const float>(weight), p.packed = pointer<float>(packed);
-  py::gil_scoped_release release;
-  kernels().winograd_pack_weight(p);
-}
-
-WinogradWeightGradParams winograd_weight_grad_params(const std::array<int, 2>& form, int pad, const Taps& taps,
-                                                     const std::array<int64_t, 3>& grid,
-                                                     const std::array<int64_t, 4>& sizes, int num_threads) {
-  WinogradWeightGradParams p{};
-  p.form = winograd_form(form), p.pad = pad;
-  fill_taps(p.tap, taps, p.form.kernel);
-  p.num_phases = static_cast<int>(taps.size());
-  p.samples = grid[0], p.height = grid[1], p.width = grid[2];
-  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
-  p.num_threads = num_threads;
-  return p;
-}
-
-int64_t winograd_weight_grad_workspace(const std::array<int, 2>& form, int pad, const Taps& taps,
-                                       const std::array<int64_t, 3>& grid, const std::array<int64_t, 4>& sizes,
-                                       int num_threads) {
-  return kernels().winograd_weight_grad_workspace(
-      winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads));
-}
-
-void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& taps, const std::array<int64_t, 3>& grid,
-                          const std::array<int64_t, 4>& sizes, int num_threads, Address x,
-                          const std::array<int64_t, 3>& x_strides, const std::vector<Phase>& grad,
-                          const std::array<int64_t, 3>& grad_strides, Address grad_weight, Address workspace) {
-  WinogradWeightGradParams p = winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads);
-  if (grad.size() != taps.size()) throw std::invalid_argument("grad: expected one grid per phase");
-  p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides);
-  for (size_t k = 0; k < grad.size(); ++k) {
-    const auto& [address, vanishing] = grad[k];
-    p.grad[k] = pointer<const float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};
-  }
-  p.grad_strides = grid_strides(grad_strides);
-  p.grad_weight = pointer<float>(grad_weight), p.workspace = pointer<float>(workspace);
-  py::gil_scoped_release release;
-  kernels().winograd_weight_grad(p);
-}
-
-// ---------------------------------------------------------------- amx_conv
-
-using AmxTaps = std::vector<std::array<int, 3>>;  // row, column, index
-
-int fill_amx_taps(AmxTap* tap, const AmxTaps& taps) {
-  if (taps.empty() || taps.size() > kAmxMaxTaps)
-    throw std::invalid_argument("taps: expected 1 to 128 of them, got " + std::to_string(taps.size()));
-  for (size_t t = 0; t < taps.size(); ++t) tap[t] = {taps[t][0], taps[t][1], taps[t][2]};
-  return static_cast<int>(taps.size());
-}
-
-// input: samples, height, width, channels. phases: taps, height and width of the grid, addresses of packed weights and of y each.
-using AmxPhaseTuple = std::tuple<AmxTaps, int64_t, int64_t, Address, Address>;
-
-void amx_conv(const Shape& input, int64_t out_channels, int in_step, int parts, bool accumulate, int num_threads,
-              Address x, const std::vector<AmxPhaseTuple>& phases, const std::array<int64_t, 3>& y_strides,
-              const py::function& workspace) {
-  if (phases.empty() || phases.size() > kAmxMaxPhases)
-    throw std::invalid_argument("phases: expected 1 to 16 of them, got " + std::to_string(phases.size()));
-  std::vector<AmxPhase> grids(phases.size());
-  for (size_t k = 0; k < phases.size(); ++k) {
-    const auto& [taps, height, width, packed, y] = phases[k];
-    grids[k].num_taps = fill_amx_taps(grids[k].tap, taps);
-    grids[k].height = height, grids[k].width = width;
-    grids[k].packed = pointer<const uint16_t>(packed), grids[k].y = pointer<float>(y);
-  }
-  AmxConvParams p{};
-  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3],
-  p.out_channels = out_channels;
-  p.in_step = in_step, p.parts = parts, p.accumulate = accumulate, p.num_threads = num_threads;
-  p.x = pointer<const float>(x), p.y_strides = grid_strides(y_strides);
-  p.phase = grids.data(), p.num_phases = static_cast<int>(grids.size());
-  p.workspace = pointer<void>(workspace(kernels().amx_conv_workspace(p)).cast<Address>());
-  py::gil_scoped_release release;
-  kernels().amx_conv(p);
-}
-
-// sizes: output and input channels, and the strides of both in the parameter.
-AmxPackParams amx_pack_params(const AmxTap* tap, int num_taps, const std::array<int64_t, 4>& sizes, int parts) {
-  AmxPackParams p{};
-  p.tap = tap, p.num_taps = num_taps, p.parts = parts;
-  p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
-  return p;
-}
-
-int64_t amx_packed_size(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts) {
-  return kernels().amx_packed_size(amx_pack_params(nullptr, static_cast<int>(taps.size()), sizes, parts));
-}
-
-void amx_pack_weight(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, int parts, int num_threads,
-                     Address weight, Address packed) {
-  AmxTap tap[kAmxMaxTaps];
-  AmxPackParams p = amx_pack_params(tap, fill_amx_taps(tap, taps), sizes, parts);
-  p.num_threads = num_threads, p.weight = pointer<const float>(weight), p.packed = pointer<uint16_t>(packed);
-  py::gil_scoped_release release;
-  kernels().amx_pack_weight(p);
-}
-
-// input: of x, as above. grid: height and width of grad. sizes: as above.
-void amx_weight_grad(const Shape& input, const std::array<int64_t, 2>& grid, const AmxTaps& taps,
-                     const std::array<int64_t, 4>& sizes, int in_step, int parts, int num_threads, Address x,
-                     Address grad, Address grad_weight, const py::function& workspace) {
-  AmxTap tap[kAmxMaxTaps];
-  AmxWeightGradParams p{};
-  p.tap = tap, p.num_taps = fill_amx_taps(tap, taps);
-  p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3];
-  p.height = grid[0], p.width = grid[1];
-  p.out_channels = sizes[0], p.out_stride = sizes[2], p.in_stride = sizes[3];
-  p.in_step = in_step, p.parts = parts, p.num_threads = num_threads;
-  p.x = pointer<const float>(x), p.grad = pointer<const float>(grad), p.grad_weight = pointer<float>(grad_weight);
-  p.workspace = pointer<void>(workspace(kernels().amx_weight_grad_workspace(p)).cast<Address>());
-  py::gil_scoped_release release;
-  kernels().amx_weight_grad(p);
-}
-
 py::dict build_info() {
   py::dict info;
   info["version"] = RNNDYN_VERSION;
@@ -498,16 +279,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); });
   m.def("num_chunks", &num_chunks);
   m.attr("MAX_CONV_TERMS") = kMaxConvTerms;
-  m.def("winograd_conv", &winograd_conv);
-  m.def("winograd_conv_workspace", &winograd_conv_workspace);
-  m.def("winograd_pack_weight", &winograd_pack_weight);
-  m.def("winograd_packed_size", &winograd_packed_size);
-  m.def("winograd_weight_grad", &winograd_weight_grad);
-  m.def("winograd_weight_grad_workspace", &winograd_weight_grad_workspace);
-  m.def("amx_conv", &amx_conv);
-  m.def("amx_packed_size", &amx_packed_size);
-  m.def("amx_pack_weight", &amx_pack_weight);
-  m.def("amx_weight_grad", &amx_weight_grad);
+  m.def("fingerprint", [](Address data, int64_t size, int num_threads) {
+    py::gil_scoped_release release;
+    return fingerprint(pointer<const void>(data), size, num_threads);
+  });
+  bind_convolutions(m);
   m.def("area_step_forward_float32", &area_step_forward<float>);
   m.def("area_step_forward_float64", &area_step_forward<double>);
   m.def("area_step_backward_float32", &area_step_backward<float>);

@@ -9,6 +9,8 @@
 #pragma once
 #include <cstdint>
 
+#include "conv_epilogue.h"
+
 namespace rnndyn {
 
 constexpr int kMaxConvTerms = 8;
@@ -45,11 +47,13 @@ struct WinogradConvParams {
   int64_t samples, height, width, out_channels;
   int num_threads;
   int num_terms, num_phases;
+  bool accumulate;  // add to y
   WinogradTerm term[kMaxConvTerms];
-  float* y[kMaxPhases];             // one grid [M, H, W, C_out] per phase, written
+  float* y[kMaxPhases];             // one grid [M, H, W, C_out] per phase, written, or added to
   Vanishing vanishing[kMaxPhases];  // with several phases
   GridStrides y_strides;
-  float* workspace;  // winograd_conv_workspace(...) floats, scratch, 64-byte aligned
+  const ConvEpilogue* epilogue;  // or null
+  float* workspace;              // winograd_conv_workspace(...) floats, scratch, 64-byte aligned
 };
 
 // Tap (u, v) of phase p is element `tap[p][u * r + v]` of a kernel of the parameter, or zero where that is -1.
@@ -79,6 +83,7 @@ struct WinogradWeightGradParams {
   int tap[kMaxPhases][kMaxTaps];
   Vanishing vanishing[kMaxPhases];
   float* workspace;  // winograd_weight_grad_workspace(...) floats, scratch, 64-byte aligned
+  float* sums;       // winograd_weight_grad_sums(...) floats, scratch, 64-byte aligned; as many as a packed weight has
 };
 
 }  // namespace rnndyn

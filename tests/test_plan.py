@@ -24,7 +24,7 @@ def test_plan_of_the_published_network() -> None:
         "component 3 (recurrent): v2",
         "component 6 (recurrent): gap",
         "for each of 10 steps:",
-        "weight gradients: one call per connection, over all its steps",
+        "weight gradients: one call per connection and window of its steps (20 MiB)",
         "saved for backward, per image (float32):",
     ):
         assert expected in lines, text

@@ -14,6 +14,7 @@ from rnndyn_fast.graph import (
     compile_schedule,
     rollout,
 )
+from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import forward as forward_module
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
@@ -48,6 +49,15 @@ def assert_same(ours: Result, theirs: Result, rtol: float = 1e-10, atol: float =
 @by_case
 def test_native_equals_reference_in_float64(case: RolloutCase) -> None:
     assert_same(run(case, "native"), run(case, "reference"))
+
+
+@by_case
+@pytest.mark.parametrize("window", [1, 4096])
+def test_windows_of_the_backward_pass_change_nothing(case: RolloutCase, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One time step in a window, and a few."""
+    expected = run(case, "native")
+    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", window)
+    assert_same(run(case, "native"), expected, 1e-11, 1e-11)
 
 
 @by_case
@@ -235,6 +245,25 @@ def test_inference_holds_two_time_steps(name: str, monkeypatch: pytest.MonkeyPat
     one_step = sum(8 * case.samples * math.prod(case.network.shapes[a.name]) for a in case.network.areas)
     terms = len(case.network.connections)
     assert peaks[8] <= (2 + terms) * one_step
+
+
+@pytest.mark.parametrize("name", ["topdown_additive", "topdown_multiplicative"])
+def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    rooms: dict[int, list[int]] = {}
+    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", 1)
+
+    class Watched(backward_module.Arena):
+        def __init__(self, nbytes: int) -> None:
+            rooms.setdefault(timesteps, []).append(nbytes)
+            super().__init__(nbytes)
+
+    monkeypatch.setattr(backward_module, "Arena", Watched)
+    for timesteps in (4, 12):
+        parameters = {k: p.requires_grad_() for k, p in case.parameters().items()}
+        sum(o.sum() for o in rollout(case.network, timesteps, case.inputs(), parameters, case.record, backend="native")).backward()
+    assert rooms[4] == rooms[12]
+    assert min(rooms[4]) > 0
 
 
 # ---------------------------------------------------------------- bad input

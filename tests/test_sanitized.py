@@ -15,7 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Kept, so that only what has changed is built again.
 BUILD = ROOT / "build" / f"sanitized-{sys.implementation.cache_tag}"
-_OPS = ("area_step", "readout_zones", "trajectory_norms", "winograd_conv", "amx_conv", "ctrnn", "ctrnn_train")
+_OPS = (
+    "area_step",
+    "readout_zones",
+    "trajectory_norms",
+    "winograd_conv",
+    "amx_conv",
+    "conv_epilogue",
+    "fingerprint",
+    "ctrnn",
+    "ctrnn_train",
+)
 OP_TESTS = tuple(f"tests/test_{op}.py" for op in _OPS)
 
 

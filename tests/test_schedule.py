@@ -12,6 +12,7 @@ from cases import ADD, CASES, IMAGE, RolloutCase, lateral, up
 from rnndyn_fast.graph import Area, Network, Operator, compile_schedule, rollout
 from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import forward as forward_module
+from rnndyn_fast.graph import update as update_module
 from rnndyn_fast.graph.schedule import Drive, Schedule
 from rnndyn_fast.models import blt_net_64
 
@@ -134,23 +135,24 @@ class Calls:
         self.grad_x = 0
         convolve, convolve_backward = forward_module.convolve, backward_module.convolve_backward
 
-        def counted(weight: Any, x: torch.Tensor) -> torch.Tensor:
+        def counted(weight: Any, x: torch.Tensor, *out: torch.Tensor) -> torch.Tensor:
             self.forward.append(x.shape[0])
-            return convolve(weight, x)
+            return convolve(weight, x, *out)
 
         def counted_backward(weight: Any, grad: torch.Tensor, x: torch.Tensor, *, need_x: bool, need_weight: bool) -> Any:
             self.grad_weight[id(weight)] += need_weight
             self.grad_x += need_x
             return convolve_backward(weight, grad, x, need_x=need_x, need_weight=need_weight)
 
-        convolve_sum = forward_module.convolve_sum
+        convolve_sum = update_module.convolve_sum
 
-        def counted_sum(weights: Any, xs: Any) -> torch.Tensor:
+        def counted_sum(weights: Any, xs: Any, *rest: Any, **options: Any) -> torch.Tensor:
             self.forward += [x.shape[0] for x in xs]
-            return convolve_sum(weights, xs)
+            return convolve_sum(weights, xs, *rest, **options)
 
-        monkeypatch.setattr(forward_module, "convolve", counted)
-        monkeypatch.setattr(forward_module, "convolve_sum", counted_sum)
+        for module in (forward_module, update_module):
+            monkeypatch.setattr(module, "convolve", counted)
+        monkeypatch.setattr(update_module, "convolve_sum", counted_sum)
         monkeypatch.setattr(backward_module, "convolve_backward", counted_backward)
 
 

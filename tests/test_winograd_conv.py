@@ -252,4 +252,4 @@ def test_kept_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         for net in nets:
             net(torch.randn(1, 3, 64, 64))
-    assert sum(w.nbytes + p.nbytes for w, p in convolution._kept.values()) <= 1_000_000 or len(convolution._kept) == 1
+    assert sum(p.nbytes for _, p in convolution._kept.values()) <= 1_000_000 or len(convolution._kept) == 1

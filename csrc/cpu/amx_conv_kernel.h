@@ -67,7 +67,7 @@ struct AmxLayout {
 
 struct AmxConvSizes {
   AmxLayout layout;
-  int64_t height, groups, band, bands, panels, split, band_lines, pairs, depth, sums;
+  int64_t height, groups, band, bands, panels, split, band_lines, pairs, depth, sums, cells;
 
   explicit AmxConvSizes(const AmxConvParams& p)
       : layout(p.phase, p.num_phases, p.samples, p.in_channels, p.in_step, 16), height(0) {
@@ -104,6 +104,13 @@ struct AmxConvSizes {
     const int64_t pieces = ceil_div(layout.blocks * block_bytes, larger(640 * 1024, block_bytes));
     depth = ceil_div(layout.blocks, pieces);
     sums = pieces > 1 ? pairs : 2;
+    // Moments: one cell per row of a grid and panel, a sample's cells side by side.
+    cells = 0;
+    if (p.epilogue != nullptr && p.epilogue->mean != nullptr)
+      for (int k = 0; k < p.num_phases; ++k) cells += p.phase[k].height * panels;
+  }
+  int64_t cells_bytes(const AmxConvParams& p) const {
+    return round_up(p.samples * cells * int64_t(sizeof(LaneMoments)), 64);
   }
   int64_t line_bytes(const AmxConvParams& p) const { return layout.blocks * p.parts * band_lines * 64; }
   int64_t bytes(const AmxConvParams& p) const { return line_bytes(p) + sums * 4 * kTileBytes; }
@@ -164,11 +171,12 @@ struct AmxBand {
   const AmxPhase& phase;
   int64_t sample, group, first, rows;  // samples, and rows of the grid
   const char* lines;
-  float* sums;  // [pairs, 32, 32], or of the last two pairs where all is summed at once
+  float* sums;         // [pairs, 32, 32], or of the last two pairs where all is summed at once
+  LaneMoments* cells;  // of the phase's first row in sample 0, [rows, panels]; or null
   int64_t width_lines, row_tiles, tiles, offset[kAmxMaxTaps];
 
   AmxBand(const AmxConvParams& params, const AmxConvSizes& sizes, const AmxPhase& grid, int64_t first_sample,
-          int64_t samples, int64_t first_row, int64_t num_rows, const char* x, float* scratch)
+          int64_t samples, int64_t first_row, int64_t num_rows, const char* x, float* scratch, LaneMoments* moments)
       : p(params),
         s(sizes),
         phase(grid),
@@ -177,7 +185,8 @@ struct AmxBand {
         first(first_row),
         rows(num_rows),
         lines(x),
-        sums(scratch) {
+        sums(scratch),
+        cells(moments) {
     width_lines = phase.width * group;
     row_tiles = ceil_div(width_lines, 16);
     tiles = rows * row_tiles;
@@ -205,29 +214,36 @@ struct AmxBand {
     return taps;
   }
 
-  // function(pixel of y, line) for each result of a tile.
+  // function(pixel of y, line, sample, column) for each result of a tile.
   template <class Function>
   void each_result(int64_t tile, int64_t panel, Function function) const {
     const AmxResults r = results(tile);
-    int64_t n = r.first % group;
-    float* y = phase.y + sample * p.y_strides.sample + (first + r.row) * p.y_strides.row +
-               r.first / group * p.y_strides.column + panel * 32;
+    int64_t n = r.first % group, column = r.first / group;
+    float* y = phase.y + sample * p.y_strides.sample + (first + r.row) * p.y_strides.row + column * p.y_strides.column +
+               panel * 32;
     for (int64_t line = 0; line < smaller(16, width_lines - r.first); ++line) {
-      function(y + n * p.y_strides.sample, line);
-      if (++n == group) n = 0, y += p.y_strides.column;
+      function(y + n * p.y_strides.sample, line, sample + n, column);
+      if (++n == group) n = 0, ++column, y += p.y_strides.column;
     }
   }
 
   void write(int64_t pair, int64_t panel, const float* from) const {
     const int64_t channels = smaller(32, p.out_channels - panel * 32);
     for (int half = 0; half < 2 && 2 * pair + half < tiles; ++half)
-      each_result(2 * pair + half, panel, [&](float* y, int64_t line) {
+      each_result(2 * pair + half, panel, [&](float* y, int64_t line, int64_t n, int64_t column) {
         const float* row = from + (half * 16 + line) * 32;
         for (int64_t c = 0; c < channels; c += kVectorFloats) {
           vec value = load(row + c);
           if (p.accumulate) value += load_part(y + c, channels - c);
           store_part(y + c, value, channels - c);
         }
+        if (p.epilogue == nullptr) return;
+        LaneMoments* cell = nullptr;
+        if (cells != nullptr) {
+          cell = cells + n * s.cells + (first + results(2 * pair + half).row) * s.panels + panel;
+          if (column == 0) *cell = LaneMoments{};  // (a thread walks a row from its first column on)
+        }
+        epilogue_block(*p.epilogue, y, 1, 0, 1, 0, panel * 32, channels, cell);
       });
   }
 
@@ -249,8 +265,9 @@ struct AmxBand {
         // Stores to lines that are in no cache wait for them; so ask for them now.
         if (last)
           for (int half = 0; half < 2 && 2 * pair + half < tiles; ++half)
-            each_result(2 * pair + half, panel,
-                        [](float* y, int64_t) { __builtin_prefetch(y, 1, 3), __builtin_prefetch(y + 16, 1, 3); });
+            each_result(2 * pair + half, panel, [](float* y, int64_t, int64_t, int64_t) {
+              __builtin_prefetch(y, 1, 3), __builtin_prefetch(y + 16, 1, 3);
+            });
         const char* x = lines + low * p.parts * part;
         const int64_t row_bytes = l.step * l.step * l.columns * group * 64;
         float* sum = sum_of(pair);
@@ -276,7 +293,8 @@ static void amx_conv(const AmxConvParams& p) {
 #pragma omp parallel num_threads(p.num_threads)
   {
     TileScope scope;
-    char* lines = static_cast<char*>(p.workspace) + omp_get_thread_num() * s.bytes(p);
+    LaneMoments* cells = s.cells > 0 ? static_cast<LaneMoments*>(p.workspace) : nullptr;
+    char* lines = static_cast<char*>(p.workspace) + s.cells_bytes(p) + omp_get_thread_num() * s.bytes(p);
     float* sums = reinterpret_cast<float*>(lines + s.line_bytes(p));
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < s.groups * s.bands * s.split; ++item) {
@@ -285,17 +303,28 @@ static void amx_conv(const AmxConvParams& p) {
       const int64_t group = smaller(l.group, p.samples - sample), rows = smaller(s.band, s.height - first);
       amx_pack_band(p, s, sample, group, first * l.step + l.first_row, l.rows(rows), lines);
       __asm__ volatile("" ::: "memory");  // (the compiler does not see what tile loads read)
-      for (int64_t panel = s.panels * share / s.split; panel < s.panels * (share + 1) / s.split; ++panel)
+      for (int64_t panel = s.panels * share / s.split; panel < s.panels * (share + 1) / s.split; ++panel) {
+        LaneMoments* of_phase = cells;
         for (int k = 0; k < p.num_phases; ++k) {
           const int64_t phase_rows = smaller(rows, p.phase[k].height - first);
           if (phase_rows > 0)
-            AmxBand(p, s, p.phase[k], sample, group, first, phase_rows, lines, sums).panel(scope, panel);
+            AmxBand(p, s, p.phase[k], sample, group, first, phase_rows, lines, sums, of_phase).panel(scope, panel);
+          if (of_phase != nullptr) of_phase += p.phase[k].height * s.panels;
         }
+      }
+    }
+    // (barrier: a sample's statistics need all its rows and panels)
+    if (cells != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < p.samples; ++n) epilogue_statistics(*p.epilogue, n, cells + n * s.cells, s.cells);
     }
   }
 }
 
-static int64_t amx_conv_workspace(const AmxConvParams& p) { return AmxConvSizes(p).bytes(p) * p.num_threads; }
+static int64_t amx_conv_workspace(const AmxConvParams& p) {
+  const AmxConvSizes s(p);
+  return s.cells_bytes(p) + s.bytes(p) * p.num_threads;
+}
 
 // ---------------------------------------------------------------- weights
 

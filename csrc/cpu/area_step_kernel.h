@@ -1,4 +1,4 @@
-// area_step: interaction, layer normalisation, relu and pooling of one time step of one area, forward and backward.
+// area_step: interaction, layer normalisation, relu and pooling of one time step of one area; forward (backward: area_step_backward_kernel.h).
 // Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are documented in area_step.h.
 //
 // Maths (per sample; b_i drives, m_j modulators, sums over the terms that are present):
@@ -8,7 +8,8 @@
 //   backward: g = (dh + unpool(dpooled)) * [y > 0];  dgamma += g * xhat;  dbeta += g;  p = g * gamma
 //             dz = rstd * (p - mean(p) - xhat * mean(p * xhat));  db = dz * (1 + m);  dm = dz * b
 // Precision: sums of a row in Real, rows and chunks combined in double by Chan's parallel variance (no E[z^2] - E[z]^2).
-// Traffic: forward reads each term once and writes value, state and pooled once (the second pass finds its sample in L2);
+// Traffic: forward reads each term once and writes value, state and pooled once (the second pass finds its sample in L2, and is the only one
+//   after a convolution's epilogue);
 //   backward reads the saved value twice and each gradient once, and writes dz twice (g is parked in it between the passes).
 //   Both are bound by memory bandwidth: about 12 operations per element.
 // Threads: over samples, or over chunks of rows where samples are fewer than threads. The backward pass gives each chunk of rows
@@ -211,7 +212,7 @@ void area_step_forward(const AreaStepForwardParams<Real>& p) {
   const int64_t chunk_rows = rows_per_chunk(p.width, p.channels);
   const int64_t chunks = num_chunks(p.height, p.width, p.channels);
   const int64_t num_tasks = p.samples * chunks;
-  const bool norm = p.gamma != nullptr;
+  const bool norm = p.gamma != nullptr && !p.complete;
   const int64_t scratch_size = 3 * rows.row_size;
   Moments* moments = norm ? static_cast<Moments*>(malloc(sizeof(Moments) * num_tasks)) : nullptr;
   Real* pixel_sums =
@@ -278,159 +279,4 @@ void area_step_forward(const AreaStepForwardParams<Real>& p) {
   }
   free(pixel_sums);
   free(moments);
-}
-
-// ---------------------------------------------------------------- backward
-
-template <typename Real>
-struct BackwardRows {
-  const AreaStepBackwardParams<Real>& p;
-  int64_t row_size, map_size;
-
-  explicit BackwardRows(const AreaStepBackwardParams<Real>& params)
-      : p(params), row_size(params.width * params.channels), map_size(params.height * params.width * params.channels) {}
-
-  // Gradient of the state: its consumers and its pooled forms. out [W * C].
-  void grad_state(int64_t n, int64_t r, Real* out) const {
-    const int64_t offset = n * map_size + r * row_size;
-    row_sum_terms(out, p.grad_state, p.num_grad_state, static_cast<const Real*>(nullptr), Real(0), offset, p.width,
-                  p.channels);
-    if (p.grad_mean_pooled != nullptr)
-      row_add_channels(out, p.grad_mean_pooled + n * p.channels, p.width, p.channels,
-                       Real(1) / Real(p.height * p.width));
-    if (p.grad_max_pooled != nullptr && r / 2 < p.height / 2) {
-      const int64_t pooled_width = p.width / 2;
-      const int64_t pooled_offset = (n * (p.height / 2) + r / 2) * pooled_width * p.channels;
-      for (int64_t w = 0; w < 2 * pooled_width; ++w) {
-        const uint8_t here = uint8_t(2 * (r % 2) + w % 2);
-        const uint8_t* where = p.argmax + pooled_offset + (w / 2) * p.channels;
-        const Real* grad = p.grad_max_pooled + pooled_offset + (w / 2) * p.channels;
-        Real* pixel = out + w * p.channels;
-#pragma omp simd
-        for (int64_t c = 0; c < p.channels; ++c) pixel[c] += where[c] == here ? grad[c] : Real(0);
-      }
-    }
-  }
-
-  // The value before the norm: kept (additive) or computed again from the drive and the modulator.
-  const Real* value(int64_t n, int64_t r, Real* scratch) const {
-    const int64_t offset = n * map_size + r * row_size;
-    if (!p.multiplicative) return p.value + offset;
-    row_sum_terms(scratch, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
-    if (p.modulator_sum != nullptr) {
-      const Real* m = p.modulator_sum + offset;
-#pragma omp simd
-      for (int64_t i = 0; i < row_size; ++i) scratch[i] *= m[i];
-    }
-    return scratch;
-  }
-
-  // First pass with a norm: masks the gradient by the relu into grad_drive, adds to dgamma and dbeta, and sums p and p * xhat.
-  void masked(int64_t n, int64_t r, Real* scratch, double* sum_p, double* sum_px) const {
-    Real* g = p.grad_drive + n * map_size + r * row_size;
-    grad_state(n, r, g);
-    const Real* z = value(n, r, scratch);
-    const Real *gamma = p.gamma + r * row_size, *beta = p.beta + r * row_size;
-    Real *grad_gamma = p.grad_gamma + r * row_size, *grad_beta = p.grad_beta + r * row_size;
-    const Real mean = p.mean[n], rstd = p.rstd[n];
-    const bool rectify = p.rectify;
-    Real s = 0, sx = 0;
-#pragma omp simd reduction(+ : s, sx)
-    for (int64_t i = 0; i < row_size; ++i) {
-      const Real xhat = (z[i] - mean) * rstd;
-      // The same expression as in the forward pass, so that the sign test sees the same rounding.
-      const Real y = (z[i] - mean) * rstd * gamma[i] + beta[i];
-      const Real gi = rectify && y <= Real(0) ? Real(0) : g[i];
-      g[i] = gi;
-      grad_gamma[i] += gi * xhat;
-      grad_beta[i] += gi;
-      s += gi * gamma[i];
-      sx += gi * gamma[i] * xhat;
-    }
-    *sum_p += double(s);
-    *sum_px += double(sx);
-  }
-
-  // Gradients of drives and modulators from dz, which is in `grad` (grad_drive or scratch).
-  void distribute(int64_t n, int64_t r, Real* grad, Real* scratch) const {
-    const int64_t offset = n * map_size + r * row_size;
-    if (p.multiplicative) {
-      if (p.grad_modulator != nullptr) {
-        Real* out = p.grad_modulator + offset;
-        row_sum_terms(scratch, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
-#pragma omp simd
-        for (int64_t i = 0; i < row_size; ++i) out[i] = grad[i] * scratch[i];
-      }
-      if (p.modulator_sum != nullptr) {
-        const Real* m = p.modulator_sum + offset;
-#pragma omp simd
-        for (int64_t i = 0; i < row_size; ++i) grad[i] *= m[i];
-      }
-    }
-    if (p.grad_drive_sum != nullptr) row_add(p.grad_drive_sum + offset, grad, row_size);
-  }
-
-  void finish(int64_t n, int64_t r, Real mean_p, Real mean_px, Real* scratch) const {
-    const int64_t offset = n * map_size + r * row_size;
-    Real* grad = p.grad_drive != nullptr ? p.grad_drive + offset : scratch + row_size;
-    if (p.gamma != nullptr) {
-      const Real* z = value(n, r, scratch);
-      const Real* gamma = p.gamma + r * row_size;
-      const Real mean = p.mean[n], rstd = p.rstd[n];
-#pragma omp simd
-      for (int64_t i = 0; i < row_size; ++i)
-        grad[i] = rstd * (grad[i] * gamma[i] - mean_p - (z[i] - mean) * rstd * mean_px);
-    } else {
-      grad_state(n, r, grad);
-      if (p.rectify) {
-        const Real* z = value(n, r, scratch);
-#pragma omp simd
-        for (int64_t i = 0; i < row_size; ++i) grad[i] = z[i] <= Real(0) ? Real(0) : grad[i];
-      }
-    }
-    distribute(n, r, grad, scratch);
-  }
-};
-
-template <typename Real>
-void area_step_backward(const AreaStepBackwardParams<Real>& p) {
-  const BackwardRows<Real> rows(p);
-  const int64_t chunk_rows = rows_per_chunk(p.width, p.channels);
-  const int64_t chunks = num_chunks(p.height, p.width, p.channels);
-  const int64_t num_tasks = p.samples * chunks;
-  const bool norm = p.gamma != nullptr;
-  const double map_size = double(rows.map_size);
-
-#pragma omp parallel num_threads(p.num_threads)
-  {
-    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 2 * rows.row_size));
-    if (norm) {
-#pragma omp for schedule(static)
-      for (int64_t k = 0; k < chunks; ++k) {
-        const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
-        for (int64_t n = 0; n < p.samples; ++n) {
-          double sum_p = 0, sum_px = 0;
-          for (int64_t r = first; r < last; ++r) rows.masked(n, r, scratch, &sum_p, &sum_px);
-          p.partial[2 * (n * chunks + k)] = sum_p;
-          p.partial[2 * (n * chunks + k) + 1] = sum_px;
-        }
-      }
-      // (the implicit barrier: the second pass needs the sums of every chunk)
-    }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < num_tasks; ++task) {
-      const int64_t n = task / chunks, k = task % chunks;
-      const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
-      double sum_p = 0, sum_px = 0;
-      if (norm) {
-        for (int64_t j = 0; j < chunks; ++j) {
-          sum_p += p.partial[2 * (n * chunks + j)];
-          sum_px += p.partial[2 * (n * chunks + j) + 1];
-        }
-      }
-      for (int64_t r = first; r < last; ++r)
-        rows.finish(n, r, Real(sum_p / map_size), Real(sum_px / map_size), scratch);
-    }
-    free(scratch);
-  }
 }

@@ -39,6 +39,7 @@ struct KernelTable {
   int64_t (*winograd_packed_size)(const WinogradPackParams&);  // floats
   void (*winograd_weight_grad)(const WinogradWeightGradParams&);
   int64_t (*winograd_weight_grad_workspace)(const WinogradWeightGradParams&);  // floats
+  int64_t (*winograd_weight_grad_sums)(const WinogradWeightGradParams&);       // floats
   void (*amx_conv)(const AmxConvParams&);
   int64_t (*amx_conv_workspace)(const AmxConvParams&);  // bytes
   void (*amx_pack_weight)(const AmxPackParams&);

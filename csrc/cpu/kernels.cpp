@@ -19,6 +19,7 @@
 namespace rnndyn {
 namespace RNNDYN_ISA {
 #include "cpu/area_step_kernel.h"
+#include "cpu/area_step_backward_kernel.h"
 #include "cpu/ctrnn_math_kernel.h"
 #include "cpu/ctrnn_kernel.h"
 #include "cpu/ctrnn_op_kernel.h"
@@ -28,7 +29,9 @@ namespace RNNDYN_ISA {
 #include "cpu/gemm_kernel.h"
 #include "cpu/readout_zones_kernel.h"
 #include "cpu/trajectory_norms_kernel.h"
+#include "cpu/conv_epilogue_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
+#include "cpu/winograd_weight_grad_kernel.h"
 #include "cpu/amx_tile_kernel.h"
 #include "cpu/amx_conv_kernel.h"
 #include "cpu/amx_weight_grad_kernel.h"
@@ -62,6 +65,7 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::winograd_packed_size,
       RNNDYN_ISA::winograd_weight_grad,
       RNNDYN_ISA::winograd_weight_grad_workspace,
+      RNNDYN_ISA::winograd_weight_grad_sums,
       RNNDYN_ISA::amx_conv,
       RNNDYN_ISA::amx_conv_workspace,
       RNNDYN_ISA::amx_pack_weight,

@@ -1,4 +1,4 @@
-// winograd_conv: forward (and, with other weights, backward-data) and backward-weights in the Winograd domain.
+// winograd_conv: forward (and, with other weights, backward-data) in the Winograd domain, with an epilogue, and packing.
 // Included inside namespace rnndyn::<isa>; parameters are documented in winograd_conv.h, transforms in winograd_transform_kernel.h.
 //
 // Maths: y_p = sum over terms of x * W_p for each output phase p: per tile, Y = A^T [sum_terms sum_i (B^T d_i B) . (G w_i G^T)] A: for each of
@@ -108,9 +108,10 @@ struct Winograd {
     }
   }
 
-  // A^T m A of one tile into y; m[f * frequency_stride + c].
+  // A^T m A of one tile into y, and its epilogue, if any, with moments in a cell of its own, if wanted; m[f * frequency_stride + c].
   void transform_output(const float* m, int64_t frequency_stride, int64_t channels, int64_t index, float* y,
-                        const GridStrides& strides) const {
+                        const GridStrides& strides, bool accumulate, const ConvEpilogue* epilogue,
+                        LaneMoments* cell) const {
     const Tile t = tile(index);
     float* corner = y + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
     const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
@@ -129,9 +130,14 @@ struct Winograd {
       for (int64_t i = 0; i < rows; ++i) {
         vec row[kOutputs];
         output_1d<Patch, kOutputs>(&half[i][0], 1, row, 1);
-        for (int64_t j = 0; j < cols; ++j)
-          store_part(corner + i * strides.row + j * strides.column + c, row[j], channels - c);
+        for (int64_t j = 0; j < cols; ++j) {
+          float* at = corner + i * strides.row + j * strides.column + c;
+          store_part(at, accumulate ? row[j] + load_part(at, channels - c) : row[j], channels - c);
+        }
       }
+      if (epilogue != nullptr)
+        epilogue_block(*epilogue, corner + c, rows, strides.row, cols, strides.column, c,
+                       smaller(channels - c, kVectorFloats), cell);
     }
   }
 };
@@ -168,7 +174,7 @@ static inline bool vanishes(const Vanishing& v, int64_t f) {
 template <int Patch, int Kernel>
 struct WinogradConvSizes {
   Winograd<Patch, Kernel> w;
-  int64_t channels_in, phase_channels, channels_out, panels, block, blocks, v_size, m_size;
+  int64_t channels_in, phase_channels, channels_out, panels, block, blocks, v_size, m_size, cells_size;
   bool shared;
 
   explicit WinogradConvSizes(const WinogradConvParams& p) : w(p.samples, p.height, p.width, p.pad), channels_in(0) {
@@ -183,6 +189,9 @@ struct WinogradConvSizes {
     blocks = (w.tiles + block - 1) / block;
     v_size = w.kFrequencies * block * channels_in;
     m_size = w.kFrequencies * block * channels_out;
+    // Moments: one cell per tile and phase, a sample's cells side by side.
+    const int64_t cells = p.epilogue != nullptr && p.epilogue->mean != nullptr ? w.tiles * p.num_phases : 0;
+    cells_size = round_up(cells * kLaneMomentsFloats, 16);
   }
 };
 
@@ -220,16 +229,21 @@ static void winograd_conv_form(const WinogradConvParams& p) {
         for (int64_t c = 0; c < kGemmCols; c += kVectorFloats) store(out + i * s.channels_out + c, vec{});
     }
   };
+  LaneMoments* cells = s.cells_size > 0 ? reinterpret_cast<LaneMoments*>(p.workspace) : nullptr;
+  float* room = p.workspace + s.cells_size;
   auto finish = [&](const float* m, int64_t first, int64_t i) {
-    for (int phase = 0; phase < p.num_phases; ++phase)
+    for (int phase = 0; phase < p.num_phases; ++phase) {
+      LaneMoments* cell = cells != nullptr ? cells + (first + i) * p.num_phases + phase : nullptr;
+      if (cell != nullptr) *cell = LaneMoments{};
       s.w.transform_output(m + i * s.channels_out + phase * s.phase_channels, s.block * s.channels_out, p.out_channels,
-                           first + i, p.y[phase], p.y_strides);
+                           first + i, p.y[phase], p.y_strides, p.accumulate, p.epilogue, cell);
+    }
   };
 
 #pragma omp parallel num_threads(p.num_threads)
   {
     if (s.shared) {
-      float* v = p.workspace;
+      float* v = room;
       float* m = v + s.v_size;
       for (int64_t b = 0; b < s.blocks; ++b) {
         const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
@@ -245,7 +259,7 @@ static void winograd_conv_form(const WinogradConvParams& p) {
         // (barrier: the next block writes v and m again)
       }
     } else {
-      float* v = p.workspace + omp_get_thread_num() * (s.v_size + s.m_size);
+      float* v = room + omp_get_thread_num() * (s.v_size + s.m_size);
       float* m = v + s.v_size;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < s.blocks; ++b) {
@@ -256,13 +270,19 @@ static void winograd_conv_form(const WinogradConvParams& p) {
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
       }
     }
+    // (barrier: a sample's statistics need all its tiles)
+    if (cells != nullptr) {
+      const int64_t per_sample = s.w.tiles_h * s.w.tiles_w * p.num_phases;
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < p.samples; ++n) epilogue_statistics(*p.epilogue, n, cells + n * per_sample, per_sample);
+    }
   }
 }
 
 template <int Patch, int Kernel>
 static int64_t winograd_conv_workspace_form(const WinogradConvParams& p) {
   const WinogradConvSizes<Patch, Kernel> s(p);
-  return (s.v_size + s.m_size) * (s.shared ? 1 : p.num_threads);
+  return s.cells_size + (s.v_size + s.m_size) * (s.shared ? 1 : p.num_threads);
 }
 
 // ---------------------------------------------------------------- weights
@@ -299,109 +319,4 @@ static void winograd_pack_weight_form(const WinogradPackParams& p) {
       }
     }
   }
-}
-
-template <int Patch, int Kernel>
-struct WinogradWeightGradSizes {
-  Winograd<Patch, Kernel> w;
-  int64_t in_padded, phase_channels, out_padded, panels, block, blocks, v_size, q_size, sums_size;
-
-  explicit WinogradWeightGradSizes(const WinogradWeightGradParams& p) : w(p.samples, p.height, p.width, p.pad) {
-    in_padded = round_up(p.in_channels, kVectorFloats);
-    phase_channels = round_up(p.out_channels, kGemmCols);
-    out_padded = phase_channels * p.num_phases;
-    panels = out_padded / kGemmCols;
-    // Measured: with many channels the strips of V that a product reads fall on few sets of the L1 cache, so they are kept short.
-    block = smaller(w.tiles, p.num_phases == 1 && p.in_channels >= 512 ? 56 : 192);
-    blocks = (w.tiles + block - 1) / block;
-    v_size = w.kFrequencies * block * in_padded;          // [a^2, block, C_in]
-    q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
-    sums_size = w.kFrequencies * in_padded * out_padded;  // [a^2, C_in, phases C_out]
-  }
-};
-
-// Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
-template <int Patch, int Kernel>
-static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
-  const WinogradWeightGradSizes<Patch, Kernel> s(p);
-  constexpr int kFrequencies = Patch * Patch;
-  float* v = p.workspace;
-  float* q = v + s.v_size;
-  float* sums = q + s.q_size;
-
-#pragma omp parallel num_threads(p.num_threads)
-  {
-    for (int64_t b = 0; b < s.blocks; ++b) {
-      const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i) {
-        s.w.transform_input(p.x, p.x_strides, p.in_channels, first + i, v + i * s.in_padded, s.block * s.in_padded);
-        for (int phase = 0; phase < p.num_phases; ++phase)
-          s.w.transform_gradient(p.grad[phase], p.grad_strides, p.out_channels, first + i,
-                                 q + phase * s.phase_channels * s.block + i * kGemmCols, s.block * s.out_padded,
-                                 s.block * kGemmCols);
-      }
-      // (barrier: a frequency needs all tiles)
-#pragma omp for collapse(2) schedule(static)
-      for (int64_t f = 0; f < kFrequencies; ++f)
-        for (int64_t panel = 0; panel < s.panels; ++panel)
-          // (What the sums lack where a kernel vanishes is not read below: it belongs to taps that do not exist.)
-          if (!vanishes<Patch>(p.vanishing[panel * kGemmCols / s.phase_channels], f))
-            gemm_panel(p.in_channels, count, v + f * s.block * s.in_padded, 1, s.in_padded,
-                       q + (f * s.panels + panel) * s.block * kGemmCols, kGemmCols,
-                       sums + f * s.in_padded * s.out_padded + panel * kGemmCols, s.out_padded, b > 0);
-      // (barrier: the next block writes v and q again)
-    }
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t first_out = 0; first_out < s.out_padded; first_out += kVectorFloats) {
-      for (int64_t i = 0; i < p.in_channels; ++i) {
-        const int* tap = p.tap[first_out / s.phase_channels];
-        const int64_t channel = first_out % s.phase_channels;
-        vec half[Kernel][Patch];
-        for (int b = 0; b < Patch; ++b) {
-          vec column[Patch], out[Kernel];
-          for (int a = 0; a < Patch; ++a)
-            column[a] = load(sums + ((a * Patch + b) * s.in_padded + i) * s.out_padded + first_out);
-          kernel_transposed_1d<Patch, Kernel>(column, 1, out, 1);
-          for (int kh = 0; kh < Kernel; ++kh) half[kh][b] = out[kh];
-        }
-        for (int kh = 0; kh < Kernel; ++kh) {
-          vec out[Kernel];
-          kernel_transposed_1d<Patch, Kernel>(half[kh], 1, out, 1);
-          for (int64_t lane = 0; lane < smaller(kVectorFloats, p.out_channels - channel); ++lane)
-            for (int kw = 0; kw < Kernel; ++kw)
-              if (tap[kh * Kernel + kw] >= 0)
-                p.grad_weight[(channel + lane) * p.out_stride + i * p.in_stride + tap[kh * Kernel + kw]] =
-                    out[kw][lane];
-        }
-      }
-    }
-  }
-}
-
-template <int Patch, int Kernel>
-static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
-  const WinogradWeightGradSizes<Patch, Kernel> s(p);
-  return s.v_size + s.q_size + s.sums_size;
-}
-
-// ---------------------------------------------------------------- by form
-
-// The caller has checked that the form is one of these.
-#define RNNDYN_BY_FORM(function, p)                                      \
-  if (p.form.patch == 5) return function<5, 2>(p);                       \
-  if (p.form.patch == 6 && p.form.kernel == 3) return function<6, 3>(p); \
-  if (p.form.patch == 8 && p.form.kernel == 3) return function<8, 3>(p); \
-  if (p.form.patch == 6) return function<6, 5>(p);                       \
-  return function<8, 5>(p);
-
-static void winograd_conv(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_form, p) }
-static int64_t winograd_conv_workspace(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_workspace_form, p) }
-static void winograd_pack_weight(const WinogradPackParams& p) { RNNDYN_BY_FORM(winograd_pack_weight_form, p) }
-static void winograd_weight_grad(const WinogradWeightGradParams& p) { RNNDYN_BY_FORM(winograd_weight_grad_form, p) }
-static int64_t winograd_weight_grad_workspace(const WinogradWeightGradParams& p) {
-  RNNDYN_BY_FORM(winograd_weight_grad_workspace_form, p)
-}
-static int64_t winograd_packed_size(const WinogradPackParams& p) {
-  return int64_t(p.form.patch) * p.form.patch * p.num_phases * round_up(p.out_channels, kGemmCols) * p.in_channels;
 }

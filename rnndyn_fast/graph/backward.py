@@ -1,8 +1,9 @@
 """Backpropagation through time over a schedule.
 
-Components are visited in reverse, and within each its updates in reverse. A drive within a component returns its gradient step by step;
-a drive into it once, over all its slots, when its last reader is done. The weight's gradient of every connection is one call over all
-slots.
+Components are visited in reverse, and within each its updates in reverse. A drive within a component returns its gradient step by step.
+Everything else about a drive waits until a window of its area's slots is full: then the gradients of its weight and, where it comes from
+outside, of its data are one call over the window, whose room the slots before it use next. A drive that is read several times gathers
+its gradient in a sum of its own, and returns it when its last reader is done.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from rnndyn_fast.ops.buffers import Arena, empty
 from rnndyn_fast.ops.convolution import convolve_backward
 
 FormSlot = tuple[str, Pool, int]
+
+# Bytes of a window: several time steps of an area, so that a call over it is worth its start, and few enough that not all of them are held.
+_WINDOW_BYTES = 20 * 1024 * 1024
 
 
 class _GradientOf:
@@ -49,8 +53,10 @@ class _Backward:
         self.saved = {b.key: t for b, t in zip(saved_buffers(self.schedule), saved, strict=True)}
         self.grads: dict[str, Tensor] = {}  # of parameters
         self.forms: defaultdict[FormSlot, list[Tensor]] = defaultdict(list)  # gradients of maps, [N, H, W, C] each
-        self.area_grads: dict[tuple[str, str], Tensor] = {}  # (area, drive | modulator) -> [slots, N, H, W, C]
-        self.recomputed: dict[str, Tensor] = {}  # states that forward did not keep, [slots, N, H, W, C]
+        self.area_grads: dict[tuple[str, str], Tensor] = {}  # (area, drive | modulator) -> its window, [slots, N, H, W, C]
+        self.windows: dict[str, range] = {}  # area -> the slots that its window holds
+        self.recomputed: tuple[str, Pool, Sequence[int]] | None = None  # of maps that forward did not keep
+        self.again = torch.empty(0)  # those maps, [slots, N, H, W, C]
         self.drive_sums: dict[int, Tensor] = {}  # [positions, N, H, W, C], for drives that are not aligned
         self.where = [_GradientOf(self.schedule, d.index) for d in self.schedule.drives]
         self.uses_left = Counter((t.drive, t.position) for terms in self.schedule.terms.values() for t in terms)
@@ -88,41 +94,41 @@ class _Backward:
         """Some slots of a form of a map: [slots, N, H, W, C]."""
         key = (name, POOL_KIND[pool])
         if key not in self.saved and name not in self.inputs:
-            return stacked(self._states_again(name), slots)
+            return self._again(name, pool, slots)
         if key not in self.saved:  # an input's own map
             node = self.inputs[name]
             return torch.stack([self.operands.ingest(node, pool, slot)[0] for slot in slots])
         return stacked(self.saved[key], slots)
 
-    def _states_again(self, name: str) -> Tensor:
-        """The states of an area that forward did not keep, until those of another are asked for: [slots, N, H, W, C]."""
-        if name not in self.recomputed:
+    def _again(self, name: str, pool: Pool, slots: Sequence[int]) -> Tensor:
+        """A form of an area's map that forward did not keep, until another is asked for: [slots, N, H, W, C]."""
+        if self.recomputed != (name, pool, slots):
             schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
-            read, *shape = self._read_states(name)
-            self.recomputed.clear()
-            self.state_room.reset()
-            states = self.state_room.take((read, *shape), operands.dtype)
-            statistics = empty((2, operands.samples), operands.dtype)
+            shape = self._map_shape(name)
+            self.recomputed = (name, pool, slots)
+            self.map_room.reset()
+            self.again = self.map_room.take((len(slots), *self._map_shape(name, pool)), operands.dtype)
             kept, factors = self.saved.get((name, "value")), self.saved.get((name, "modulator"))
             scratch = empty(shape, operands.dtype) if kept is None else None
-            for slot in range(read):
+            for k, slot in enumerate(slots):
                 drives, modulators = operands.split_terms(schedule.terms[name, slot])
                 area_step_forward(
                     [kept[slot]] if kept is not None else at_most([self._drive_value(t) for t in drives]),
                     [factors[slot]] if factors is not None and modulators else [],
                     drive_bias=None if kept is not None else operands.bias(drives),
                     modulator_complete=True,
+                    complete=kept is not None,
                     gamma=area.gamma,
                     beta=area.beta,
                     eps=area.eps,
                     rectify=area.rectify,
                     value=kept[slot] if kept is not None else scratch,  # (it is its own drive, and not written)
-                    state=states[slot],
-                    mean=statistics[0],
-                    rstd=statistics[1],
+                    state=self.again[k] if pool is Pool.NONE else None,
+                    max_pooled=self.again[k] if pool is Pool.MAX else None,
+                    mean=self.saved[name, "centre"][slot].clone(),
+                    rstd=self.saved[name, "rstd"][slot].clone(),
                 )
-            self.recomputed[name] = states
-        return self.recomputed[name]
+        return self.again
 
     def _drive_value(self, term: Term) -> Tensor:
         """A drive term that a modulator multiplied: [N, H, W, C]."""
@@ -135,56 +141,67 @@ class _Backward:
 
     def run(self) -> None:
         components = [c for c in reversed(self.schedule.components) if self.reaches.intersection(c.areas)]
-        # Gradients of one component at a time, and states of one area at a time, each in the room of those before.
+        # Windows of one component at a time, and maps of one area at a time, each in the room of those before.
         self.grad_room = Arena(max((self._grad_bytes(c) for c in components), default=0))
-        self.state_room = Arena(max((self._state_bytes(a.name) for a in self.schedule.network.areas), default=0))
+        self.map_room = Arena(max((self._again_bytes(d) for d in range(len(self.schedule.drives))), default=0))
         for component in components:
             for name in component.areas:
                 self._allocate(name)
             for name, slot in reversed(component.updates):
                 self._update(name, slot, component)
-            for d in sorted(component.drives_within, key=lambda d: self.schedule.drives[d].source):
-                self._finish_drive(d, within=True)
-            for d in component.drives_in:
-                if self.total_left[d] == 0:
-                    self._finish_drive(d, within=False)
+            for d in component.drives_within:
+                if (weight := self.operands.weights[d]) is not None:
+                    weight.drop_packed()  # its memory is wanted for the gradient
             for name in component.areas:
-                self.area_grads.pop((name, "drive"), None)
-                self.area_grads.pop((name, "modulator"), None)
+                self._finish_window(name)
+            for d in sorted(component.drives_within, key=lambda d: self.schedule.drives[d].source):
+                if not self.where[d].aligned:
+                    self._finish_drive(d, 0, len(self.schedule.drives[d].slots), within=True)
+            for d in component.drives_in:
+                if not self.where[d].aligned and self.total_left[d] == 0:
+                    self._finish_drive(d, 0, len(self.schedule.drives[d].slots), within=False)
+            self.area_grads.clear()
+            self.windows.clear()
             self.grad_room.reset()
 
     def _drives_into(self, name: str) -> set[int]:
         return {t.drive for s in range(self.schedule.num_slots[name]) for t in self.schedule.terms[name, s]}
 
     def _grad_kinds(self, name: str) -> list[str]:
-        """Of its drive and its modulator, those whose gradients are kept for all slots."""
+        """Of its drive and its modulator, those whose gradients have a window."""
         return sorted({self.where[d].kind for d in self._drives_into(name) if self.where[d].aligned and self.where[d].area == name})
 
     def _grad_bytes(self, component: Component) -> int:
         total = 0
         for name in component.areas:
-            channels, height, width = self.schedule.network.shapes[name]
-            shape = (self.schedule.num_slots[name], self.operands.samples, height, width, channels)
+            shape = (self._window_slots(name), *self._map_shape(name))
             total += len(self._grad_kinds(name)) * Arena.size(shape, self.operands.dtype)
         return total
 
-    def _read_states(self, name: str) -> tuple[int, ...]:
-        """Shape of the states that within-component drives read: [slots, N, H, W, C]."""
-        channels, height, width = self.schedule.network.shapes[name]
-        drives = [d for d in self.schedule.drives if d.source == name and d.connection.pool is Pool.NONE]
-        slots = 1 + max((d.slots[-1] for d in drives), default=-1)
-        return slots, self.operands.samples, height, width, channels
+    def _map_shape(self, name: str, pool: Pool = Pool.NONE) -> tuple[int, ...]:
+        channels, height, width = pooled_shape(self.schedule.network.shapes[name], pool)
+        return self.operands.samples, height, width, channels
 
-    def _state_bytes(self, name: str) -> int:
-        known = (name, "state") in self.saved or not self.schedule.num_slots[name]
-        return 0 if known else Arena.size(self._read_states(name), self.operands.dtype)
+    def _window_slots(self, name: str) -> int:
+        """Slots of an area in a window: as many as fit, in windows of nearly equal size."""
+        slots = self.schedule.num_slots[name]
+        fit = max(1, _WINDOW_BYTES // Arena.size(self._map_shape(name), self.operands.dtype))
+        return -(-slots // -(-slots // fit))
+
+    def _again_bytes(self, index: int) -> int:
+        """Of the maps that the gradient of a drive's weight needs at a time, if they are computed again."""
+        drive, where = self.schedule.drives[index], self.where[index]
+        pool = drive.connection.pool
+        if drive.connection.operator is Operator.IDENTITY or drive.source in self.inputs or (drive.source, POOL_KIND[pool]) in self.saved:
+            return 0
+        slots = min(len(drive.slots), self._window_slots(where.area)) if where.aligned else len(drive.slots)
+        return Arena.size((slots, *self._map_shape(drive.source, pool)), self.operands.dtype)
 
     def _allocate(self, name: str) -> None:
         schedule, operands = self.schedule, self.operands
-        channels, height, width = schedule.network.shapes[name]
-        shape = (operands.samples, height, width, channels)
+        shape = self._map_shape(name)
         for kind in self._grad_kinds(name):
-            self.area_grads[name, kind] = self.grad_room.take((schedule.num_slots[name], *shape), operands.dtype)
+            self.area_grads[name, kind] = self.grad_room.take((self._window_slots(name), *shape), operands.dtype)
         for d in self._drives_into(name):
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
@@ -201,8 +218,11 @@ class _Backward:
     def _update(self, name: str, slot: int, component: Component) -> None:
         schedule, operands = self.schedule, self.operands
         area, spec = operands.areas[name], schedule.network.area(name)
-        channels, height, width = schedule.network.shapes[name]
-        shape = (operands.samples, height, width, channels)
+        samples, height, width, channels = self._map_shape(name)
+        shape = (samples, height, width, channels)
+        if slot not in self.windows.get(name, ()):
+            self._finish_window(name)
+            self.windows[name] = range(max(0, slot + 1 - self._window_slots(name)), slot + 1)
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
         multiplicative = spec.interaction is Interaction.MULTIPLICATIVE
 
@@ -211,8 +231,8 @@ class _Backward:
             return None if stack is None else stack[slot]
 
         def own(kind: str) -> Tensor | None:
-            stack = self.area_grads.get((name, kind))
-            return None if stack is None else stack[slot]
+            window = self.area_grads.get((name, kind))
+            return None if window is None else window[slot - self.windows[name].start]
 
         sums = [t for t in drives if not self.where[t.drive].aligned]
         sums_modulator = [t for t in modulators if not self.where[t.drive].aligned]
@@ -231,7 +251,7 @@ class _Backward:
             kept("argmax") if max_pooled else None,
             at_most(mean_pooled, 1)[0] if mean_pooled else None,
             multiplicative,
-            kept("value"),
+            kept("value") if spec.norm is not Norm.NONE or (name, "value") in self.saved else kept("state"),
             at_most([self._drive_value(t) for t in drives]) if multiplicative else [],
             operands.bias(drives) if multiplicative else None,
             kept("modulator") if modulators else None,
@@ -264,7 +284,8 @@ class _Backward:
         where = self.where[index]
         if not where.aligned:
             return self.drive_sums[index][first:last]
-        return self.area_grads[where.area, where.kind][first + where.offset : last + where.offset]
+        start = where.offset - self.windows[where.area].start
+        return self.area_grads[where.area, where.kind][first + start : last + start]
 
     def _return_to_source(self, index: int, first: int, last: int, need_weight: bool = False) -> None:
         """Gradient of some positions of a drive, back to the maps it read; with it, where wanted, the weight's."""
@@ -291,27 +312,44 @@ class _Backward:
             for k, slot in enumerate(slots):
                 self.forms[drive.source, c.pool, slot].append(grad_x[k])
 
-    def _finish_drive(self, index: int, *, within: bool) -> None:
-        """Everything about a drive that is done once: its weight's and bias's gradients and, from outside, its data's."""
+    def _finish_window(self, name: str) -> None:
+        """What waited for a window of an area's slots, if it has one."""
+        if name not in self.windows:
+            return
+        members = next(c.areas for c in self.schedule.components if name in c.areas)
+        for d in sorted(self._drives_into(name), key=lambda d: (self.schedule.drives[d].source, d)):
+            where, drive = self.where[d], self.schedule.drives[d]
+            if where.aligned:
+                first = max(0, self.windows[name].start - where.offset)
+                last = min(len(drive.slots), self.windows[name].stop - where.offset)
+                if first < last:
+                    self._finish_drive(d, first, last, within=drive.source in members)
+        del self.windows[name]
+
+    def _finish_drive(self, index: int, first: int, last: int, *, within: bool) -> None:
+        """What is done for many positions of a drive at once: its weight's and bias's gradients and, from outside, its data's."""
         drive = self.schedule.drives[index]
         c = drive.connection
         if c.bias and self.needs.get(f"{c.parameter}.bias"):
-            self._add(f"{c.parameter}.bias", self._drive_grad(index, 0, len(drive.slots)).sum((0, 1, 2, 3)))
+            self._add(f"{c.parameter}.bias", self._drive_grad(index, first, last).sum((0, 1, 2, 3)))
         need_weight = bool(c.operator is not Operator.IDENTITY and self.needs.get(f"{c.parameter}.weight"))
         if not within:
-            self._return_to_source(index, 0, len(drive.slots), need_weight)
+            self._return_to_source(index, first, last, need_weight)
         elif need_weight:
             weight = self.operands.weights[index]
             assert weight is not None
-            x = self._form(drive.source, c.pool, drive.slots)
-            grad = self._drive_grad(index, 0, len(drive.slots))
+            x = self._form(drive.source, c.pool, drive.slots[first:last])
+            grad = self._drive_grad(index, first, last)
             _, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=False, need_weight=True)
             assert grad_weight is not None
             self._add(f"{c.parameter}.weight", grad_weight)
         self.drive_sums.pop(index, None)
 
     def _add(self, name: str, grad: Tensor) -> None:
-        self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+        if name in self.grads:
+            self.grads[name] += grad
+        else:
+            self.grads[name] = grad
 
     # ---------------------------------------------------------------- results
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
+from rnndyn_fast.graph.operands import Operands, empty_form
 from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, recomputes_state, saved_buffers
 from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
+from rnndyn_fast.graph.update import Pending, Value, update_area
 from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve, convolve_sum
+from rnndyn_fast.ops.convolution import can_end, convolve
 
 
 def _hwc(schedule: Schedule, name: str) -> tuple[int, int, int]:
@@ -72,7 +73,7 @@ class _Training:
     def run(self) -> None:
         for component in self.schedule.components:
             for d in component.drives_in:
-                if d not in self.drives:
+                if d not in self.drives and not self._with_update(d, component):
                     self.drives[d] = self._evaluate(self.schedule.drives[d], 0, len(self.schedule.drives[d].slots))
             for name in component.areas:
                 self._allocate(name, component)
@@ -82,17 +83,25 @@ class _Training:
                 for name, slot in component.updates:
                     self._update(name, slot, slot + 1)
 
+    def _with_update(self, index: int, component: Component) -> bool:
+        """Whether a drive from outside is computed together with its area's one update, which alone reads it."""
+        drive = self.schedule.drives[index]
+        once = drive.connection.operator is not Operator.IDENTITY and self.uses[index] == len(drive.slots)
+        return component.batched and once and (f"drive{index}", "drive") not in self.kept
+
+    def _pending(self, drive: Drive, first: int, last: int) -> Value:
+        """Positions first..last-1 of a drive, [positions * N, H, W, C]; its linear map, if it has one, still to be computed."""
+        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
+            x = self._passing_state(drive.source, drive.slots[first])
+        else:
+            x = stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last]).flatten(0, 1)
+        weight = self.operands.weights[drive.index]
+        return x if weight is None else Pending(weight, x)
+
     def _evaluate(self, drive: Drive, first: int, last: int) -> Tensor:
         """Positions first..last-1 of a drive: [positions, N, H, W, C]."""
-        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
-            x = self._passing_state(drive.source, drive.slots[first])[None]
-        else:
-            x = stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last])
-        if drive.connection.operator is Operator.IDENTITY:
-            return x
-        weight = self.operands.weights[drive.index]
-        assert weight is not None
-        y = convolve(weight, x.flatten(0, 1))
+        value = self._pending(drive, first, last)
+        y = convolve(value.weight, value.x) if isinstance(value, Pending) else value
         return y.unflatten(0, (last - first, -1))
 
     def _allocate(self, name: str, component: Component) -> None:
@@ -137,29 +146,37 @@ class _Training:
         """A convolution that only this area reads, position k at slot k: the area's value may take its place in memory."""
         slots = self.schedule.num_slots[name]
         for d in component.drives_in:
+            if d not in self.drives:
+                continue
             drive = self.schedule.drives[d]
             read_here = [t for s in range(slots) for t in self.schedule.terms[name, s] if t.drive == d and t.position == s]
             if drive.connection.operator is not Operator.IDENTITY and len(drive.slots) == slots == len(read_here) == self.uses[d]:
                 return d
         return None
 
-    def _term_value(self, term: Term, slots: slice) -> Tensor:
+    def _term_value(self, term: Term, slots: slice) -> Value:
+        batched = slots.stop - slots.start > 1
         if term.drive in self.drives:
-            batched = slots.stop - slots.start > 1
             return self.drives[term.drive][slots if batched else slice(term.position, term.position + 1)].flatten(0, 1)
         drive, use = self.schedule.drives[term.drive], (term.drive, term.position)
-        value = self.within.pop(use, None)
-        if value is None:
-            value = self._evaluate(drive, term.position, term.position + 1)
-            key = (f"drive{drive.index}", "drive")
-            if key in self.kept:  # a drive of a product, from within the component
-                if key not in self.buffers:
-                    self.buffers[key] = empty((len(drive.slots), *value.shape[1:]), value.dtype)
-                self.buffers[key][term.position] = value[0]
+        if batched:
+            return self._pending(drive, 0, len(drive.slots))
         self.reads_left[use] -= 1
+        value: Value | None = self.within.pop(use, None)
+        if value is None:
+            value = self._pending(drive, term.position, term.position + 1)
+            key = (f"drive{drive.index}", "drive")
+            if isinstance(value, Pending) and key in self.kept:  # a drive of a product, from within the component
+                if key not in self.buffers:
+                    channels, height, width = drive.shape
+                    self.buffers[key] = empty((len(drive.slots), self.operands.samples, height, width, channels), self.operands.dtype)
+                value = convolve(value.weight, value.x, self.buffers[key][term.position])
+            elif isinstance(value, Pending) and self.reads_left[use]:
+                value = convolve(value.weight, value.x)
         if self.reads_left[use]:
+            assert isinstance(value, Tensor)
             self.within[use] = value
-        return value.flatten(0, 1)
+        return value
 
     def _update(self, name: str, first: int, last: int) -> None:
         operands, area, slots = self.operands, self.operands.areas[name], slice(first, last)
@@ -179,23 +196,20 @@ class _Training:
         modulator_sum = buffer("modulator")
         if modulator_sum is not None and not modulators:
             modulator_sum.fill_(1)
-        area_step_forward(
+        update_area(
+            area,
             values,
             [self._term_value(t, slots) for t in modulators],
-            drive_bias=operands.bias(drives),
-            modulator_bias=operands.bias(modulators),
-            gamma=area.gamma,
-            beta=area.beta,
-            eps=area.eps,
-            rectify=area.rectify,
-            value=value if value is not None else scratch,
-            modulator_sum=modulator_sum if modulators else None,
+            operands.bias(drives),
+            operands.bias(modulators),
+            value if value is not None else scratch,
+            buffer("centre"),
+            buffer("rstd"),
+            modulator_sum if modulators else None,
             state=state,
             max_pooled=buffer("max"),
             argmax=buffer("argmax"),
             mean_pooled=buffer("mean"),
-            mean=buffer("centre"),
-            rstd=buffer("rstd"),
         )
 
 
@@ -261,15 +275,16 @@ class _Inference:
             if drive.source not in self.inputs and not (drive.source in self.schedule.record and drive.connection.pool is Pool.NONE):
                 self._release(tensor)
 
-    def _term_value(self, term: Term) -> Tensor:
+    def _term_value(self, term: Term) -> Value:
         key = (term.drive, term.position)
         drive = self.schedule.drives[term.drive]
         slot = drive.slots[term.position]
-        if drive.connection.operator is Operator.IDENTITY:
+        weight = self.operands.weights[term.drive]
+        if weight is None:
             return self._form(drive, slot)
         if key not in self.drives:
-            weight = self.operands.weights[term.drive]
-            assert weight is not None
+            if self.drive_uses[key] == 1 and can_end(weight):
+                return Pending(weight, self._form(drive, slot))
             self.drives[key] = convolve(weight, self._form(drive, slot))
             self._used_form(drive, slot)
         return self.drives[key]
@@ -281,37 +296,38 @@ class _Inference:
         if self.drive_uses[key] == 0:
             if drive.connection.operator is Operator.IDENTITY:
                 self._used_form(drive, drive.slots[term.position])
-            else:
-                self.drives.pop(key, None)  # (a summed one never stood alone)
+            self.drives.pop(key, None)
 
-    def _drive_values(self, terms: Sequence[Term]) -> tuple[list[Tensor], bool]:
-        """The summands of a drive, and whether the first may be overwritten: it is a convolution that nobody reads again."""
-
-        def last_use(t: Term) -> bool:
-            return t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1
-
-        # Convolutions of this step alone, if one call can sum them.
-        fresh = [t for t in terms if last_use(t) and (t.drive, t.position) not in self.drives]
-        weights = [w for t in fresh if (w := self.operands.weights[t.drive]) is not None]
-        if 2 <= len(fresh) <= MAX_SUMMED and can_sum(weights):
-            readers = [(self.schedule.drives[t.drive], self.schedule.drives[t.drive].slots[t.position]) for t in fresh]
-            summed = convolve_sum(weights, [self._form(*reader) for reader in readers])
-            for reader in readers:
-                self._used_form(*reader)
-            return [summed, *(self._term_value(t) for t in terms if t not in fresh)], True
-        values = [self._term_value(t) for t in terms]
-        last = [last_use(t) for t in terms]
-        if any(last):
-            values.insert(0, values.pop(last.index(True)))
-        return values, any(last)
+    def _room_of_value(
+        self, shape: tuple[int, ...], drives: Sequence[Term], values: Sequence[Value], modulating: Sequence[Value]
+    ) -> tuple[Tensor, bool]:
+        """Where an area's value goes: over a drive that nobody reads again, or to a map of our own, for the time of this call (True)."""
+        if not any(isinstance(v, Pending) for v in (*values, *modulating)):
+            for t, v in zip(drives, values, strict=True):
+                last = t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1
+                if last and isinstance(v, Tensor):
+                    return v, False
+        return self._map(shape), True
 
     def update(self, name: str, slot: int, state: Tensor | None) -> None:
         """Compute one slot of an area; ``state`` is where it is recorded, if it is."""
         schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
         shape = (operands.samples, *_hwc(schedule, name))
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
-        values, in_place = self._drive_values(drives)
-        value = None if area.gamma is None else values[0] if in_place else self._map(shape)
+        values, modulating = [self._term_value(t) for t in drives], [self._term_value(t) for t in modulators]
+        value: Tensor | None = None
+        mean: Tensor | None = None
+        rstd: Tensor | None = None
+        ours = False
+        if area.gamma is not None:
+            value, ours = self._room_of_value(shape, drives, values, modulating)
+            mean, rstd = empty((2, operands.samples), operands.dtype).unbind()
+        for term, v in zip((*drives, *modulators), (*values, *modulating), strict=True):
+            if isinstance(v, Pending):  # what it reads may be overwritten by the area's outputs, which are written last
+                drive = schedule.drives[term.drive]
+                self._used_form(drive, drive.slots[term.position])
+        if value is not None and not ours:
+            values.sort(key=lambda v: v is not value)  # the term whose memory the value takes must be the first
         outputs: dict[str, Any] = {"state": state}
         for pool in schedule.pools_read(name):
             form = (name, slot, pool)
@@ -322,21 +338,18 @@ class _Inference:
             else:
                 self.forms[form] = self._map(_form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
-        area_step_forward(
+        update_area(
+            area,
             values,
-            [self._term_value(t) for t in modulators],
-            drive_bias=operands.bias(drives),
-            modulator_bias=operands.bias(modulators),
-            gamma=area.gamma,
-            beta=area.beta,
-            eps=area.eps,
-            rectify=area.rectify,
-            value=value,
-            mean=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
-            rstd=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
+            modulating,
+            operands.bias(drives),
+            operands.bias(modulators),
+            value,
+            mean,
+            rstd,
             **outputs,
         )
-        if value is not None and not in_place:
+        if value is not None and ours:
             self._release(value)
         for term in (*drives, *modulators):
             self._used_term(term)

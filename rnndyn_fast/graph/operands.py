@@ -108,6 +108,7 @@ def area_step_forward(
     drive_bias: Tensor | None = None,  # [C]
     modulator_bias: Tensor | None = None,  # [C]
     modulator_complete: bool = False,
+    complete: bool = False,
     gamma: Tensor | None = None,  # [H, W, C]
     beta: Tensor | None = None,  # [H, W, C]
     eps: float = 1e-5,
@@ -117,7 +118,7 @@ def area_step_forward(
     """``area_step`` with any number of terms; ``outputs`` are the buffers of :func:`_launch.area_step_forward`."""
     names = ("value", "modulator_sum", "state", "max_pooled", "argmax", "mean_pooled", "mean", "rstd")
     _launch.area_step_forward(
-        at_most(drives), at_most(modulators), drive_bias, modulator_bias, modulator_complete, gamma, beta, eps, rectify,
+        at_most(drives), at_most(modulators), drive_bias, modulator_bias, modulator_complete, gamma, beta, eps, rectify, complete,
         *(outputs.get(name) for name in names),
     )  # fmt: skip
 

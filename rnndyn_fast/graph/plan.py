@@ -146,7 +146,7 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
 
 def _native(schedule: Schedule, engine: str) -> list[str]:
     lines = [
-        "  weight gradients: one call per connection, over all its steps",
+        "  weight gradients: one call per connection and window of its steps (20 MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
         f"  engine of each connection (float32 on the CPU, batches of 16, engine={engine!r}):",

@@ -31,9 +31,31 @@ class SavedBuffer:
 
 
 def keeps_value(schedule: Schedule, name: str) -> bool:
-    """Additive areas keep the value before norm and relu; multiplicative ones compute it again from drive and modulator."""
+    """Additive areas keep the value before norm and relu; multiplicative ones compute it again from drive and modulator.
+
+    Without a norm a state that is kept tells the sign as well.
+    """
     area = schedule.network.area(name)
-    return area.interaction is Interaction.ADDITIVE and (area.norm is not Norm.NONE or area.activation is not Activation.IDENTITY)
+    if area.norm is Norm.NONE and (area.activation is Activation.IDENTITY or keeps_form(schedule, name, Pool.NONE)):
+        return False
+    return area.interaction is Interaction.ADDITIVE
+
+
+def keeps_form(schedule: Schedule, name: str, pool: Pool) -> bool:
+    """Whether a form of a map is kept: a gradient of a weight or of a product reads it, and backward does not compute it again."""
+    multiplied = multiplied_drives(schedule)
+    readers = [d for d in schedule.drives if d.source == name and d.connection.pool is pool]
+    maps = any(d.connection.operator is not Operator.IDENTITY for d in readers)
+    factors = any(d.connection.operator is Operator.IDENTITY and d.index in multiplied for d in readers)
+    if any(node.name == name for node in schedule.network.inputs):
+        return pool is not Pool.NONE and (maps or factors)
+    again = recomputes_state(schedule, name) if pool is Pool.NONE else recomputes_pooled(schedule, name, pool)
+    return factors or (maps and not again)
+
+
+def recomputes_pooled(schedule: Schedule, name: str, pool: Pool) -> bool:
+    """Whether backward computes a pooled form again for the gradients of weights: a pass over the value, for a quarter of its memory."""
+    return pool is Pool.MAX and schedule.network.area(name).norm is not Norm.NONE
 
 
 def has_modulator(schedule: Schedule, name: str) -> bool:
@@ -91,11 +113,7 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
         slots = schedule.timesteps if name in inputs and inputs[name].frames else schedule.num_slots[name]
         readers = [d for d in schedule.drives if d.source == name]
         for pool in POOL_KIND:
-            wanted = any(
-                d.connection.pool is pool and (d.connection.operator is not Operator.IDENTITY or d.index in multiplied) for d in readers
-            )
-            at_hand = pool is Pool.NONE and (name in inputs or recomputes_state(schedule, name))
-            if wanted and not at_hand:
+            if keeps_form(schedule, name, pool):
                 buffers.append(SavedBuffer(name, POOL_KIND[pool], slots, _hwc(shape, pool)))
         if any(d.connection.pool is Pool.MAX for d in readers):
             buffers.append(SavedBuffer(name, "argmax", slots, _hwc(shape, Pool.MAX), byte=True))

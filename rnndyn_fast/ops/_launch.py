@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def build_info() -> dict[str, Any]:
 def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     if tensor is None:
         return 0
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected a contiguous CPU tensor {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
@@ -65,6 +64,7 @@ def area_step_forward(
     beta: Tensor | None,  # [H, W, C]
     eps: float,
     rectify: bool,
+    complete: bool,
     value: Tensor | None,  # [N, H, W, C]
     modulator_sum: Tensor | None,  # [N, H, W, C]
     state: Tensor | None,  # [N, H, W, C]
@@ -74,7 +74,10 @@ def area_step_forward(
     mean: Tensor | None,  # [N]
     rstd: Tensor | None,  # [N]
 ) -> None:
-    """Launch ``area_step`` forward; every output is written into the tensor given for it."""
+    """Launch ``area_step`` forward; every output is written into the tensor given for it.
+
+    ``complete``: with a norm; the one drive is the value itself, and it, mean and rstd are there already.
+    """
     if on_device(drives[0]):
         from rnndyn_fast.ops import _launch_cuda
 
@@ -98,6 +101,7 @@ def area_step_forward(
         address_of(beta, "beta", (h, w, c), dtype),
         eps,
         rectify,
+        complete,
         address_of(value, "value", full, dtype),
         address_of(modulator_sum, "modulator_sum", full, dtype),
         address_of(state, "state", full, dtype),
@@ -263,6 +267,14 @@ def trajectory_norms(
     launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
 
 
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """128 bits that any change of a tensor's bytes changes, but for one in 2^64 (csrc/fingerprint.h); the tensor is on the CPU."""
+    contiguous = tensor.contiguous()
+    address = address_of(contiguous, "tensor", tuple(contiguous.shape), contiguous.dtype)
+    first, second = _core.fingerprint(address, contiguous.nbytes, torch.get_num_threads())
+    return first, second
+
+
 _workspaces = threading.local()
 
 
@@ -275,34 +287,7 @@ def workspace_of(floats: int) -> tuple[Tensor, int]:
     return kept, -(-kept.data_ptr() // 64) * 64
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Pixels [M, H, W] of a map with adjacent channels: all of them, or every second one, from ``first``."""
-
-    tensor: Tensor  # [M, H', W', C], contiguous
-    step: int = 1
-    first: tuple[int, int] = (0, 0)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Samples, height and width of the grid, and channels."""
-        m, h, w, c = self.tensor.shape
-        return m, -(-(h - self.first[0]) // self.step), -(-(w - self.first[1]) // self.step), c
-
-    @property
-    def strides(self) -> list[int]:
-        """In elements, between samples, rows and columns."""
-        _, h, w, c = self.tensor.shape
-        return [h * w * c, self.step * w * c, self.step * c]
-
-    def address(self, name: str) -> int:
-        """Of the first pixel."""
-        _, _, w, c = self.tensor.shape
-        start = address_of(self.tensor, name, tuple(self.tensor.shape), torch.float32)
-        return start + 4 * (self.first[0] * w + self.first[1]) * c
-
-
-def _scratch() -> tuple[list[Tensor], Callable[[int], int]]:
+def scratch() -> tuple[list[Tensor], Callable[[int], int]]:
     """Gives the core scratch of as many bytes as it asks for; the tensor is held by the list."""
     held: list[Tensor] = []
 
@@ -314,140 +299,20 @@ def _scratch() -> tuple[list[Tensor], Callable[[int], int]]:
     return held, take
 
 
-def amx_pack_weight(
-    taps: Sequence[tuple[int, int, int]],
-    sizes: Sequence[int],
-    parts: int,
-    weight: Tensor,  # contiguous
-) -> Tensor:
-    """Split and pack a weight; the result starts at a multiple of 64."""
-    size = _core.amx_packed_size(taps, sizes, parts)
+def room(held: list[Tensor]) -> Callable[[int], int]:
+    """Like :func:`scratch`, in a buffer of its own: of a size that packed weights have too, whose memory it may take."""
+
+    def take(nbytes: int) -> int:
+        held.append(empty((nbytes // 4,), torch.float32))
+        return held[-1].data_ptr()
+
+    return take
+
+
+def packed_room(size: int) -> Tensor:
+    """An uninitialised int16 vector that starts at a multiple of 64."""
     room = empty((size + 32,), torch.int16)
-    packed = room[(-room.data_ptr() % 64) // 2 :][:size]
-    address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
-    _core.amx_pack_weight(taps, sizes, parts, torch.get_num_threads(), address, packed.data_ptr())
-    return packed
-
-
-def amx_conv(
-    x: Tensor,  # [M, H, W, C_in]
-    phases: Sequence[tuple[Sequence[tuple[int, int, int]], Tensor, tuple[int, int]]],  # taps, packed weight, first pixel
-    out: Tensor,  # [M, H', W', C_out]
-    in_step: int,
-    out_step: int,
-    parts: int,
-    accumulate: bool,
-) -> None:
-    """Launch ``amx_conv``: the phases' pixels of ``out`` are written, or added to."""
-    h, w, c = out.shape[1:]
-    address = address_of(out, "out", (x.shape[0], h, w, c), torch.float32)
-    grids = [
-        (taps, -(-(h - a) // out_step), -(-(w - b) // out_step), packed.data_ptr(), address + 4 * (a * w + b) * c)
-        for taps, packed, (a, b) in phases
-    ]
-    strides = [h * w * c, out_step * w * c, out_step * c]
-    held, take = _scratch()
-    _core.amx_conv(
-        list(x.shape),
-        c,
-        in_step,
-        parts,
-        accumulate,
-        torch.get_num_threads(),
-        address_of(x, "x", tuple(x.shape), torch.float32),
-        grids,
-        strides,
-        take,
-    )
-    del held
-
-
-def amx_weight_grad(
-    x: Tensor,  # [M, H, W, C_in], shifted by the taps
-    grad: Tensor,  # [M, H', W', C_out]
-    taps: Sequence[tuple[int, int, int]],
-    sizes: Sequence[int],
-    in_step: int,
-    parts: int,
-    grad_weight: Tensor,  # as the parameter, contiguous
-) -> None:
-    """Launch ``amx_weight_grad``: grad_weight is written."""
-    held, take = _scratch()
-    _core.amx_weight_grad(
-        list(x.shape),
-        list(grad.shape[1:3]),
-        taps,
-        sizes,
-        in_step,
-        parts,
-        torch.get_num_threads(),
-        address_of(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
-        address_of(grad, "grad", tuple(grad.shape), torch.float32),
-        address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
-        take,
-    )
-    del held
-
-
-def winograd_pack_weight(
-    form: tuple[int, int],
-    taps: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    weight: Tensor,  # contiguous, [.., .., K, K]
-) -> Tensor:
-    """Transform and pack a weight; the layout belongs to the instruction set in use."""
-    packed = empty((_core.winograd_packed_size(form, taps, sizes),), torch.float32)
-    address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
-    _core.winograd_pack_weight(form, taps, sizes, torch.get_num_threads(), address, packed.data_ptr())
-    return packed
-
-
-def winograd_conv(
-    form: tuple[int, int],
-    pad: int,
-    xs: Sequence[Grid],  # each [M, H, W, C_in]
-    packed: Sequence[Tensor],
-    x_vanishing: Sequence[tuple[int, int]],
-    ys: Sequence[Grid],  # one per phase, [M, H, W, C_out]
-    y_vanishing: Sequence[tuple[int, int]],
-) -> None:
-    """Launch ``winograd_conv``: the grids ys are written."""
-    shape = list(ys[0].shape)
-    for name, grids in (("xs", xs), ("ys", ys)):
-        for i, grid in enumerate(grids):
-            if list(grid.shape[:3]) != shape[:3]:
-                raise ValueError(f"{name}[{i}]: expected a grid {shape[:3]} [M, H, W], got {list(grid.shape[:3])}")
-    terms = [
-        (x.address(f"xs[{i}]"), x.strides, x.shape[3], p.data_ptr(), v)
-        for i, (x, p, v) in enumerate(zip(xs, packed, x_vanishing, strict=True))
-    ]
-    phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
-    arguments = (form, pad, shape, torch.get_num_threads(), terms, phases, ys[0].strides)
-    kept, workspace = workspace_of(_core.winograd_conv_workspace(*arguments))
-    _core.winograd_conv(*arguments, workspace)
-    del kept
-
-
-def winograd_weight_grad(
-    form: tuple[int, int],
-    pad: int,
-    taps: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    x: Grid,  # [M, H, W, C_in]
-    grads: Sequence[Grid],  # one per phase, [M, H, W, C_out]
-    vanishing: Sequence[tuple[int, int]],
-    grad_weight: Tensor,  # as the parameter, contiguous
-) -> None:
-    """Launch ``winograd_weight_grad``: grad_weight is written."""
-    for i, grid in enumerate(grads):
-        if grid.shape[:3] != x.shape[:3]:
-            raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
-    arguments = (form, pad, taps, list(x.shape[:3]), sizes, torch.get_num_threads())
-    phases = [(g.address(f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))]
-    kept, workspace = workspace_of(_core.winograd_weight_grad_workspace(*arguments))
-    address = address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
-    _core.winograd_weight_grad(*arguments, x.address("x"), x.strides, phases, grads[0].strides, address, workspace)
-    del kept
+    return room[(-room.data_ptr() % 64) // 2 :][:size]
 
 
 # ---------------------------------------------------------------- devices (for _launch_cuda)
@@ -455,7 +320,7 @@ def winograd_weight_grad(
 
 def on_device(tensor: Tensor) -> bool:
     """Whether the CUDA kernels are the ones for this tensor."""
-    return tensor.device.type == "cuda"
+    return tensor.is_cuda
 
 
 class Use(enum.Enum):

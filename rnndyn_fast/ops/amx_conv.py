@@ -16,8 +16,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch_conv
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.epilogue import Epilogue
 
 Tap = tuple[int, int, int]  # row, column, element of the kernel
 MAX_TAPS = 128  # kAmxMaxTaps of amx_conv.h; the core checks it
@@ -95,7 +96,7 @@ def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False) -> Pac
     weight = weight.contiguous()
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
-    data = tuple(_launch.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
+    data = tuple(_launch_conv.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
     return PackedAmxWeight(m, backward, data, sizes[0])
 
 
@@ -105,18 +106,30 @@ def amx_conv(
     out: Tensor,  # [M, H', W', C_out]
     *,
     accumulate: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
-    """The linear map, written into ``out``, or added to it; with a weight packed for the gradient of the data, that gradient."""
+    """The linear map, written into ``out``, or added to it, and perhaps its epilogue; with a weight packed for the gradient of the data,
+    that gradient.
+
+    Raises: ValueError, for an epilogue where the map does not reach every pixel (:func:`reaches_all`).
+    """
     m = weight.map
     scatter = m.transposed != weight.backward
     step = m.stride if scatter else 1
     phases = [(first, taps) for first, taps in _phases(m, scatter) if taps and first[0] < out.shape[1] and first[1] < out.shape[2]]
+    if epilogue is not None and not reaches_all(m):
+        raise ValueError(f"epilogue: a stride of {m.stride} beyond the kernel {list(m.kernel)} leaves pixels that nothing reaches")
     if scatter and len(phases) < min(step, out.shape[1]) * min(step, out.shape[2]) and not accumulate:
         out.zero_()  # (a stride beyond the kernel leaves pixels that nothing reaches)
     packed = dict(zip((first for first, taps in _phases(m, scatter) if taps), weight.data, strict=True))
     grids = [(taps, packed[first], first) for first, taps in phases]
-    _launch.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate)
+    _launch_conv.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate, epilogue)
     return out
+
+
+def reaches_all(m: AmxMap) -> bool:
+    """Whether every pixel of the result has a tap, as an epilogue needs."""
+    return not m.transposed or m.stride <= min(m.kernel)
 
 
 def amx_weight_grad(
@@ -130,7 +143,7 @@ def amx_weight_grad(
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     # The larger map is the one that taps shift.
     if m.transposed:
-        _launch.amx_weight_grad(grad, x, _taps(m), (source, target, source_stride, target_stride), m.stride, m.parts, out)
+        _launch_conv.amx_weight_grad(grad, x, _taps(m), (source, target, source_stride, target_stride), m.stride, m.parts, out)
     else:
-        _launch.amx_weight_grad(x, grad, _taps(m), (target, source, target_stride, source_stride), m.stride, m.parts, out)
+        _launch_conv.amx_weight_grad(x, grad, _taps(m), (target, source, target_stride, source_stride), m.stride, m.parts, out)
     return out

@@ -18,8 +18,18 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
+from rnndyn_fast.ops.amx_conv import (
+    MAX_PHASES,
+    MAX_TAPS,
+    AmxMap,
+    PackedAmxWeight,
+    amx_conv,
+    amx_weight_grad,
+    pack_amx_weight,
+    reaches_all,
+)
 from rnndyn_fast.ops.buffers import empty, release_buffers
+from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
 ENGINES = ("auto", "direct", "winograd", "amx")
@@ -259,6 +269,10 @@ class Weight:
         assert self.choice.map is not None
         return _pack(self.choice.map, self.weight, backward=True)
 
+    def drop_packed(self) -> None:
+        """Give up what was packed for the gradient of the data; it is packed anew when it is wanted again."""
+        self.__dict__.pop("packed_backward", None)
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Of a map of that size."""
         m = self.choice.map
@@ -277,23 +291,24 @@ def _pack(m: WinogradMap | AmxMap, weight: Tensor, *, backward: bool = False) ->
 
 
 _KEPT_BYTES = 512 * 1024 * 1024
-_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[Tensor, Packed]] = OrderedDict()
+_kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[tuple[int, int], Packed]] = OrderedDict()
 _kept_lock = threading.Lock()
 
 
 def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
-    """Packed weights of earlier rollouts. A weight is compared with the copy it was packed from: in-place changes can hide from version
-    counters (``.data``), and the comparison costs a quarter of packing."""
+    """Packed weights of earlier rollouts. A weight is known by the fingerprint of its bytes: in-place changes can hide from version
+    counters (``.data``)."""
     key = (weight.data.untyped_storage()._cdata, tuple(weight.shape), m)
+    mark = _launch.fingerprint(weight.detach())
     with _kept_lock:
         entry = _kept.get(key)
-        if entry is not None and torch.equal(entry[0], weight):
+        if entry is not None and entry[0] == mark:
             _kept.move_to_end(key)
             return entry[1]
         packed = _pack(m, weight)
-        _kept[key] = (weight.detach().clone(), packed)
+        _kept[key] = mark, packed
         _kept.move_to_end(key)
-        while len(_kept) > 1 and sum(w.nbytes + p.nbytes for w, p in _kept.values()) > _KEPT_BYTES:
+        while len(_kept) > 1 and sum(p.nbytes for _, p in _kept.values()) > _KEPT_BYTES:
             _kept.popitem(last=False)
         return packed
 
@@ -304,19 +319,24 @@ def release_memory() -> int:
     Returns: the bytes given back. The next rollout takes and makes them anew.
     """
     with _kept_lock:
-        packed = sum(w.nbytes for w, _ in _kept.values())  # (the packed forms lie in the buffers)
-        _kept.clear()
-    return packed + release_buffers()
+        _kept.clear()  # (the packed forms lie in the buffers)
+    return release_buffers()
 
 
 def convolve(
     weight: Weight,
     x: Tensor,  # [M, H, W, C]
+    out: Tensor | None = None,  # [M, H', W', C']
 ) -> Tensor:
-    """The linear map, without bias. Returns [M, H', W', C'], contiguous."""
-    geometry = weight.geometry
+    """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out``, if given, holds it then."""
     if weight.choice.map is not None:
-        return _sum([weight], [x])
+        return _sum([weight], [x], out)
+    y = _direct(weight, x)
+    return y if out is None else out.copy_(y)
+
+
+def _direct(weight: Weight, x: Tensor) -> Tensor:
+    geometry = weight.geometry
     if geometry.operator is Operator.LINEAR:
         return torch.mm(x.flatten(1), weight.direct.t()).reshape(x.shape[0], 1, 1, -1)
     y = torch.ops.aten.convolution(
@@ -342,20 +362,43 @@ def can_sum(weights: Sequence[Weight]) -> bool:
 def convolve_sum(
     weights: Sequence[Weight],
     xs: Sequence[Tensor],  # each [M, H, W, C]
+    out: Tensor | None = None,  # [M, H', W', C']
+    epilogue: Epilogue | None = None,
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
-    """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other."""
-    return _sum(weights, xs)
+    """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other.
+
+    Args:
+        out: where it is written; a new map if None.
+        epilogue: what becomes of it as it leaves (:func:`can_end` tells whether that can be).
+        accumulate: add it to ``out``.
+    """
+    return _sum(weights, xs, out, epilogue, accumulate)
 
 
-def _sum(weights: Sequence[Weight], xs: Sequence[Tensor]) -> Tensor:
+def can_end(weight: Weight) -> bool:
+    """Whether the engine of this map takes an :class:`Epilogue`."""
+    m = weight.choice.map
+    return isinstance(m, WinogradMap) or (isinstance(m, AmxMap) and reaches_all(m))
+
+
+def _sum(
+    weights: Sequence[Weight],
+    xs: Sequence[Tensor],
+    out: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    accumulate: bool = False,
+) -> Tensor:
     packed = [w.packed for w in weights]
     if all(isinstance(w, PackedWeight) for w in packed):
-        return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)])
-    samples, height, width, _ = xs[0].shape
-    out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
+        return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)], out, epilogue, accumulate=accumulate)
+    if out is None:
+        samples, height, width, _ = xs[0].shape
+        out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
     for k, (x, w) in enumerate(zip(xs, packed, strict=True)):
         assert isinstance(w, PackedAmxWeight)
-        amx_conv(x, w, out, accumulate=k > 0)
+        amx_conv(x, w, out, accumulate=accumulate or k > 0, epilogue=epilogue if k == len(xs) - 1 else None)
     return out
 
 

@@ -16,9 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops._launch import Grid
+from rnndyn_fast.ops import _launch_conv
+from rnndyn_fast.ops._launch_conv import Grid
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.epilogue import Epilogue
 
 Taps = tuple[tuple[int, ...], ...]
 _PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -141,10 +142,10 @@ def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> Pa
     target, source, target_stride, source_stride = _sizes(m, weight)
     data: tuple[Tensor, ...]
     if not backward:
-        data = (_launch.winograd_pack_weight(m.form.key, taps(m), (target, source, target_stride, source_stride), weight),)
+        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), (target, source, target_stride, source_stride), weight),)
         return PackedWeight(m, False, data, target)
     sizes = (source, target, source_stride, target_stride)
-    data = tuple(_launch.winograd_pack_weight(m.form.key, (_flip(phase),), sizes, weight) for phase in taps(m))
+    data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (_flip(phase),), sizes, weight) for phase in taps(m))
     return PackedWeight(m, True, data, source)
 
 
@@ -156,8 +157,13 @@ def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
 def winograd_conv(
     xs: Sequence[Tensor],  # each [M, H, W, C_in]
     weights: Sequence[PackedWeight],
+    out: Tensor | None = None,  # [M, H', W', C_out]
+    epilogue: Epilogue | None = None,
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
-    """The sum of the linear maps of several sources, with one inverse transform.
+    """The sum of the linear maps of several sources, with one inverse transform and perhaps an epilogue; written into ``out``, if given,
+    or added to it.
 
     With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous.
     """
@@ -165,15 +171,19 @@ def winograd_conv(
     samples, height, width, _ = xs[0].shape
     if backward:
         scale = 2 if m.transposed else 1
-        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
+        if out is None:
+            out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
         grids = [grid for x in xs for grid in _phases(m, x)]
         packed = [t for w in weights for t in w.data]
-        _launch.winograd_conv(m.form.key, m.backward_pad, grids, packed, _vanishing(m)[1] * len(xs), [Grid(out)], [_NONE])
+        _launch_conv.winograd_conv(m.form.key, m.backward_pad, grids, packed, _vanishing(m)[1] * len(xs), [Grid(out)], [_NONE])
         return out
     scale = 2 if m.transposed else 1
-    out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
+    if out is None:
+        out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
     forms = [w.data[0] for w in weights]
-    _launch.winograd_conv(m.form.key, m.pad, [Grid(x) for x in xs], forms, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0])
+    _launch_conv.winograd_conv(
+        m.form.key, m.pad, [Grid(x) for x in xs], forms, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue
+    )
     return out
 
 
@@ -185,5 +195,5 @@ def winograd_weight_grad(
 ) -> Tensor:
     """Gradient of the weight over all samples, in the parameter's shape."""
     out = empty(weight.shape, torch.float32)
-    _launch.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), _vanishing(m)[0], out)
+    _launch_conv.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), _vanishing(m)[0], out)
     return out

@@ -1,0 +1,104 @@
+// The epilogue of convolutions: interaction with an area's other terms and moments for its LayerNorm, on a block of results that has just been
+// written and so lies in L1. Included inside namespace rnndyn::<isa> after winograd_transform_kernel.h; parameters are documented in
+// conv_epilogue.h.
+//
+// Maths: as area_step has it; z = (b + r) or (b + r) (1 + m) or b (1 + m + r), for the convolution's result r.
+// Precision: the moments of a block are taken per vector lane about the lane's own mean and merged by Chan's parallel variance; the lanes of a
+//   sample are summed in double about the sample's mean. Never E[z^2] - E[z]^2.
+// Traffic: the other terms once; the value, from L1, twice; one cell (three vectors) per block.
+// Determinism: cells depend on the shape alone, and a sample's cells are summed in one order, so results do not depend on the number of threads.
+
+// Per lane: how many values, their mean, and the sum of squared deviations from it.
+struct LaneMoments {
+  vec count, mean, m2;
+
+  void merge(vec other_count, vec other_mean, vec other_m2) {
+    const vec total = count + other_count, share = total > 0.0f ? other_count / total : vec{};
+    const vec delta = other_mean - mean;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+constexpr int64_t kLaneMomentsFloats = sizeof(LaneMoments) / 4;
+
+// `value` in the first `lanes` lanes, zero in the others.
+static inline vec in_lanes(float value, int64_t lanes) {
+  if (lanes >= kVectorFloats) return value + vec{};
+  float each[kVectorFloats];
+  for (int i = 0; i < kVectorFloats; ++i) each[i] = i < lanes ? value : 0.0f;
+  return load(each);
+}
+
+// The results at y: rows x cols pixels, `channels` of them from first_channel on. Their moments are merged into the cell, if there is one.
+static void epilogue_block(const ConvEpilogue& e, float* y, int64_t rows, int64_t row_stride, int64_t cols,
+                           int64_t col_stride, int64_t first_channel, int64_t channels, LaneMoments* cell) {
+  const bool modulated = e.modulates || e.num_modulator > 0;
+  const bool alone = !modulated && e.num_drive == 0 && e.drive_bias == nullptr;
+  for (int64_t c = 0; c < channels; c += kVectorFloats) {
+    const int64_t lanes = channels - c;
+    const vec drive_bias = e.drive_bias != nullptr ? load_part(e.drive_bias + first_channel + c, lanes) : vec{};
+    const vec modulator_bias =
+        e.modulator_bias != nullptr ? load_part(e.modulator_bias + first_channel + c, lanes) : vec{};
+    vec sum{};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < cols; ++j) {
+        float* at = y + r * row_stride + j * col_stride + c;
+        vec value = load_part(at, lanes);
+        if (!alone) {
+          const int64_t offset = at - e.value;
+          vec factor = 1.0f + modulator_bias;
+          if (e.modulates) {
+            factor += value;
+            value = drive_bias;
+          } else {
+            value += drive_bias;
+          }
+          for (int k = 0; k < e.num_drive; ++k) value += load_part(e.drive[k] + offset, lanes);
+          if (modulated) {
+            for (int k = 0; k < e.num_modulator; ++k) factor += load_part(e.modulator[k] + offset, lanes);
+            if (e.modulator_sum != nullptr) store_part(e.modulator_sum + offset, factor, lanes);
+            value *= factor;
+          }
+          store_part(at, value, lanes);
+        }
+        sum += value;
+      }
+    if (cell == nullptr) continue;
+    const vec mean = sum * (1.0f / float(rows * cols));
+    vec m2{};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < cols; ++j) {
+        const vec deviation = load_part(y + r * row_stride + j * col_stride + c, lanes) - mean;
+        m2 += deviation * deviation;
+      }
+    cell->merge(in_lanes(float(rows * cols), lanes), mean, m2);
+  }
+}
+
+// Statistics of one sample from its cells.
+static void epilogue_statistics(const ConvEpilogue& e, int64_t sample, const LaneMoments* cells, int64_t num_cells) {
+  double count = 0, sum = 0, m2 = 0;
+  for (int64_t i = 0; i < num_cells; ++i) {
+    const float* n = reinterpret_cast<const float*>(&cells[i].count);
+    const float* mean = reinterpret_cast<const float*>(&cells[i].mean);
+#pragma omp simd reduction(+ : count, sum)
+    for (int lane = 0; lane < kVectorFloats; ++lane) {
+      count += double(n[lane]);
+      sum += double(n[lane]) * double(mean[lane]);
+    }
+  }
+  const double mean_of_all = sum / count;
+  for (int64_t i = 0; i < num_cells; ++i) {
+    const float* n = reinterpret_cast<const float*>(&cells[i].count);
+    const float* mean = reinterpret_cast<const float*>(&cells[i].mean);
+    const float* squares = reinterpret_cast<const float*>(&cells[i].m2);
+#pragma omp simd reduction(+ : m2)
+    for (int lane = 0; lane < kVectorFloats; ++lane) {
+      const double delta = double(mean[lane]) - mean_of_all;
+      m2 += double(squares[lane]) + double(n[lane]) * delta * delta;
+    }
+  }
+  e.mean[sample] = float(mean_of_all);
+  e.rstd[sample] = float(1.0 / __builtin_sqrt(m2 / count + e.eps));
+}

@@ -1,0 +1,123 @@
+// winograd_conv: gradient of the weight in the Winograd domain, and all entry points by form. Included inside namespace rnndyn::<isa> after
+// winograd_conv_kernel.h; parameters are documented in winograd_conv.h.
+//
+// Maths: dW = G^T [sum over tiles (B^T d B) . (A dy A^T)] G.
+// Traffic: a block of tiles is transformed into V (a^2 B C_in) and Q (a^2 B C_out), which all threads read; sums of a^2 C_in C_out floats are
+//   loaded and stored once per block, in the order in which they lie, and transformed once, at the end.
+// Determinism: each frequency and panel is accumulated by one thread in one order, whatever the number of threads.
+
+template <int Patch, int Kernel>
+struct WinogradWeightGradSizes {
+  Winograd<Patch, Kernel> w;
+  int64_t in_padded, v_row, phase_channels, out_padded, panels, block, blocks, v_size, q_size, sums_size;
+
+  explicit WinogradWeightGradSizes(const WinogradWeightGradParams& p) : w(p.samples, p.height, p.width, p.pad) {
+    in_padded = round_up(p.in_channels, kVectorFloats);
+    phase_channels = round_up(p.out_channels, kGemmCols);
+    out_padded = phase_channels * p.num_phases;
+    panels = out_padded / kGemmCols;
+    // A product reads a strip of V, one cache line per tile. An odd number of lines from tile to tile spreads it over all sets of the L1 cache;
+    // 512 channels lie 2 KB apart and would share two of the 64.
+    v_row = 16 * (round_up(in_padded, 16) / 16 | 1);
+    // (Measured: over 192 tiles of 512 channels a product walks 100 pages, as many as the first level of the TLB holds, and is slower.)
+    block = smaller(w.tiles, p.in_channels >= 512 ? 96 : 192);
+    blocks = (w.tiles + block - 1) / block;
+    v_size = w.kFrequencies * block * v_row;              // [a^2, block, C_in]
+    q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
+    sums_size = w.kFrequencies * in_padded * out_padded;  // [a^2, panels, C_in, NR]
+  }
+};
+
+// Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
+template <int Patch, int Kernel>
+static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
+  const WinogradWeightGradSizes<Patch, Kernel> s(p);
+  constexpr int kFrequencies = Patch * Patch;
+  float* v = p.workspace;
+  float* q = v + s.v_size;
+  float* sums = p.sums;
+
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) {
+        s.w.transform_input(p.x, p.x_strides, p.in_channels, first + i, v + i * s.v_row, s.block * s.v_row);
+        for (int phase = 0; phase < p.num_phases; ++phase)
+          s.w.transform_gradient(p.grad[phase], p.grad_strides, p.out_channels, first + i,
+                                 q + phase * s.phase_channels * s.block + i * kGemmCols, s.block * s.out_padded,
+                                 s.block * kGemmCols);
+      }
+      // (barrier: a frequency needs all tiles)
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t f = 0; f < kFrequencies; ++f)
+        for (int64_t panel = 0; panel < s.panels; ++panel)
+          // (What the sums lack where a kernel vanishes is not read below: it belongs to taps that do not exist.)
+          if (!vanishes<Patch>(p.vanishing[panel * kGemmCols / s.phase_channels], f))
+            gemm_panel(p.in_channels, count, v + f * s.block * s.v_row, 1, s.v_row,
+                       q + (f * s.panels + panel) * s.block * kGemmCols, kGemmCols,
+                       sums + (f * s.panels + panel) * s.in_padded * kGemmCols, kGemmCols, b > 0);
+      // (barrier: the next block writes v and q again)
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t first_out = 0; first_out < s.out_padded; first_out += kVectorFloats) {
+      for (int64_t i = 0; i < p.in_channels; ++i) {
+        const int* tap = p.tap[first_out / s.phase_channels];
+        const int64_t channel = first_out % s.phase_channels, panel = first_out / kGemmCols,
+                      part = first_out % kGemmCols;
+        vec half[Kernel][Patch];
+        for (int b = 0; b < Patch; ++b) {
+          vec column[Patch], out[Kernel];
+          for (int a = 0; a < Patch; ++a)
+            column[a] = load(sums + (((a * Patch + b) * s.panels + panel) * s.in_padded + i) * kGemmCols + part);
+          kernel_transposed_1d<Patch, Kernel>(column, 1, out, 1);
+          for (int kh = 0; kh < Kernel; ++kh) half[kh][b] = out[kh];
+        }
+        for (int kh = 0; kh < Kernel; ++kh) {
+          vec out[Kernel];
+          kernel_transposed_1d<Patch, Kernel>(half[kh], 1, out, 1);
+          for (int64_t lane = 0; lane < smaller(kVectorFloats, p.out_channels - channel); ++lane)
+            for (int kw = 0; kw < Kernel; ++kw)
+              if (tap[kh * Kernel + kw] >= 0)
+                p.grad_weight[(channel + lane) * p.out_stride + i * p.in_stride + tap[kh * Kernel + kw]] =
+                    out[kw][lane];
+        }
+      }
+    }
+  }
+}
+
+template <int Patch, int Kernel>
+static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
+  const WinogradWeightGradSizes<Patch, Kernel> s(p);
+  return s.v_size + s.q_size;
+}
+template <int Patch, int Kernel>
+static int64_t winograd_weight_grad_sums_form(const WinogradWeightGradParams& p) {
+  return WinogradWeightGradSizes<Patch, Kernel>(p).sums_size;
+}
+
+// ---------------------------------------------------------------- by form
+
+// The caller has checked that the form is one of these.
+#define RNNDYN_BY_FORM(function, p)                                      \
+  if (p.form.patch == 5) return function<5, 2>(p);                       \
+  if (p.form.patch == 6 && p.form.kernel == 3) return function<6, 3>(p); \
+  if (p.form.patch == 8 && p.form.kernel == 3) return function<8, 3>(p); \
+  if (p.form.patch == 6) return function<6, 5>(p);                       \
+  return function<8, 5>(p);
+
+static void winograd_conv(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_form, p) }
+static int64_t winograd_conv_workspace(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_workspace_form, p) }
+static void winograd_pack_weight(const WinogradPackParams& p) { RNNDYN_BY_FORM(winograd_pack_weight_form, p) }
+static void winograd_weight_grad(const WinogradWeightGradParams& p) { RNNDYN_BY_FORM(winograd_weight_grad_form, p) }
+static int64_t winograd_weight_grad_workspace(const WinogradWeightGradParams& p) {
+  RNNDYN_BY_FORM(winograd_weight_grad_workspace_form, p)
+}
+static int64_t winograd_weight_grad_sums(const WinogradWeightGradParams& p) {
+  RNNDYN_BY_FORM(winograd_weight_grad_sums_form, p)
+}
+static int64_t winograd_packed_size(const WinogradPackParams& p) {
+  return int64_t(p.form.patch) * p.form.patch * p.num_phases * round_up(p.out_channels, kGemmCols) * p.in_channels;
+}
