@@ -24,6 +24,7 @@ from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
+from rnndyn_fast.graph.taped import can_run_taped, rollout_taped
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
@@ -435,7 +436,9 @@ def rollout(
     tensors = [*inputs, *used.values()]
     if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
         schedule = compile_schedule(network, timesteps, names)
-        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not in_forward_mode(tensors))
+        if can_run_taped(tensors):
+            return rollout_taped(schedule, inputs, used, statistics, with_precision(engine))
+        return rollout_scheduled(schedule, inputs, used, statistics)
     if backend in ("scheduled", "reference") or in_forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

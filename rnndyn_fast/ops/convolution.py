@@ -312,11 +312,14 @@ def release_memory() -> int:
 def convolve(
     weight: Weight,
     x: Tensor,  # [M, H, W, C]
+    out: Tensor | None = None,  # [M, H', W', C']
 ) -> Tensor:
-    """The linear map, without bias. Returns [M, H', W', C'], contiguous."""
+    """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out`` where it is given."""
     geometry = weight.geometry
     if weight.choice.map is not None:
-        return _sum([weight], [x])
+        return _sum([weight], [x], out)
+    if out is not None:
+        return out.copy_(convolve(weight, x))
     if geometry.operator is Operator.LINEAR:
         return torch.mm(x.flatten(1), weight.direct.t()).reshape(x.shape[0], 1, 1, -1)
     y = torch.ops.aten.convolution(
@@ -342,17 +345,19 @@ def can_sum(weights: Sequence[Weight]) -> bool:
 def convolve_sum(
     weights: Sequence[Weight],
     xs: Sequence[Tensor],  # each [M, H, W, C]
+    out: Tensor | None = None,  # [M, H', W', C']
 ) -> Tensor:
     """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other."""
-    return _sum(weights, xs)
+    return _sum(weights, xs, out)
 
 
-def _sum(weights: Sequence[Weight], xs: Sequence[Tensor]) -> Tensor:
+def _sum(weights: Sequence[Weight], xs: Sequence[Tensor], out: Tensor | None) -> Tensor:
     packed = [w.packed for w in weights]
     if all(isinstance(w, PackedWeight) for w in packed):
-        return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)])
+        return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)], out)
     samples, height, width, _ = xs[0].shape
-    out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
+    if out is None:
+        out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
     for k, (x, w) in enumerate(zip(xs, packed, strict=True)):
         assert isinstance(w, PackedAmxWeight)
         amx_conv(x, w, out, accumulate=k > 0)

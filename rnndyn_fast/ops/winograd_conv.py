@@ -156,22 +156,23 @@ def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
 def winograd_conv(
     xs: Sequence[Tensor],  # each [M, H, W, C_in]
     weights: Sequence[PackedWeight],
+    out: Tensor | None = None,  # [M, H', W', C_out]
 ) -> Tensor:
     """The sum of the linear maps of several sources, with one inverse transform.
 
-    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous.
+    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous; ``out`` where it is given.
     """
     m, backward = weights[0].map, weights[0].backward
     samples, height, width, _ = xs[0].shape
     if backward:
         scale = 2 if m.transposed else 1
-        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
+        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32) if out is None else out
         grids = [grid for x in xs for grid in _phases(m, x)]
         packed = [t for w in weights for t in w.data]
         _launch.winograd_conv(m.form.key, m.backward_pad, grids, packed, _vanishing(m)[1] * len(xs), [Grid(out)], [_NONE])
         return out
     scale = 2 if m.transposed else 1
-    out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
+    out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32) if out is None else out
     forms = [w.data[0] for w in weights]
     _launch.winograd_conv(m.form.key, m.pad, [Grid(x) for x in xs], forms, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0])
     return out
