@@ -76,15 +76,15 @@ def contenders(net: RecurrentNetwork, inputs: list[torch.Tensor], train: bool) -
         return states
 
     found: dict[str, Callable[[], Any]] = {
-        "ours": lambda: step(run, net, inputs, "scheduled"),
-        "plain": lambda: step(run, plain, inputs, "reference"),
-        "plain_channels_last": lambda: step(run, last, inputs_last, "reference"),
+        "rnndyn": lambda: step(run, net, inputs, "scheduled"),
+        "eager": lambda: step(run, plain, inputs, "reference"),
+        "eager_channels_last": lambda: step(run, last, inputs_last, "reference"),
     }
     if compiled is not None:
         found["compiled"] = lambda: step(compiled, plain, inputs, "reference")
-    ours = found["ours"]()
+    ours = found["rnndyn"]()
     grads = {name: p.grad for name, p in net.named_parameters()}
-    for a, b in zip(ours, found["plain"](), strict=True):
+    for a, b in zip(ours, found["eager"](), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     for name, p in net.named_parameters():
         if train and grads[name] is not None and p.grad is not None:
@@ -113,14 +113,12 @@ def once(name: str, what: str, backend: str) -> None:
 @pytest.mark.parametrize("what", ["forward", "training"])
 @pytest.mark.parametrize("name", [*CELLS, "rgc_intermediate", "blt_vs", "rcnn_sat_bl"])
 def test_memory(name: str, what: str) -> None:
-    load = f"import torch\nfrom bench_networks import made, once\ntorch.set_num_threads({torch.get_num_threads()})\nkept = made({name!r})"
-    peaks = {
-        key: peak_memory(f"once({name!r}, {what!r}, {backend!r})", baseline=load)
-        for key, backend in (("ours", "scheduled"), ("plain", "reference"))
-    }
+    load = f"import torch\nfrom bench_networks import once\ntorch.set_num_threads({torch.get_num_threads()})"
+    backends = {"rnndyn": "scheduled", "eager": "reference"}
+    peaks = {key: peak_memory(f"once({name!r}, {what!r}, {backend!r})", baseline=load) for key, backend in backends.items()}
     print(name, what, {k: f"{v / 2**20:.0f} MiB" for k, v in peaks.items()})
     if not QUICK:
-        write_result(f"networks_memory_{what}_{name}", {"peak_bytes": peaks, "ratio": peaks["ours"] / max(peaks["plain"], 1)})
+        write_result(f"networks_memory_{what}_{name}", {"what": f"peak memory of {what}, {name}", "peak_bytes": peaks})
 
 
 @pytest.mark.parametrize("what", ["forward", "training"])
@@ -128,7 +126,7 @@ def test_memory(name: str, what: str) -> None:
 def test_networks(name: str, what: str) -> None:
     net, inputs = made(name)
     times = alternate(contenders(net, inputs, what == "training"), ROUNDS)
-    result = summary(times, "ours")
+    result = summary(times, "rnndyn")
     print(name, what, {k: f"{v['median_s']:.3f} s, {v['ours_is_faster_by']:.2f}x" for k, v in result.items()})
     if not QUICK:
-        write_result(f"networks_{what}_{name}", {"contenders": result})
+        write_result(f"networks_{what}_{name}", {"what": f"{what}, {name}", "contenders": result})

@@ -10,7 +10,7 @@ from cases import CASES, RolloutCase
 from torch import Tensor
 
 from rnndyn_fast.graph import Network, compile_schedule, rollout
-from rnndyn_fast.graph import taped
+from rnndyn_fast.graph import taped_terms
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.models.convrnn_nets import BASES
 from rnndyn_fast.nn import ConvCell
@@ -97,8 +97,8 @@ def test_blt_vs(bio: bool, timesteps: int, monkeypatch: pytest.MonkeyPatch) -> N
     image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
     compare(net.network, timesteps, [image], ("Readout.logits", "V4.td", "V1.bu"))
     calls = []
-    used = taped.TapedRun._used_maps
-    monkeypatch.setattr(taped.TapedRun, "_used_maps", lambda run, drive, slots: calls.extend(slots) or used(run, drive, slots))
+    used = taped_terms.Terms._used_maps
+    monkeypatch.setattr(taped_terms.Terms, "_used_maps", lambda run, drive, slots: calls.extend(slots) or used(run, drive, slots))
     net.double().backend = "scheduled"
     with torch.no_grad():
         net(image)

@@ -382,9 +382,9 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
-            once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
-            native where it can run, else scheduled with a warning that gives the reason.
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels
+            on the CPU in float32 and float64, else in PyTorch's operations), "reference" (nothing is scheduled), or None: native where it
+            can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
@@ -429,7 +429,8 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
+            if not can_run_taped([*inputs, *used.values()]):
+                warnings.warn(f"running the slow plain PyTorch rollout: {reason}", stacklevel=2)
             backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)

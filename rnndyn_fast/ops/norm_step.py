@@ -1,13 +1,13 @@
-"""``norm_step``: one time step of an area with a squashed modulator, a norm with an affine value per channel, or an activation beyond relu.
+"""``norm_step``: one time step of an area with a squashed modulator, a norm with affine values per channel, or an activation like elu.
 
-Its reference is :func:`rnndyn_fast.reference.rollout.update_area`. With drives b, modulators m, the logistic sigmoid s, a the identity or relu,
-and f the activation::
+Its reference is :func:`rnndyn_fast.reference.rollout.update_area`. With drives b, modulators m, the logistic sigmoid s, a the identity or
+relu, and f the activation::
 
     z = a(sum b) * 2 s(sum m)
     h = f((z - mean) * rstd * gamma + beta)
 
-``mean`` and ``rstd`` are over the map and a group of channels of each sample (GROUP), per channel over samples and map (BATCH), or given (FIXED: the
-running statistics of a batch norm). Maps are channels-last and contiguous, [N, H, W, C].
+``mean`` and ``rstd`` are over the map and a group of channels of each sample (GROUP), per channel over samples and map (BATCH), or given
+(FIXED: the running statistics of a batch norm). Maps are channels-last and contiguous, [N, H, W, C].
 """
 
 from __future__ import annotations
