@@ -1,4 +1,4 @@
-"""The schedule in PyTorch's operations against the reference, which schedules nothing: every word, values and gradients."""
+"""The schedule in our own kernels against the reference, which schedules nothing: every word, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from cases import CASES, RolloutCase
 from torch import Tensor
 
-from rnndyn_fast.graph import Network, compile_schedule, rollout
-from rnndyn_fast.graph import taped_terms
+from rnndyn_fast.graph import Network, compile_schedule, rollout, taped_terms
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.models.convrnn_nets import BASES
 from rnndyn_fast.nn import ConvCell
