@@ -1,21 +1,23 @@
 """Forward and training of gated cells and of the networks beyond the first, against the plain way: every term at every
-time step, cells in PyTorch's operations (``backend="reference"``), eager and by torch.compile.
+time step, in PyTorch's operations (``backend="reference"``): eager, eager with maps and weights in channels_last, and by
+torch.compile. Peak memory of forward and of a training step against eager.
 
     pytest benchmarks/bench_networks.py
 
-Cells: T = 16, batch 8, 64 channels on 28 x 28; networks at a quarter of their width. Outputs are checked here too.
+Cells: T = 16, batch 8, 64 channels on 28 x 28; rgc_intermediate and RCNN-SAT at a quarter of their width. Outputs are checked here too.
 RNNDYN_BENCH_QUICK=1 checks at a tiny size that all of it runs. RNNDYN_BENCH_COMPILE=0 leaves torch.compile out.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from measure import QUICK, alternate, summary, write_result
+from measure import QUICK, alternate, peak_memory, summary, write_result
 
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
@@ -46,38 +48,85 @@ def network(name: str) -> tuple[RecurrentNetwork, list[torch.Tensor]]:
     return rcnn_sat("bl", 100, timesteps=4, image_size=64, width_divisor=32 if QUICK else 4), [torch.randn(4, 3, 64, 64)]
 
 
-def contenders(net: RecurrentNetwork, inputs: list[torch.Tensor], train: bool) -> dict[str, Callable[[], Any]]:
-    names = net.recorded if isinstance(net, ConvCell) else (net.network.areas[-1].name,)
+def recorded(net: RecurrentNetwork) -> tuple[str, ...]:
+    """What the loss is taken of."""
+    if isinstance(net, ConvCell):
+        return net.recorded
+    return (net.network.readout.source if net.network.readout else net.network.areas[-1].name,)
 
-    def run(backend: str) -> list[torch.Tensor]:
-        net.backend = backend
-        return net.states(inputs, names)
+
+def contenders(net: RecurrentNetwork, inputs: list[torch.Tensor], train: bool) -> dict[str, Callable[[], Any]]:
+    plain, last = net, copy.deepcopy(net).to(memory_format=torch.channels_last)
+    inputs_last = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+
+    def run(plain: RecurrentNetwork, inputs: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+        plain.backend = backend
+        return plain.states(inputs, recorded(plain))
 
     compiled = torch.compile(run) if COMPILE else None
 
-    def step(call: Callable[[str], list[torch.Tensor]], backend: str) -> list[torch.Tensor]:
+    def step(
+        call: Callable[..., list[torch.Tensor]], net: RecurrentNetwork, inputs: list[torch.Tensor], backend: str
+    ) -> list[torch.Tensor]:
+        net.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
-            states = call(backend)
+            states = call(net, inputs, backend)
             if train:
                 sum(s.square().sum() for s in states).backward()
         return states
 
-    found: dict[str, Callable[[], Any]] = {"ours": lambda: step(run, "scheduled"), "plain": lambda: step(run, "reference")}
+    found: dict[str, Callable[[], Any]] = {
+        "rnndyn": lambda: step(run, net, inputs, "scheduled"),
+        "eager": lambda: step(run, plain, inputs, "reference"),
+        "eager_channels_last": lambda: step(run, last, inputs_last, "reference"),
+    }
     if compiled is not None:
-        found["compiled"] = lambda: step(compiled, "reference")
-    for a, b in zip(found["ours"](), found["plain"](), strict=True):
+        found["compiled"] = lambda: step(compiled, plain, inputs, "reference")
+    ours = found["rnndyn"]()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    for a, b in zip(ours, found["eager"](), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    for name, p in net.named_parameters():
+        if train and grads[name] is not None and p.grad is not None:
+            error = (grads[name] - p.grad).norm() / p.grad.norm().clamp(min=1e-6)
+            assert error < 1e-2, f"{name}: gradients differ by {error:.1e} in norm"
     return found
+
+
+def made(name: str) -> tuple[RecurrentNetwork, list[torch.Tensor]]:
+    """A cell's or a network's module and input."""
+    torch.manual_seed(0)
+    net, inputs = cell(name) if name in CELLS else network(name)
+    return net.eval(), inputs
+
+
+def once(name: str, what: str, backend: str) -> None:
+    """One pass, for the measurement of memory."""
+    net, inputs = made(name)
+    net.backend = backend
+    with torch.set_grad_enabled(what == "training"):
+        states = net.states(inputs, recorded(net))
+        if what == "training":
+            sum(s.square().sum() for s in states).backward()
+
+
+@pytest.mark.parametrize("what", ["forward", "training"])
+@pytest.mark.parametrize("name", [*CELLS, "rgc_intermediate", "blt_vs", "rcnn_sat_bl"])
+def test_memory(name: str, what: str) -> None:
+    load = f"import torch\nfrom bench_networks import once\ntorch.set_num_threads({torch.get_num_threads()})"
+    backends = {"rnndyn": "scheduled", "eager": "reference"}
+    peaks = {key: peak_memory(f"once({name!r}, {what!r}, {backend!r})", baseline=load) for key, backend in backends.items()}
+    print(name, what, {k: f"{v / 2**20:.0f} MiB" for k, v in peaks.items()})
+    if not QUICK:
+        write_result(f"networks_memory_{what}_{name}", {"what": f"peak memory of {what}, {name}", "peak_bytes": peaks})
 
 
 @pytest.mark.parametrize("what", ["forward", "training"])
 @pytest.mark.parametrize("name", [*CELLS, "rgc_intermediate", "blt_vs", "rcnn_sat_bl"])
 def test_networks(name: str, what: str) -> None:
-    torch.manual_seed(0)
-    net, inputs = cell(name) if name in CELLS else network(name)
-    net.eval()
+    net, inputs = made(name)
     times = alternate(contenders(net, inputs, what == "training"), ROUNDS)
-    result = summary(times, "ours")
+    result = summary(times, "rnndyn")
     print(name, what, {k: f"{v['median_s']:.3f} s, {v['ours_is_faster_by']:.2f}x" for k, v in result.items()})
     if not QUICK:
-        write_result(f"networks_{what}_{name}", {"contenders": result})
+        write_result(f"networks_{what}_{name}", {"what": f"{what}, {name}", "contenders": result})

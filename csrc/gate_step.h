@@ -2,7 +2,7 @@
 //
 // Maps are channels-last and contiguous: a port of multiple m has m * D channels at each of `pixels` positions. The enums and
 // the order of ports and states are those of rnndyn_fast/ops/cells.py. Every buffer is owned by the caller, who allocates it.
-// No output may alias an input, except that `sum[p]` may be the very buffer of a port's first term.
+// No output may alias an input, except that `sum[p]` may be the very buffer of a port's first term, and `grad_port[p]` that of the port.
 #pragma once
 #include <cstdint>
 
@@ -31,7 +31,8 @@ struct GateStepParams {
   // Forward: terms of each port, summed into `sum` where there are several. Backward: num_terms is 1 everywhere.
   int num_terms[kMaxPorts];
   const Real* terms[kMaxPorts][kMaxPortTerms];  // [pixels, m * D] each
-  Real* sum[kMaxPorts];                         // [pixels, m * D], required with several terms
+  const Real* bias[kMaxPorts];                  // [m * D] or null, added to the sum (forward)
+  Real* sum[kMaxPorts];                         // [pixels, m * D], required with several terms or a bias
   Real* state[kMaxStates];                      // [pixels, D] forward: outputs
   const Real* grad_state[kMaxStates];           // [pixels, D] backward
   Real* grad_port[kMaxPorts];                   // [pixels, m * D] backward: outputs

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast import _core
+from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
-from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_step
+from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_scalars, gate_step
 from rnndyn_fast.reference.cells import cell_step
 
 CELLS: dict[str, Cell] = {
@@ -136,6 +137,29 @@ def test_absent_ports_and_layouts_and_threads() -> None:
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", [name for name in CELLS if "norm" not in name])
+@pytest.mark.parametrize("terms", [1, 3])
+def test_biases_and_buffers_in_place(name: str, terms: int, isa: str) -> None:
+    """Biases enter the sums; sums over the first terms' buffers, and gradients over the sums', are the same."""
+    cell = CELLS[name]
+    ports, _ = tensors(cell, (2, 5, 3, 4), terms, torch.float64)
+    flat = [[t.detach().permute(0, 2, 3, 1).contiguous() for t in ports[p]] for p in cell.ports]
+    biases = [torch.randn(p[0].shape[3], dtype=torch.float64) for p in flat]
+    leaves = [(torch.stack(p).sum(0) + b).permute(0, 3, 1, 2).requires_grad_(True) for p, b in zip(flat, biases, strict=True)]
+    expected = cell_step(cell, dict(zip(cell.ports, leaves, strict=True)), {})
+    weights = [torch.randn_like(s) for s in expected]
+    grads = torch.autograd.grad(sum((s * w).sum() for s, w in zip(expected, weights, strict=True)), leaves)
+    sums = [p[0] for p in flat]
+    states = [torch.empty(2, 3, 4, 5, dtype=torch.float64) for _ in expected]
+    _launch.gate_step(gate_scalars(cell), flat, biases, sums, states, [], backward=False)
+    for ours, theirs in zip(states, expected, strict=True):
+        torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
+    upstream = [w.permute(0, 2, 3, 1).contiguous() for w in weights]
+    _launch.gate_step(gate_scalars(cell), [[s] for s in sums], [], [], upstream, sums, backward=True)
+    for ours, theirs in zip(sums, grads, strict=True):
+        torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -1,4 +1,4 @@
-"""The schedule in PyTorch's operations against the reference, which schedules nothing: every word, values and gradients."""
+"""The schedule in our own kernels against the reference, which schedules nothing: every word, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from cases import CASES, RolloutCase
 from torch import Tensor
 
-from rnndyn_fast.graph import Network, compile_schedule, rollout
-from rnndyn_fast.graph import scheduled as scheduled_module
+from rnndyn_fast.graph import Network, compile_schedule, rollout, taped_terms
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.models.convrnn_nets import BASES
 from rnndyn_fast.nn import ConvCell
@@ -97,8 +96,8 @@ def test_blt_vs(bio: bool, timesteps: int, monkeypatch: pytest.MonkeyPatch) -> N
     image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
     compare(net.network, timesteps, [image], ("Readout.logits", "V4.td", "V1.bu"))
     calls = []
-    term = scheduled_module.term
-    monkeypatch.setattr(scheduled_module, "term", lambda n, c, x, p: calls.append(c.parameter) or term(n, c, x, p))
+    used = taped_terms.Terms._used_maps
+    monkeypatch.setattr(taped_terms.Terms, "_used_maps", lambda run, drive, slots: calls.extend(slots) or used(run, drive, slots))
     net.double().backend = "scheduled"
     with torch.no_grad():
         net(image)

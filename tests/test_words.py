@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -224,9 +225,12 @@ def test_json_keeps_cells(cell: Any) -> None:
 
 def test_unknown_words_go_to_the_reference_visibly() -> None:
     net = one(up("image", "a", 2, padding=SAME))
+    image, weight = torch.zeros(1, 6, 7, 6), torch.zeros(4, 6, 2, 2)
     with pytest.warns(UserWarning, match="running backend=.scheduled., .*image -> a.*has padding 'same', which the native engine"):
-        rollout(net, 1, [torch.zeros(1, 6, 7, 6)], {"a.bottom_up.weight": torch.zeros(4, 6, 2, 2)}, ("a",))
-    assert "backend: scheduled, in PyTorch's operations (connection image -> a" in str(compile_schedule(net, 1, ("a",)))
+        rollout(net, 1, [image.bfloat16()], {"a.bottom_up.weight": weight.bfloat16()}, ("a",))
+    with warnings.catch_warnings(action="error"):  # (these run in our own kernels)
+        rollout(net, 1, [image], {"a.bottom_up.weight": weight}, ("a",))
+    assert "backend: scheduled (connection image -> a" in str(compile_schedule(net, 1, ("a",)))
 
 
 A = Area("a", 4, cell=UGRNN())

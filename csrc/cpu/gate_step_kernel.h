@@ -259,15 +259,26 @@ struct Reciprocal {
   }
 };
 
-// The terms of one port at one pixel: their sum, where there are several.
+// The terms of one port at one pixel: their sum, where there are several or a bias.
 template <typename Real>
 inline const Real* gate_port(const GateStepParams<Real>& p, int port, int64_t offset, int64_t n) {
-  if (p.num_terms[port] == 1) return p.terms[port][0] + offset;
+  const Real* bias = p.bias[port];
+  if (p.num_terms[port] == 1 && bias == nullptr) return p.terms[port][0] + offset;
   Real* sum = p.sum[port] + offset;
   const Real* a = p.terms[port][0] + offset;
-  const Real* b = p.terms[port][1] + offset;
+  if (p.num_terms[port] == 1) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
+    for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + bias[i];
+    return sum;
+  }
+  const Real* b = p.terms[port][1] + offset;
+  if (bias == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sum[i] = a[i] + b[i] + bias[i];
+  }
   for (int k = 2; k < p.num_terms[port]; ++k) row_add(sum, p.terms[port][k] + offset, n);
   return sum;
 }

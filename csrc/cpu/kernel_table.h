@@ -4,7 +4,9 @@
 #include "amx_conv.h"
 #include "area_step.h"
 #include "ctrnn.h"
+#include "depthwise_conv.h"
 #include "gate_step.h"
+#include "norm_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
 #include "winograd_conv.h"
@@ -19,6 +21,15 @@ struct KernelTable {
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
   void (*gate_step_f32)(const GateStepParams<float>&, bool backward);
   void (*gate_step_f64)(const GateStepParams<double>&, bool backward);
+  void (*norm_step_forward_f32)(const NormStepForwardParams<float>&);
+  void (*norm_step_forward_f64)(const NormStepForwardParams<double>&);
+  void (*norm_step_backward_f32)(const NormStepBackwardParams<float>&);
+  void (*norm_step_backward_f64)(const NormStepBackwardParams<double>&);
+  int64_t (*norm_step_workspace)(const NormStepShape&);  // doubles
+  void (*depthwise_conv_f32)(const DepthwiseConvParams<float>&);
+  void (*depthwise_conv_f64)(const DepthwiseConvParams<double>&);
+  void (*depthwise_weight_grad_f32)(const DepthwiseWeightGradParams<float>&);
+  void (*depthwise_weight_grad_f64)(const DepthwiseWeightGradParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
   void (*trajectory_norms_f32)(const TrajectoryNormsParams<float>&);

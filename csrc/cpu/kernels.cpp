@@ -25,6 +25,8 @@ namespace RNNDYN_ISA {
 #include "cpu/ctrnn_op_kernel.h"
 #include "cpu/ctrnn_train_kernel.h"
 #include "cpu/gate_step_kernel.h"
+#include "cpu/norm_step_kernel.h"
+#include "cpu/depthwise_conv_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/readout_zones_kernel.h"
@@ -46,6 +48,15 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::area_step_backward<double>,
       RNNDYN_ISA::gate_step<float>,
       RNNDYN_ISA::gate_step<double>,
+      RNNDYN_ISA::norm_step_forward<float>,
+      RNNDYN_ISA::norm_step_forward<double>,
+      RNNDYN_ISA::norm_step_backward<float>,
+      RNNDYN_ISA::norm_step_backward<double>,
+      RNNDYN_ISA::norm_step_workspace,
+      RNNDYN_ISA::depthwise_conv<float>,
+      RNNDYN_ISA::depthwise_conv<double>,
+      RNNDYN_ISA::depthwise_weight_grad<float>,
+      RNNDYN_ISA::depthwise_weight_grad<double>,
       RNNDYN_ISA::readout_zones<float>,
       RNNDYN_ISA::readout_zones<double>,
       RNNDYN_ISA::trajectory_norms<float>,

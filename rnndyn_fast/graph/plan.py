@@ -140,7 +140,7 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
     ]
     reason = unknown_to_native(network)
     if reason:
-        return "\n".join([*lines, "", f"  backend: scheduled, in PyTorch's operations ({reason})"])
+        return "\n".join([*lines, "", f"  backend: scheduled ({reason})"])
     return "\n".join([*lines, *_native(schedule, engine)])
 
 

@@ -24,6 +24,7 @@ from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
+from rnndyn_fast.graph.taped import can_run_taped, rollout_taped
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
@@ -381,9 +382,9 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
-            once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
-            native where it can run, else scheduled with a warning that gives the reason.
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels
+            on the CPU in float32 and float64, else in PyTorch's operations), "reference" (nothing is scheduled), or None: native where it
+            can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
@@ -428,14 +429,17 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            warnings.warn(f'running backend="scheduled", in PyTorch\'s operations: {reason}', stacklevel=2)
+            if not can_run_taped([*inputs, *used.values()]):
+                warnings.warn(f'running backend="scheduled", in PyTorch\'s operations: {reason}', stacklevel=2)
             backend = "scheduled"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
     tensors = [*inputs, *used.values()]
     if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
         schedule = compile_schedule(network, timesteps, names)
-        return rollout_scheduled(schedule, inputs, used, statistics, native_cells=not in_forward_mode(tensors))
+        if can_run_taped(tensors):
+            return rollout_taped(schedule, inputs, used, statistics, with_precision(engine))
+        return rollout_scheduled(schedule, inputs, used, statistics)
     if backend in ("scheduled", "reference") or in_forward_mode(tensors):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

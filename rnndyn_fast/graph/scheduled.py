@@ -1,6 +1,7 @@
 """A schedule run by PyTorch's own operations: every term once, drives into a component in one call, and no more; autograd does the rest.
 
-For networks with words that the native engine does not know (:mod:`rnndyn_fast.graph.support`). Where gradients are wanted, components
+On any device and in any float dtype, under functional transforms, differentiable any number of times in forward and reverse mode;
+:mod:`rnndyn_fast.graph.taped` does the same with our own kernels where they can run. Where gradients are wanted, components
 run one after another, so that drives into them are one call over all their slots; otherwise time step by time step, and a map is dropped
 after its last reader.
 """
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Area, Connection
-from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_step
 from rnndyn_fast.reference.rollout import Maps, Statistics, term, update_area
 
 
@@ -28,14 +28,12 @@ class _Run:
         statistics: Statistics | None,
         *,
         keep: bool,
-        native_cells: bool,
     ) -> None:
         self.schedule = schedule
         self.network = schedule.network
         # Once, in the layout of the maps: else every convolution would reorder its weight again.
         self.parameters = {name: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for name, p in parameters.items()}
         self.statistics = statistics
-        self.native_cells = native_cells
         self.keep = keep  # maps past their last reader: autograd holds them anyway
         nodes = {node.name: node for node in self.network.inputs}
         self.inputs = {name: (nodes[name], x) for name, x in zip(nodes, inputs, strict=True)}
@@ -94,15 +92,7 @@ class _Run:
         self.maps[name, slot] = self.step(area, schedule.slot_of[name].index(slot), terms)
 
     def step(self, area: Area, t: int, terms: list[tuple[Connection, Tensor]]) -> Maps:
-        """The maps of an area from its terms: a cell by its fused kernel where that can run."""
-        if area.cell is not None and self.native_cells and can_run_gate_step(area.cell, self.example):
-            ports: dict[str, list[Tensor]] = {}
-            for c, value in terms:
-                ports.setdefault(self.network.port(c), []).append(value)
-            prefix = f"{area.cell_parameter}."
-            own = {name.removeprefix(prefix): p for name, p in self.parameters.items() if name.startswith(prefix)}
-            states: Maps = dict(zip(area.states, gate_step(area.cell, ports, own), strict=True))
-            return {**states, None: states[area.states[0]]}
+        """The maps of an area from its terms."""
         like = (self.samples, *self.network.shapes[area.name])
         maps = update_area(self.network, area, t, terms, self.parameters, self.statistics, like)
         assert maps is not None
@@ -137,16 +127,11 @@ def rollout_scheduled(
     inputs: Sequence[Tensor],  # [N, C, H, W], or [T, N, C, H, W] where the input has frames
     parameters: Mapping[str, Tensor],  # and buffers, where there are any
     statistics: Statistics | None = None,
-    *,
-    native_cells: bool = True,
 ) -> list[Tensor]:
-    """Run a schedule. Returns, for each recorded area, its states [T', N, C, H, W].
-
-    ``native_cells``: cells by their fused kernels, which have no forward mode and no second derivative.
-    """
+    """Run a schedule. Returns, for each recorded area, its states [T', N, C, H, W]."""
     recorded = [schedule.network.recorded(name) for name in schedule.record]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters.values()))
-    run = _Run(schedule, inputs, parameters, statistics, keep=keep, native_cells=native_cells)
+    run = _Run(schedule, inputs, parameters, statistics, keep=keep)
     states: list[dict[int, Tensor]] = [{} for _ in recorded]
 
     def collect(name: str, slot: int) -> None:

@@ -116,7 +116,8 @@ def area_step_forward(
 def gate_step(
     scalars: tuple[int, float, list[float], list[float], int],  # rule, forget bias, gains (constant, factor, slope), activation
     ports: Sequence[Sequence[Tensor]],  # terms of each port, [N, H, W, m * D]
-    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms
+    biases: Sequence[Tensor | None],  # [m * D] of each port, or none at all
+    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms or a bias
     states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
     grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
     *,
@@ -131,6 +132,7 @@ def gate_step(
     launch(
         rule, n * h * w, channels, torch.get_num_threads(), forget_bias, tau, gate, activation,
         [_addresses(terms, f"ports[{k}]", size, dtype) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
+        [address_of(bias, f"biases[{k}]", sizes[k][3:], dtype) for k, bias in enumerate(biases)],
         [address_of(total, f"sums[{k}]", sizes[k], dtype) for k, total in enumerate(sums)],
         _addresses(states, "states", shape, dtype),
         [address_of(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],

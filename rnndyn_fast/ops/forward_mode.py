@@ -1,4 +1,4 @@
-"""Whether forward-mode derivatives are being taken: native ops then give way to their references."""
+"""Whether forward-mode derivatives are being taken, or functions transformed: native ops then give way to their references."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def in_forward_mode(tensors: Sequence[Tensor]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return torch.compiler.is_compiling() or any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
+
+
+def in_transform() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jvp) surrounds the call."""
+    return bool(get_interpreter_stack())

@@ -16,7 +16,7 @@ from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated
 
 _RULES: dict[type[Cell], int] = {GRUGates: 0, GRUUpdate: 1, LSTM: 2, UGRNN: 3, IntersectionRNN: 4, ReciprocalGated: 5}  # GateRule
-_ACTIVATIONS = {Activation.IDENTITY: 0, Activation.RELU: 1, Activation.ELU: 2, Activation.TANH: 3}  # GateActivation
+ACTIVATION_NUMBERS = {Activation.IDENTITY: 0, Activation.RELU: 1, Activation.ELU: 2, Activation.TANH: 3}  # GateActivation
 _NORMED = {GRUGates: "gates_norm", GRUUpdate: "candidate_norm", IntersectionRNN: "gates_norm"}  # of their first port
 MAX_PORT_TERMS = 6  # kMaxPortTerms of gate_step.h; the core checks it
 
@@ -28,7 +28,7 @@ def can_run_gate_step(cell: Cell, example: Tensor, *, raise_error: bool = False)
         reason = f"there is no kernel of {cell.kind}"
     elif isinstance(cell, LSTM) and (cell.layer_norm or cell.peepholes):
         reason = "the kernel has no LSTM with a norm of its memory or peepholes"
-    elif isinstance(cell, ReciprocalGated) and cell.activation not in _ACTIVATIONS:
+    elif isinstance(cell, ReciprocalGated) and cell.activation not in ACTIVATION_NUMBERS:
         reason = f"the kernel has no activation {cell.activation.value}"
     elif isinstance(cell, ReciprocalGated) and not {cell.tau_gain.nonlinearity, cell.gate_gain.nonlinearity} <= set(_GAINS):
         reason = "the kernel has gains of the sigmoid and of tanh only"
@@ -48,10 +48,11 @@ def _gain(gain: Gain) -> list[float]:
     return [gain.offset + gain.multiplier * a, gain.multiplier * b, s]
 
 
-def _scalars(cell: Cell) -> tuple[int, float, list[float], list[float], int]:
+def gate_scalars(cell: Cell) -> tuple[int, float, list[float], list[float], int]:
+    """A cell as the native core takes it."""
     rule, bias = _RULES[type(cell)], float(getattr(cell, "forget_bias", 0.0))
     if isinstance(cell, ReciprocalGated):
-        return rule, bias, _gain(cell.tau_gain), _gain(cell.gate_gain), _ACTIVATIONS[cell.activation]
+        return rule, bias, _gain(cell.tau_gain), _gain(cell.gate_gain), ACTIVATION_NUMBERS[cell.activation]
     return rule, bias, [0.0] * 3, [0.0] * 3, 0
 
 
@@ -65,7 +66,7 @@ class _GateStep(torch.autograd.Function):
         sums = [torch.empty_like(port[0]) if len(port) > 1 else None for port in ports]
         size, channels = ports[0][0].shape[:3], ports[0][0].shape[3] // next(iter(cell.ports.values()))
         states = [ports[0][0].new_empty((*size, channels)) for _ in cell.states]
-        _launch.gate_step(_scalars(cell), ports, sums, states, [], backward=False)
+        _launch.gate_step(gate_scalars(cell), ports, [], sums, states, [], backward=False)
         ctx.cell, ctx.counts = cell, counts
         ctx.save_for_backward(*(port[0] if total is None else total for port, total in zip(ports, sums, strict=True)))
         return tuple(states)
@@ -76,7 +77,8 @@ class _GateStep(torch.autograd.Function):
             raise RuntimeError('gate_step cannot be differentiated twice; use backend="reference" for second derivatives')
         ports = ctx.saved_tensors
         grad_ports = [torch.empty_like(port) for port in ports]
-        _launch.gate_step(_scalars(ctx.cell), [[p] for p in ports], [], [g.contiguous() for g in grads], grad_ports, backward=True)
+        states = [g.contiguous() for g in grads]
+        _launch.gate_step(gate_scalars(ctx.cell), [[p] for p in ports], [], [], states, grad_ports, backward=True)
         return None, None, *(grad for grad, count in zip(grad_ports, ctx.counts, strict=True) for _ in range(count))
 
 

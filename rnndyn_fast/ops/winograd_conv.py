@@ -165,7 +165,7 @@ def winograd_conv(
     """The sum of the linear maps of several sources, with one inverse transform and perhaps an epilogue; written into ``out``, if given,
     or added to it.
 
-    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous.
+    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous; ``out`` where it is given.
     """
     m, backward = weights[0].map, weights[0].backward
     samples, height, width, _ = xs[0].shape

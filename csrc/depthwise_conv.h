@@ -1,0 +1,39 @@
+// Parameters of the depthwise_conv op: every channel by a kernel of its own; forward, gradient of the data (the same loop on a dilated map) and
+// gradient of the weight.
+//
+// Maps are channels-last and contiguous. Output pixel (i, j) sums over taps (u, v) the pixel (step i + u - top, step j + v - left) of the input
+// dilated by `dilation` (its pixel (i, j) at (dilation i, dilation j), zeros between and outside). Every buffer is the caller's.
+#pragma once
+#include <cstdint>
+
+namespace rnndyn {
+
+constexpr int kMaxDepthwiseKernel = 16;
+
+struct DepthwiseShape {
+  int64_t samples, channels;
+  int64_t in_height, in_width, out_height, out_width;
+  int kernel_height, kernel_width;
+  int step, dilation;
+  int top, left;  // zeros before the first row and column
+  int num_threads;
+};
+
+template <typename Real>
+struct DepthwiseConvParams {
+  DepthwiseShape shape;
+  const Real* x;       // [N, H, W, C]
+  const Real* weight;  // [KH, KW, C]
+  const Real* bias;    // [C] or null
+  Real* y;             // [N, H', W', C] written
+};
+
+template <typename Real>
+struct DepthwiseWeightGradParams {
+  DepthwiseShape shape;  // dilation 1
+  const Real* x;         // [N, H, W, C]
+  const Real* grad;      // [N, H', W', C]
+  Real* grad_weight;     // [KH, KW, C] written
+};
+
+}  // namespace rnndyn

@@ -1,0 +1,275 @@
+"""Update rules of areas on the tape: gated cells and norms by their fused kernels, everything else by PyTorch.
+
+The terms of a port arrive as :class:`Port`: values [N, H, W, C], without biases, which the kernels add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.operands import at_most
+from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Network, Norm, Operator
+from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_run_gate_step, gate_scalars
+from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_backward
+from rnndyn_fast.reference.rollout import Statistics, update_area
+
+
+@dataclass
+class Port:
+    """What enters one port of an area at one or more slots.
+
+    ``keys``: for each term those of its gradient, one per slot. ``private``: the first value may be written, as nobody else reads it. A
+    port that only maps of zeros enter has one value, of zeros.
+    """
+
+    values: list[Tensor] = field(default_factory=list)  # [N, H, W, m C] each
+    connections: list[Connection] = field(default_factory=list)
+    keys: list[list[Key]] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+    private: bool = False
+
+
+@dataclass
+class Slots:
+    """The slots of an area that are computed together, as samples one after another."""
+
+    area: Area
+    indices: range
+    step: int  # time step of the first
+    room: Callable[[str, int], Tensor]  # of a kind of map (a port, a state, "grad <port>") with so many channels: [N, H, W, C]
+
+    def keys(self, state: str | None) -> list[Key]:
+        """Of the gradients of a state."""
+        return [map_key(self.area.name, slot, state) for slot in self.indices]
+
+
+class Rules:
+    """Computes areas and records the way back."""
+
+    def __init__(self, network: Network, tape: Tape, statistics: Statistics | None, example: Tensor) -> None:
+        self.network = network
+        self.tape = tape
+        self.statistics = statistics
+        self.example = example
+        self._bias_rows: dict[tuple[str, ...], Tensor] = {}
+        self._norms: dict[str, NormRule | None] = {}
+
+    def update(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
+        """The maps of an area by state."""
+        if not self.has_kernel(at.area):
+            return self._by_torch(at, ports)
+        if at.area.cell is not None:
+            return self._cell(at, ports)
+        rule = self.norm_rule(at.area)
+        assert rule is not None
+        return self._norm(at, ports, rule)
+
+    def has_kernel(self, area: Area) -> bool:
+        """Whether a kernel of ours computes an area. (That of gates has no norm.)"""
+        if area.cell is not None:
+            return can_run_gate_step(area.cell, self.example) and not getattr(area.cell, "layer_norm", False)
+        return self.norm_rule(area) is not None
+
+    # ---------------------------------------------------------------- ports
+
+    def _bias(self, port: Port) -> Tensor | None:
+        if not port.biases:
+            return None
+        names = tuple(port.biases)
+        if names not in self._bias_rows:
+            rows = [self.tape.parameters[name] for name in names]
+            self._bias_rows[names] = (torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]).contiguous()
+        return self._bias_rows[names]
+
+    def _sum_room(self, at: Slots, name: str, port: Port, limit: int) -> tuple[list[Tensor], Tensor | None]:
+        """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum."""
+        values = at_most(port.values, limit)
+        if len(values) == 1 and not port.biases:
+            return values, None
+        if port.private:
+            return values, values[0]
+        room = at.room(name, values[0].shape[3])
+        port.private = True
+        return values, room
+
+    def _grad_room(self, at: Slots, name: str, port: Port, total: Tensor) -> Tensor:
+        """Where the gradient of a port's sum goes: the sum's own place, unless somebody may read that again."""
+        if port.private and not self.tape.kept:
+            return total
+        if self.tape.kept or all(c.operator is Operator.IDENTITY for c in port.connections):
+            return empty(total.shape, total.dtype)
+        return at.room(f"grad {name}", total.shape[3])
+
+    def _deposit(self, port: Port, grad: Tensor) -> None:
+        """A port's gradient goes to each of its terms, and its sum over samples and pixels to each of its biases."""
+        biases = [name for name in port.biases if name in self.tape.wanted]
+        if biases:
+            row = grad.flatten(0, 2).sum(0)  # (first: what owns the gradient may add to it)
+            for name in biases:
+                self.tape.add_parameter(name, row)
+        for keys in port.keys:
+            for key, part in zip(keys, grad.chunk(len(keys)), strict=True):
+                self.tape.grads.add(key, part, own=len(port.keys) == 1)
+
+    def _take(self, keys: Sequence[Key], shape: tuple[int, ...]) -> Tensor | None:
+        """The gradient of a state over some slots; None: none of it."""
+        found = [self.tape.grads.take(key)[0] for key in keys]
+        if all(grad is None for grad in found):
+            return None
+        zero = torch.zeros((shape[0] // len(keys), *shape[1:]), dtype=self.example.dtype) if any(grad is None for grad in found) else None
+        return stacked([grad if grad is not None else zero for grad in found])  # type: ignore[misc]
+
+    # ---------------------------------------------------------------- cells
+
+    def _cell(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
+        cell, channels = at.area.cell, at.area.channels
+        assert cell is not None
+        given: list[tuple[str, Port]] = []
+        terms, sums, biases = [], [], []
+        shape = next(iter(ports.values())).values[0].shape[:3]
+        for name, multiple in cell.ports.items():
+            port = ports.get(name, Port())
+            if not port.values:
+                port.values.append(torch.zeros((*shape, multiple * channels), dtype=self.example.dtype))
+                port.private = True
+            values, room = self._sum_room(at, name, port, MAX_PORT_TERMS)
+            terms.append(values)
+            sums.append(room)
+            biases.append(self._bias(port))
+            given.append((name, port))
+        states = {state: at.room(f"state {state}", channels) for state in cell.states}
+        _launch.gate_step(gate_scalars(cell), terms, biases, sums, list(states.values()), [], backward=False)
+        if self.tape.recording:
+            totals = [values[0] if room is None else room for values, room in zip(terms, sums, strict=True)]
+            self.tape.record(self._cell_back, at, given, totals)
+        return dict(states)
+
+    def _cell_back(self, at: Slots, ports: list[tuple[str, Port]], totals: list[Tensor]) -> None:
+        cell = at.area.cell
+        assert cell is not None
+        shape = (*totals[0].shape[:3], at.area.channels)
+        grads = [self._take(at.keys(state), shape) for state in cell.states]
+        if all(grad is None for grad in grads):
+            return
+        full = [torch.zeros(shape, dtype=self.example.dtype) if grad is None else grad for grad in grads]
+        rooms = [self._grad_room(at, name, port, total) for (name, port), total in zip(ports, totals, strict=True)]
+        _launch.gate_step(gate_scalars(cell), [[t] for t in totals], [], [], full, rooms, backward=True)
+        for (_, port), room in zip(ports, rooms, strict=True):
+            self._deposit(port, room)
+
+    # ---------------------------------------------------------------- norms
+
+    def norm_rule(self, area: Area) -> NormRule | None:
+        """The rule of ``norm_step`` for an area; None where the kernel has none."""
+        if area.name not in self._norms:
+            known = (
+                area.interaction in (Interaction.ADDITIVE, Interaction.SQUASHED)
+                and area.norm in (Norm.NONE, Norm.GROUP, Norm.BATCH)
+                and area.drive_activation in (Activation.IDENTITY, Activation.RELU)
+                and area.activation in ACTIVATION_NUMBERS
+            )
+            kind = {Norm.GROUP: NormKind.GROUP, Norm.BATCH: NormKind.FIXED if self.statistics is None else NormKind.BATCH}
+            assert area.norm is not None
+            assert area.activation is not None
+            groups = area.norm_groups if area.norm is Norm.GROUP else 1
+            rectify = area.drive_activation is Activation.RELU
+            rule = NormRule(kind.get(area.norm, NormKind.NONE), groups, area.eps, area.activation, rectify) if known else None
+            self._norms[area.name] = rule
+        return self._norms[area.name]
+
+    def _norm(self, at: Slots, ports: Mapping[str, Port], rule: NormRule) -> dict[str | None, Tensor]:
+        area, parameters = at.area, self.tape.parameters
+        drive, modulator = ports["drive"], ports.get("modulator", Port())
+        plain = rule.kind is NormKind.NONE and rule.activation is Activation.IDENTITY and not rule.rectify_drive
+        if plain and len(drive.values) == 1 and not drive.biases and not modulator.values:
+            self.tape.record(self._alias_back, at, drive)
+            return {None: drive.values[0]}
+        prefix = f"{area.norm_parameter}.{at.step}" if area.norm is Norm.BATCH else area.norm_parameter
+        normed = rule.kind is not NormKind.NONE
+        gamma, beta = (parameters[f"{prefix}.{kind}"].contiguous() if normed else None for kind in ("weight", "bias"))
+        fixed = None
+        if rule.kind is NormKind.FIXED:
+            fixed = (parameters[f"{prefix}.running_mean"], parameters[f"{prefix}.running_var"])
+        if not drive.values:
+            drive, modulator = Port(), Port()  # zero, whatever modulates it
+        drives, drive_room = self._sum_room(at, "drive", drive, MAX_NORM_TERMS) if drive.values else ([], None)
+        modulators, modulator_room = self._sum_room(at, "modulator", modulator, MAX_NORM_TERMS) if modulator.values else ([], None)
+        state = at.room("state None", area.channels)
+        found = norm_step(
+            rule, drives, modulators, state, drive_bias=self._bias(drive), modulator_bias=self._bias(modulator), gamma=gamma,
+            beta=beta, drive_sum=drive_room, modulator_sum=modulator_room, fixed=fixed,
+        )  # fmt: skip
+        if found.variance is not None:
+            assert self.statistics is not None
+            assert found.mean is not None
+            count = state.numel() // area.channels
+            self.statistics[f"{prefix}"] = (found.mean.clone(), found.variance * (count / max(count - 1, 1)))
+        if self.tape.recording:
+            totals = (drives[0] if drive_room is None and drives else drive_room,
+                      modulators[0] if modulator_room is None and modulators else modulator_room)  # fmt: skip
+            self.tape.record(self._norm_back, at, rule, drive, modulator, totals, found, (gamma, beta), str(prefix), state.shape)
+        return {None: state}
+
+    def _norm_back(
+        self, at: Slots, rule: NormRule, drive: Port, modulator: Port, totals: tuple[Tensor | None, Tensor | None],
+        found: NormStatistics, affine: tuple[Tensor | None, Tensor | None], prefix: str, shape: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        grad = self._take(at.keys(None), shape)
+        if grad is None:
+            return
+        rooms = [
+            None if total is None else self._grad_room(at, name, port, total)
+            for name, port, total in zip(("drive", "modulator"), (drive, modulator), totals, strict=True)
+        ]
+        grads = norm_step_backward(
+            rule, grad, *totals, found, gamma=affine[0], beta=affine[1], grad_drive=rooms[0], grad_modulator=rooms[1]
+        )
+        for kind, value in zip(("weight", "bias"), grads, strict=True):
+            if value is not None:
+                self.tape.add_parameter(f"{prefix}.{kind}", value)
+        for port, room in zip((drive, modulator), rooms, strict=True):
+            if room is not None:
+                self._deposit(port, room)
+
+    def _alias_back(self, at: Slots, drive: Port) -> None:
+        (keys,) = drive.keys
+        for state_key, key in zip(at.keys(None), keys, strict=True):
+            grad, own = self.tape.grads.take(state_key)
+            if grad is not None:
+                self.tape.grads.add(key, grad, own=own)
+
+    # ---------------------------------------------------------------- everything else
+
+    def _by_torch(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
+        area, states = at.area, at.area.states
+        sources = [(key, part) for port in ports.values() for value, keys in zip(port.values, port.keys, strict=True)
+                   for key, part in zip(keys, value.chunk(len(keys)), strict=True)]  # fmt: skip
+        count = len(at.indices)
+
+        def function(xs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+            rest, terms = list(xs), []
+            for port in ports.values():
+                for k, c in enumerate(port.connections):
+                    value = torch.cat(rest[:count]) if count > 1 else rest[0]
+                    del rest[:count]
+                    if k == 0 and port.biases:
+                        value = value + torch.stack([parameters[name] for name in port.biases]).sum(0)
+                    terms.append((c, value.permute(0, 3, 1, 2)))
+            samples = terms[0][1].shape[0] if terms else self.example.shape[0]
+            like = (samples, *self.network.shapes[area.name])
+            maps = update_area(self.network, area, at.step, terms, parameters, self.statistics, like)
+            assert maps is not None
+            return [part for state in states for part in maps[state].permute(0, 2, 3, 1).chunk(count)]
+
+        results = [key for state in states for key in at.keys(state)]
+        prefixes = [str(p) for p in (area.norm_parameter, area.cell_parameter) if p is not None]
+        biases = [name for port in ports.values() for name in port.biases]
+        values = self.tape.by_torch(function, sources, results, [*prefixes, *biases])
+        return {state: torch.cat(values[k * count : (k + 1) * count]) for k, state in enumerate(states)}

@@ -1,0 +1,234 @@
+"""Connections' linear maps for the tape: a convolution by our engines, depthwise or grouped convolutions, and two in a row.
+
+A map takes and gives maps [M, H, W, C], without the bias of its result. ``backward`` is one call for any number of samples and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rnndyn_fast.graph.spec import Connection, Network, Operator
+from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.convolution import Geometry, Weight, choose_engine, convolve, convolve_backward
+from rnndyn_fast.ops.depthwise_conv import (
+    MAX_KERNEL,
+    depthwise_conv,
+    depthwise_data_grad,
+    depthwise_weight_grad,
+    pack_depthwise,
+    unpack_depthwise,
+)
+
+Grads = list[tuple[str, Tensor]]  # of parameters, by name; those of one name add up
+
+
+class LinearMap(Protocol):
+    """A linear map of maps. ``postponed``: its weight's gradient is best taken once, over all steps."""
+
+    postponed: bool
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The map's value, in ``out`` if that is given."""
+
+    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+        """Gradients of x and of the weights."""
+
+
+@dataclass
+class DenseMap:
+    """A convolution, transposed convolution or matrix product. ``border``: zeros added around the map before a convolution
+    without padding (where an odd total of padding puts the larger half after the map). ``turned``: the parameter is that of a
+    transposed convolution of stride 1, which is the convolution with the turned kernel."""
+
+    weight: Weight
+    name: str
+    channels: tuple[int, int] | None = None  # of the parameter's input channels, those that it uses
+    total: int = 0
+    border: tuple[int, int, int, int] | None = None  # left, right, top, bottom
+    turned: bool = False
+    postponed = True
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return convolve(self.weight, self.bordered(x), out)
+
+    def bordered(self, x: Tensor) -> Tensor:
+        """The map with its zeros, where the engines do not add them."""
+        return x if self.border is None else functional.pad(x, (0, 0, *self.border))
+
+    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+        _, height, width, _ = x.shape
+        if self.border is not None:
+            x = self.bordered(x)
+        grad_x, grad_weight = convolve_backward(self.weight, grad, x, need_x=need_x, need_weight=need_weight)
+        if grad_x is not None and self.border is not None:
+            left, _, top, _ = self.border
+            grad_x = grad_x[:, top : top + height, left : left + width].contiguous()
+        if grad_weight is None:
+            return grad_x, []
+        if self.turned:
+            grad_weight = _turned(grad_weight)
+        if self.channels is not None:
+            first, last = self.channels
+            whole = grad_weight.new_zeros((grad_weight.shape[0], self.total, *grad_weight.shape[2:]))
+            whole[:, first:last] = grad_weight
+            grad_weight = whole
+        return grad_x, [(self.name, grad_weight)]
+
+
+@dataclass
+class DepthwiseMap:
+    """A kernel per channel, by our own kernel."""
+
+    packed: Tensor  # [KH, KW, C]
+    name: str
+    stride: int
+    before: tuple[int, int]
+    size: tuple[int, int]
+    bias: Tensor | None = None
+    postponed = False
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = depthwise_conv(x, self.packed, self.bias, self.stride, self.before, self.size)
+        return y if out is None else out.copy_(y)
+
+    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+        grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (x.shape[1], x.shape[2])) if need_x else None
+        if not need_weight:
+            return grad_x, []
+        kernel = (self.packed.shape[0], self.packed.shape[1])
+        return grad_x, [(self.name, unpack_depthwise(depthwise_weight_grad(x, grad, kernel, self.stride, self.before)))]
+
+
+@dataclass
+class GroupedMap:
+    """Groups of several channels, by PyTorch."""
+
+    weight: Tensor
+    name: str
+    stride: int
+    border: tuple[int, int, int, int]
+    groups: int
+    bias: Tensor | None = None
+    postponed = False
+
+    def _bordered(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        left, right, top, bottom = self.border
+        if left == right and top == bottom:
+            return x.permute(0, 3, 1, 2), [top, left]
+        return functional.pad(x, (0, 0, *self.border)).permute(0, 3, 1, 2), [0, 0]
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        seen, padding = self._bordered(x)
+        y = functional.conv2d(seen, self.weight, self.bias, self.stride, padding, 1, self.groups).permute(0, 2, 3, 1)
+        return y.contiguous() if out is None else out.copy_(y)
+
+    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+        seen, padding = self._bordered(x)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2), seen, self.weight, None, [self.stride] * 2, padding, [1, 1], False, [0, 0], self.groups,
+            [need_x, need_weight, False],
+        )  # fmt: skip
+        if grad_x is not None:
+            grad_x = grad_x.permute(0, 2, 3, 1)
+            if padding == [0, 0]:
+                left, _, top, _ = self.border
+                grad_x = grad_x[:, top : top + x.shape[1], left : left + x.shape[2]]
+            grad_x = grad_x.contiguous()
+        return grad_x, [(self.name, grad_weight.contiguous())] if need_weight else []
+
+
+@dataclass
+class SeparableMap:
+    """A grouped convolution and a 1 x 1 one. What lies between is computed again backward: that costs less than keeping it."""
+
+    first: DepthwiseMap | GroupedMap
+    bias: str | None  # name of the bias in between
+    second: DenseMap
+    postponed = False
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.second.forward(self.first.forward(x), out)
+
+    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+        shape = (*grad.shape[:3], self.second.weight.weight.shape[1])
+        middle = self.first.forward(x) if need_weight else empty(shape, grad.dtype)  # (of which only the shape is used)
+        grad_middle, grads = self.second.backward(middle, grad, need_x=True, need_weight=need_weight)
+        assert grad_middle is not None
+        if need_weight and self.bias is not None:
+            grads.append((self.bias, grad_middle.flatten(0, 2).sum(0)))
+        grad_x, own = self.first.backward(x, grad_middle, need_x=need_x, need_weight=need_weight)
+        return grad_x, grads + own
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The weight of the convolution that a transposed one of stride 1 is, and the other way round."""
+    return weight.transpose(0, 1).flip(2, 3).contiguous()
+
+
+def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], engine: str, samples: int, keep: bool) -> DenseMap | None:
+    window = network.window(c)
+    height, width = network.read_size(c)
+    weight, name = parameters[c.weights[0]], c.weights[0]
+    total, channels = weight.shape[1] if weight.dim() > 1 else 0, None
+    if c.concat is not None:
+        channels = (c.concat[0], c.concat[0] + network.shapes[c.source][0])
+        weight = weight[:, channels[0] : channels[1]].contiguous()
+    if len(set(window.kernel)) > 1 or len(set(window.output_padding)) > 1:
+        return None
+    border, padding = None, window.before[0]
+    if len({*window.before, *window.after}) > 1:
+        if c.operator is not Operator.CONV:
+            return None
+        border, padding = (window.before[1], window.after[1], window.before[0], window.after[0]), 0
+        height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
+    geometry = Geometry(c.operator, c.stride, padding, window.output_padding[0])
+    turned = c.operator is Operator.CONV_TRANSPOSE and (c.stride, window.output_padding[0]) == (1, 0) and padding < window.kernel[0]
+    if turned:
+        geometry, weight = Geometry(Operator.CONV, 1, window.kernel[0] - 1 - padding), _turned(weight)
+    if c.operator is Operator.LINEAR:
+        geometry = Geometry(c.operator)
+    choice = choose_engine(geometry, tuple(weight.shape), height, width, weight.dtype, engine, samples)
+    keep = keep and weight is parameters[name]  # (others are made anew in every rollout)
+    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border, turned)
+
+
+def linear_map(
+    network: Network,
+    c: Connection,
+    parameters: Mapping[str, Tensor],
+    engine: str,
+    samples: int,
+    *,
+    keep: bool,
+) -> LinearMap | None:
+    """The map of a connection (not the identity), or None where it has none of these forms.
+
+    Args:
+        engine: as :func:`choose_engine` takes it.
+        keep: packed weights outlive the rollout.
+    """
+    if c.operator is not Operator.CONV or (c.groups == 1 and c.middle_channels is None):
+        return _dense(network, c, parameters, engine, samples, keep)
+    window, (_, height, width) = network.window(c), network.term_shape(c)
+    weight, name = parameters[c.weights[0]], c.weights[0]
+    bias = c.biases[0] if c.middle_bias else None
+    value = parameters[bias] if bias is not None else None
+    border = (window.before[1], window.after[1], window.before[0], window.after[0])
+    first: DepthwiseMap | GroupedMap
+    if c.groups == weight.shape[0] == network.shapes[c.source][0] and max(window.kernel) <= MAX_KERNEL:
+        first = DepthwiseMap(pack_depthwise(weight), name, c.stride, window.before, (height, width), value)
+    else:
+        layout = weight.contiguous(memory_format=torch.channels_last)
+        first = GroupedMap(layout, name, c.stride, border, c.groups, value)
+    if c.middle_channels is None:
+        return first
+    pointwise = parameters[c.weights[1]]
+    geometry = Geometry(Operator.CONV)
+    choice = choose_engine(geometry, tuple(pointwise.shape), height, width, pointwise.dtype, engine, samples)
+    return SeparableMap(first, bias, DenseMap(Weight(geometry, pointwise, choice, keep=keep), c.weights[1]))

@@ -1,0 +1,144 @@
+"""A tape of what a rollout did, to be walked back: gradients of maps and parameters, and pieces that PyTorch differentiates.
+
+Maps are channels-last, [N, H, W, C]. A gradient belongs to a key, whatever it is of; keys of maps are :func:`map_key`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Key = tuple[Any, ...] | None
+
+
+def map_key(node: str, slot: int, state: str | None) -> Key:
+    """Of a map of a node."""
+    return "map", node, slot, state
+
+
+def term_key(drive: int, position: int) -> Key:
+    """Of a term."""
+    return "term", drive, position
+
+
+def stacked(maps: Sequence[Tensor]) -> Tensor:
+    """Maps [N, ...] one after another as one, [len(maps) * N, ...]: a view where they are adjacent in memory, else a copy."""
+    first = maps[0]
+    if len(maps) == 1:
+        return first
+    size = first.numel() * first.element_size()
+    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    adjacent = all(m.is_contiguous() and m.untyped_storage().data_ptr() == storage for m in maps)
+    if adjacent and all(m.data_ptr() == start + k * size for k, m in enumerate(maps)):
+        return first.as_strided((len(maps) * first.shape[0], *first.shape[1:]), first.stride())
+    return torch.cat(list(maps))
+
+
+class Gradients:
+    """Sums of gradients by key. A buffer that is ``own`` is read by nobody else, so the next summand may be added in place."""
+
+    def __init__(self) -> None:
+        self._found: dict[Key, tuple[Tensor, bool]] = {}
+
+    def add(self, key: Key, grad: Tensor, *, own: bool) -> None:
+        """One summand; of the key None, which is nothing's, it is dropped."""
+        if key is None:
+            return
+        if key not in self._found:
+            self._found[key] = (grad, own)
+            return
+        before, ours = self._found[key]
+        if ours:
+            before.add_(grad)
+        else:
+            self._found[key] = (grad.add_(before) if own else before + grad, True)
+
+    def take(self, key: Key) -> tuple[Tensor | None, bool]:
+        """The sum, contiguous, and whether it is the taker's own; None: nothing came. Gone afterwards."""
+        grad, own = self._found.pop(key, (None, False))
+        if grad is None or grad.is_contiguous():
+            return grad, own
+        return grad.contiguous(), True
+
+
+class Tape:
+    """Steps back, in the order of the steps forth.
+
+    Args:
+        parameters: by name.
+        wanted: names of those parameters (and inputs) whose gradients are wanted.
+        recording: whether anything is to be walked back at all.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], wanted: set[str], recording: bool) -> None:
+        self.parameters = parameters
+        self.wanted = wanted
+        self.recording = recording
+        self.kept = False  # while walking back: whether the tape is to be walked again, so that no buffer of it may be written
+        self.grads = Gradients()
+        self.parameter_grads: dict[str, Tensor] = {}
+        self._steps: list[Callable[[], None]] = []
+        self._leaves: dict[str, Tensor] = {}
+
+    def record(self, step: Callable[..., None], *args: Any) -> None:
+        """Note a step back."""
+        if self.recording:
+            self._steps.append(partial(step, *args))
+
+    def walk_back(self, keep: bool) -> None:
+        """Take all steps back; unless ``keep``, what they held is freed on the way."""
+        self.kept = keep
+        self.parameter_grads = {}
+        if keep:
+            for step in reversed(self._steps):
+                step()
+        while self._steps and not keep:
+            self._steps.pop()()
+
+    def add_parameter(self, name: str, grad: Tensor) -> None:
+        """One summand of a parameter's gradient, if that is wanted."""
+        if name in self.wanted:
+            self.parameter_grads[name] = self.parameter_grads[name] + grad if name in self.parameter_grads else grad
+
+    def by_torch(
+        self,
+        function: Callable[[list[Tensor], Mapping[str, Tensor]], Sequence[Tensor]],
+        sources: Sequence[tuple[Key, Tensor]],
+        results: Sequence[Key],
+        prefixes: Sequence[str] = (),
+    ) -> list[Tensor]:
+        """Values of a function of maps and parameters, both [N, H, W, C], whose gradient PyTorch takes.
+
+        Args:
+            sources: keys and values of its arguments.
+            results: keys of its values.
+            prefixes: of the names of the parameters that it uses.
+        """
+        if not self.recording:
+            return [y.contiguous() for y in function([x for _, x in sources], self.parameters)]
+        for name in self.wanted & set(self.parameters):
+            if name not in self._leaves:
+                self._leaves[name] = self.parameters[name].detach().requires_grad_(True)
+        names = [name for name in self._leaves if any(name.startswith(p) for p in prefixes)]
+        xs = [x.detach().requires_grad_(True) for _, x in sources]
+        with torch.enable_grad():
+            ys = function(xs, {**self.parameters, **self._leaves})
+        self.record(self._by_torch_back, list(ys), xs, [key for key, _ in sources], list(results), names)
+        return [y.detach().contiguous() for y in ys]
+
+    def _by_torch_back(self, ys: list[Tensor], xs: list[Tensor], sources: list[Key], results: list[Key], names: list[str]) -> None:
+        pairs = [(y, grad) for y, key in zip(ys, results, strict=True) if (grad := self.grads.take(key)[0]) is not None and y.requires_grad]
+        leaves = [*xs, *(self._leaves[name] for name in names)]
+        if not pairs or not leaves:
+            return
+        grads = torch.autograd.grad([y for y, _ in pairs], leaves, [grad for _, grad in pairs], retain_graph=self.kept, allow_unused=True)
+        for key, grad in zip(sources, grads, strict=False):
+            if grad is not None:
+                self.grads.add(key, grad, own=False)
+        for name, grad in zip(names, grads[len(xs) :], strict=True):
+            if grad is not None:
+                self.add_parameter(name, grad)

@@ -1,0 +1,212 @@
+"""A schedule run by our own engines and kernels, as one autograd node: every word of a spec, on the CPU, float32 and float64.
+
+Forward notes on a tape (:mod:`rnndyn_fast.graph.tape`) what backward walks back. Where gradients are wanted, components run one after
+another: drives into a component are one call over all their slots, and so are the gradients of weights. Without gradients it goes time
+step by time step, and a map is dropped after its last reader. What no kernel computes (:mod:`rnndyn_fast.graph.linear`,
+:mod:`rnndyn_fast.graph.area_rules`), PyTorch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.area_rules import Slots
+from rnndyn_fast.graph.linear import DenseMap
+from rnndyn_fast.graph.schedule import Component, Drive, Schedule
+from rnndyn_fast.graph.spec import Operator, pooled_shape
+from rnndyn_fast.graph.tape import Key, map_key
+from rnndyn_fast.graph.taped_terms import Terms
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
+from rnndyn_fast.ops.winograd_conv import WinogradMap
+from rnndyn_fast.reference.rollout import Statistics
+
+_MANY_TILES = 64  # of a time step, from which on Winograd's weights are read often enough: terms are then summed step by step
+
+
+class TapedRun(Terms):
+    """One rollout: areas in their order, recorded states, and the way back."""
+
+    def update(self, name: str, slots: range) -> None:
+        """Some slots of an area."""
+        step = self.schedule.slot_of[name].index(slots[0])
+        at = Slots(self.network.area(name), slots, step, lambda kind, channels: self.room(name, slots, kind, channels))
+        states = self.rules.update(at, self.ports(name, slots))
+        for state, value in states.items():
+            for slot, part in zip(slots, value.chunk(len(slots)), strict=True):
+                self.maps[map_key(name, slot, state)] = part
+
+    # ---------------------------------------------------------------- order
+
+    def _deferred(self, component: Component) -> set[int]:
+        """Drives from outside that are rather summed, step by step, with convolutions from within: in the Winograd domain, and with
+        so many tiles that reading weights at every step costs little."""
+        found: set[int] = set()
+        for d in component.drives_in:
+            drive = self.schedule.drives[d]
+            if not self._winograd(drive) or any(self.uses[d, k] != 1 for k in range(len(drive.slots))):
+                continue
+            readers = [(item, t) for item in component.updates for t in self.schedule.terms[item] if t.drive == d]
+            partners = [
+                any(
+                    o.drive in component.drives_within and self._winograd(self.schedule.drives[o.drive])
+                    and self.network.port(o.connection) == self.network.port(t.connection)
+                    for o in self.schedule.terms[item]
+                )
+                for item, t in readers
+            ]  # fmt: skip
+            if sum(partners) >= max(1, len(partners) - 1) and len(readers) == len(drive.slots):
+                found.add(d)
+        return found
+
+    def _winograd(self, drive: Drive) -> bool:
+        linear = None if drive.connection.operator is Operator.IDENTITY else self.linear_of(drive)
+        if not isinstance(linear, DenseMap) or not isinstance(linear.weight.choice.map, WinogradMap):
+            return False
+        form = linear.weight.choice.map.form
+        _, height, width = pooled_shape(self.network.shapes[drive.source], drive.connection.pool)
+        return self.samples * form.products(height, width) // form.patch**2 >= _MANY_TILES
+
+    def run(self) -> None:
+        """All components, one after another."""
+        for component in self.schedule.components:
+            deferred = self._deferred(component) if component.recurrent else set()
+            for d in component.drives_in:
+                if (d, 0) not in self.terms and d not in deferred and self.uses_left[d, 0]:
+                    self.evaluate(d, 0, len(self.schedule.drives[d].slots))
+            together = tuple({*component.drives_within, *deferred})
+            self.postponed |= set(together)
+            self.tape.record(self._weights_back, together)
+            if component.batched and len(component.updates) > 1 and not self.schedule.zeros[component.updates[0]]:
+                self.update(component.areas[0], range(self.schedule.num_slots[component.areas[0]]))
+            else:
+                for name, slot in component.updates:
+                    self.update(name, range(slot, slot + 1))
+
+    def outputs(self) -> list[Tensor]:
+        """Run, and return the recorded states, [T', N, H, W, C] each."""
+        schedule, dtype = self.schedule, self.example.dtype
+        found: dict[str, Tensor] = {}
+        if self.tape.recording:
+            self.run()
+            found = {name: block for name in schedule.record if (block := self._block_of(name)) is not None}
+        missing = {name: empty(self._output_shape(name), dtype) for name in schedule.record if name not in found}
+        for area, slot in schedule.time_major:
+            if not self.tape.recording:
+                self.update(area, range(slot, slot + 1))
+            for name, out in missing.items():
+                if self.network.recorded(name)[0] == area:
+                    for t, s in enumerate(schedule.slot_of[area][schedule.first_step[name] :]):
+                        if s == slot:
+                            out[t].copy_(self.maps[self._recorded_key(name, slot)])
+            if not self.tape.recording and not self.map_uses[area, slot]:
+                self._drop(area, slot)
+        self.maps, self.forms, self.terms = {}, {}, {}
+        self.blocks = {}
+        return [{**found, **missing}[name] for name in schedule.record]
+
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        channels, height, width = self.network.shapes[self.network.recorded(name)[0]]
+        return self.schedule.timesteps - self.schedule.first_step[name], self.samples, height, width, channels
+
+    def _block_of(self, name: str) -> Tensor | None:
+        """The recorded states as they lie, if they do so in order: autograd sees to it that nobody changes them before backward."""
+        key = self._recorded_key(name, 0)
+        assert key is not None
+        block = self.blocks.get((key[1], f"state {key[3]}"))
+        slots = self.schedule.slot_of[key[1]][self.schedule.first_step[name] :]
+        if block is None or slots != list(range(slots[0], slots[0] + len(slots))):
+            return None
+        found = block[slots[0] : slots[0] + len(slots)]
+        return found if found.data_ptr() == self.maps[self._recorded_key(name, slots[0])].data_ptr() else None
+
+    def _recorded_key(self, name: str, slot: int) -> Key:
+        area, state = self.network.recorded(name)
+        return map_key(area, slot, state if state is not None else self.network.area(area).states[0])
+
+    def walk_back(self, grads: Sequence[Tensor | None], keep: bool) -> None:
+        """Gradients of everything wanted, from those of the recorded states, [T', N, C, H, W]."""
+        for name, grad in zip(self.schedule.record, grads, strict=True):
+            if grad is not None:
+                area = self.network.recorded(name)[0]
+                for t, slot in enumerate(self.schedule.slot_of[area][self.schedule.first_step[name] :]):
+                    self.tape.grads.add(self._recorded_key(name, slot), grad[t].permute(0, 2, 3, 1), own=False)
+        self.tape.walk_back(keep)
+        self.blocks = {}
+
+    def input_grad(self, name: str) -> Tensor | None:
+        """[N, C, H, W], or [T, N, C, H, W] of frames."""
+        node, x = self.inputs[name]
+        result = torch.zeros_like(x)
+        for slot in range(self.schedule.timesteps) if node.frames else (0,):
+            grad, _ = self.tape.grads.take(map_key(name, slot, None))
+            if grad is not None:
+                (result[slot] if node.frames else result).add_(grad.permute(0, 3, 1, 2))
+        return result
+
+
+class _Taped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: TapedRun, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", enabled=False):
+            outputs = run.outputs()
+        ctx.run, ctx.names = run, names
+        ctx.set_materialize_grads(False)
+        results = tuple(out.permute(0, 1, 4, 2, 3) for out in outputs)
+        ctx.save_for_backward(*tensors, *results)  # (so that a change in place between forward and backward raises)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('the scheduled rollout cannot be differentiated twice; use backend="reference" for second derivatives')
+        _ = ctx.saved_tensors
+        run: TapedRun = ctx.run
+        with torch.autocast("cpu", enabled=False):
+            run.walk_back(grads, torch._C._autograd._get_current_graph_task_keep_graph())
+        found: list[Tensor | None] = []
+        for name, needed in zip(ctx.names, ctx.needs_input_grad[2:], strict=True):
+            grad = None
+            if needed:
+                grad = run.input_grad(name) if name in run.inputs else run.tape.parameter_grads.get(name)
+                if grad is not None and name not in run.inputs:
+                    grad = grad.reshape(run.tape.parameters[name].shape)
+            found.append(grad)
+        run.tape.parameter_grads = {}
+        return None, None, *found
+
+
+def can_run_taped(tensors: Sequence[Tensor]) -> bool:
+    """Whether :func:`rollout_taped` takes these inputs and parameters, here: on the CPU, float32 or float64, in no functional transform."""
+    known = all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and tensors[0].dtype in (
+        torch.float32,
+        torch.float64,
+    )
+    return _launch.unavailable is None and known and not in_transform() and not in_forward_mode(tensors)
+
+
+def rollout_taped(
+    schedule: Schedule,
+    inputs: Sequence[Tensor],  # [N, C, H, W], or [T, N, C, H, W] where the input has frames
+    parameters: Mapping[str, Tensor],  # and buffers, where there are any
+    statistics: Statistics | None,
+    engine: str,
+) -> list[Tensor]:
+    """Run a schedule on CPU tensors of float32 or float64. Returns, for each recorded area, its states [T', N, C, H, W].
+
+    ``engine``: as :func:`rnndyn_fast.ops.convolution.choose_engine` takes it. Differentiable once, in reverse mode.
+    """
+    names = (*(node.name for node in schedule.network.inputs), *parameters)
+    tensors = (*inputs, *parameters.values())
+    wanted = {name for name, t in zip(names, tensors, strict=True) if t.requires_grad} if torch.is_grad_enabled() else set()
+    with torch.no_grad():
+        run = TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
+        if not wanted:
+            with torch.autocast("cpu", enabled=False):
+                return [out.permute(0, 1, 4, 2, 3) for out in run.outputs()]
+    return list(_Taped.apply(run, names, *tensors))

@@ -1,0 +1,341 @@
+"""Terms of a rollout on a tape: maps, what is read of them, linear maps, and the ports of areas that they fill."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rnndyn_fast.graph.area_rules import Port, Rules
+from rnndyn_fast.graph.linear import DenseMap, LinearMap, linear_map
+from rnndyn_fast.graph.operands import area_step_forward, empty_form
+from rnndyn_fast.graph.schedule import Drive, Schedule, Term
+from rnndyn_fast.graph.spec import Connection, Operator, Pool
+from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked, term_key
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
+from rnndyn_fast.reference.rollout import Statistics, pooled, term
+
+
+class Terms:
+    """Of one rollout. ``wanted``: names of the inputs and parameters whose gradients are; none: nothing is recorded."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        statistics: Statistics | None,
+        engine: str,
+        wanted: set[str],
+    ) -> None:
+        self.schedule, self.network, self.engine = schedule, schedule.network, engine
+        nodes = {node.name: node for node in self.network.inputs}
+        self.inputs = {name: (nodes[name], x) for name, x in zip(nodes, inputs, strict=True)}
+        self.example = inputs[0]
+        self.samples = inputs[0].shape[1 if self.network.inputs[0].frames else 0]
+        self.tape = Tape(parameters, wanted, bool(wanted))
+        self.rules = Rules(self.network, self.tape, statistics, self.example)
+        self.maps: dict[Key, Tensor] = {}
+        self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
+        self.terms: dict[tuple[int, int], Tensor] = {}
+        self.blocks: dict[tuple[str, str], Tensor] = {}
+        self.linear: dict[int, LinearMap | None] = {}
+        self._packed: dict[tuple[Any, ...], LinearMap | None] = {}
+        self.uses = Counter((t.drive, t.position) for terms in schedule.terms.values() for t in terms)
+        self.uses_left = Counter(self.uses)
+        self.map_uses = Counter((d.source, slot) for d in schedule.drives for slot in d.slots)
+        self.postponed: set[int] = set()
+        self.collected: defaultdict[int, list[tuple[list[Tensor], list[Tensor]]]] = defaultdict(list)
+        self.reaches = self._reaches()
+
+    def _reaches(self) -> set[str]:
+        """Nodes through which some wanted gradient passes."""
+        wanted, reaches = self.tape.wanted, {name for name in self.inputs if name in self.tape.wanted}
+        for area in self.network.areas:
+            own = (*self.network.norm_prefixes(area), area.cell_parameter)
+            if any(name.startswith(f"{p}.") for p in own if p for name in wanted):
+                reaches.add(area.name)
+        for c in self.network.connections:
+            if wanted.intersection((*c.weights, *c.biases)):
+                reaches.add(c.target)
+        before = -1
+        while before < len(reaches):
+            before = len(reaches)
+            reaches |= {name for (name, _), terms in self.schedule.terms.items()
+                        if any(self.schedule.drives[t.drive].source in reaches for t in terms)}  # fmt: skip
+        return reaches
+
+    # ---------------------------------------------------------------- maps
+
+    def state(self, c: Connection, node: str) -> str | None:
+        """Which map of a node a connection reads."""
+        if node != c.source or node in self.inputs:
+            return None
+        area = self.network.area(node)
+        return c.state if c.state is not None else area.states[0]
+
+    def map(self, node: str, slot: int, state: str | None) -> Tensor:
+        """[N, H, W, C]."""
+        key = map_key(node, slot, state)
+        if key not in self.maps:
+            spec, x = self.inputs[node]
+            shown = x[slot] if spec.frames else x
+            if spec.off_at is not None and slot == 1:
+                shown = torch.full_like(x, spec.off_value)
+            channels_last = shown.permute(0, 2, 3, 1)
+            self.maps[key] = empty(channels_last.shape, x.dtype).copy_(channels_last)
+        return self.maps[key]
+
+    def form(self, drive: Drive, slot: int) -> tuple[Tensor, Key]:
+        """The map that a drive's linear map reads, and the key of its gradient."""
+        c, state = drive.connection, self.state(drive.connection, drive.source)
+        x, key = self.map(drive.source, slot, state), map_key(drive.source, slot, state)
+        if c.pool is not Pool.NONE:
+            x, key = self._pooled(x, key, c.pool)
+        if c.resize and tuple(x.shape[1:3]) != self.network.read_size(c):
+            x, key = self._resized(x, key, self.network.read_size(c))
+        return x, key
+
+    def _pooled(self, x: Tensor, source: Key, pool: Pool) -> tuple[Tensor, Key]:
+        key = ("pooled", pool, source)
+        if key in self.forms:
+            return self.forms[key], key
+        if pool is Pool.MAX_SAME and (x.shape[1] % 2 or x.shape[2] % 2):
+            (y,) = self.tape.by_torch(lambda xs, _: [pooled(xs[0].permute(0, 3, 1, 2), pool).permute(0, 2, 3, 1)], [(source, x)], [key])
+        else:
+            kind = Pool.MEAN if pool is Pool.MEAN else Pool.MAX
+            y, argmax = empty_form(x.shape, kind, x.dtype)
+            where = {"mean_pooled": y} if argmax is None else {"max_pooled": y, "argmax": argmax}
+            area_step_forward([x], rectify=False, **where)
+            self.tape.record(self._pooled_back, tuple(x.shape), source, key, argmax)
+        self.forms[key] = y
+        return y, key
+
+    def _pooled_back(self, shape: tuple[int, int, int, int], source: Key, key: Key, argmax: Tensor | None) -> None:
+        grad, _ = self.tape.grads.take(key)
+        if grad is None:
+            return
+        out = empty(shape, grad.dtype)
+        _launch.area_step_backward(
+            shape, grad.dtype, [], None if argmax is None else grad, argmax, grad if argmax is None else None,
+            False, None, [], None, None, None, None, None, None, False, out, None, None, None, None,
+        )  # fmt: skip
+        self.tape.grads.add(source, out, own=True)
+
+    def _resized(self, x: Tensor, source: Key, size: tuple[int, int]) -> tuple[Tensor, Key]:
+        key = ("resized", size, source)
+        if key not in self.forms:
+            (self.forms[key],) = self.tape.by_torch(
+                lambda xs, _: [
+                    functional.interpolate(xs[0].permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+                ],
+                [(source, x)],
+                [key],
+            )
+        return self.forms[key], key
+
+    # ---------------------------------------------------------------- terms
+
+    def linear_of(self, drive: Drive) -> LinearMap | None:
+        """The linear map of a drive, prepared once; None: PyTorch computes the term, bias included."""
+        if drive.index not in self.linear:
+            c = drive.connection
+            key = (c.operator, c.weights, c.stride, c.groups, c.concat, self.network.window(c), self.network.read_size(c))
+            if key not in self._packed:
+                keep = not self.tape.recording
+                self._packed[key] = linear_map(self.network, c, self.tape.parameters, self.engine, self.samples, keep=keep)
+            self.linear[drive.index] = self._packed[key]
+        return self.linear[drive.index]
+
+    def evaluate(self, index: int, first: int, last: int, out: Tensor | None = None) -> None:
+        """Positions first..last-1 of a drive, in one call."""
+        drive = self.schedule.drives[index]
+        slots = drive.slots[first:last]
+        positions = [(index, first + k) for k in range(len(slots))]
+        if drive.connection.operator is Operator.IDENTITY:
+            for p, slot in zip(positions, slots, strict=True):
+                self.terms[p] = self.form(drive, slot)[0]
+        elif (linear := self.linear_of(drive)) is None:
+            for p, slot in zip(positions, slots, strict=True):
+                self._term_by_torch(drive, p, slot)
+        else:
+            forms = [self.form(drive, slot) for slot in slots]
+            value = linear.forward(stacked([x for x, _ in forms]), out)
+            self.terms.update(zip(positions, value.chunk(len(slots)), strict=True))
+            self._record_linear(index, first, forms)
+        self._used_maps(drive, slots)
+
+    def _used_maps(self, drive: Drive, slots: Sequence[int]) -> None:
+        """Without a tape, maps go with their last reader."""
+        for slot in slots:
+            self.map_uses[drive.source, slot] -= 1
+            if not self.tape.recording and not self.map_uses[drive.source, slot]:
+                self._drop(drive.source, slot)
+
+    def _drop(self, node: str, slot: int) -> None:
+        for state in (None, *(self.network.area(node).states if node not in self.inputs else ())):
+            key = map_key(node, slot, state)
+            self.maps.pop(key, None)
+            for form in [f for f in self.forms if f is not None and key in (f[2], f[2][2] if f[2][0] == "pooled" else None)]:
+                self.forms.pop(form)
+
+    def _term_by_torch(self, drive: Drive, position: tuple[int, int], slot: int) -> None:
+        c, state = drive.connection, self.state(drive.connection, drive.source)
+
+        def function(xs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+            return [term(self.network, c, xs[0].permute(0, 3, 1, 2), parameters).permute(0, 2, 3, 1)]
+
+        source = (map_key(drive.source, slot, state), self.map(drive.source, slot, state))
+        (self.terms[position],) = self.tape.by_torch(function, [source], [term_key(*position)], [*c.weights, *c.biases])
+
+    def _record_linear(self, index: int, first: int, forms: list[tuple[Tensor, Key]]) -> None:
+        drive = self.schedule.drives[index]
+        weights = self.tape.wanted.intersection((*drive.connection.weights, *drive.connection.biases))
+        if weights or drive.source in self.reaches:
+            self.tape.record(self._linear_back, index, first, [x for x, _ in forms], [key for _, key in forms], bool(weights))
+
+    def _linear_back(self, index: int, first: int, xs: list[Tensor], keys: list[Key], need_weight: bool) -> None:
+        drive, linear = self.schedule.drives[index], self.linear[index]
+        assert linear is not None
+        found = [self.tape.grads.take(term_key(index, first + k))[0] for k in range(len(xs))]
+        if all(grad is None for grad in found):
+            return
+        channels, height, width = drive.shape
+        zero = torch.zeros((self.samples, height, width, channels), dtype=self.example.dtype) if any(g is None for g in found) else None
+        grads = [zero if grad is None else grad for grad in found]
+        if index in self.postponed and linear.postponed and need_weight:
+            self.collected[index].append((xs, grads))  # type: ignore[arg-type]
+            need_weight = False
+        need_x = drive.source in self.reaches
+        if need_x or need_weight:
+            grad_x, found_weights = linear.backward(stacked(xs), stacked(grads), need_x=need_x, need_weight=need_weight)  # type: ignore[arg-type]
+            for name, grad in found_weights:
+                self.tape.add_parameter(name, grad)
+            if grad_x is not None:
+                for key, part in zip(keys, grad_x.chunk(len(keys)), strict=True):
+                    self.tape.grads.add(key, part, own=True)
+
+    def _weights_back(self, drives: Sequence[int]) -> None:
+        """The gradients of weights within a component, over all its steps at once."""
+        for index in drives:
+            pairs = self.collected.pop(index, [])[::-1]
+            if pairs:
+                linear = self.linear[index]
+                assert linear is not None
+                xs, grads = ([m for pair in pairs for m in pair[k]] for k in (0, 1))
+                _, found = linear.backward(stacked(xs), stacked(grads), need_x=False, need_weight=True)
+                for name, grad in found:
+                    self.tape.add_parameter(name, grad)
+
+    # ---------------------------------------------------------------- areas
+
+    def ports(self, name: str, slots: range) -> dict[str, Port]:
+        """The terms that enter an area, evaluated where they are not yet."""
+        area = self.network.area(name)
+        ports = {port: Port() for port in area.ports}
+        entering: dict[str, list[Term]] = {port: [] for port in area.ports}
+        for t in self.schedule.terms[name, slots[0]]:
+            entering[self.network.port(t.connection)].append(t)
+        for port_name, terms in entering.items():
+            self._fill(name, slots, port_name, terms, ports[port_name])
+        for c in self.schedule.zeros[name, slots[0]]:
+            port = ports[self.network.port(c)]
+            if c.output_bias is not None:
+                port.biases.append(c.output_bias)
+            if not port.values or (c.middle_bias and c.middle_channels is not None):
+                self._zero_term(c, len(slots), port)
+        return ports
+
+    def _zero_term(self, c: Connection, count: int, port: Port) -> None:
+        channels, height, width = self.network.term_shape(c)
+        value = torch.zeros((count * self.samples, height, width, channels), dtype=self.example.dtype)
+        keys: list[Key] = [None] * count
+        if c.middle_bias and c.middle_channels is not None:
+            # What is between is its bias, everywhere.
+            names = (c.weights[1], c.biases[0])
+            constant = ("constant", c.label, id(port))
+            (value,) = self.tape.by_torch(
+                lambda xs, p: [xs[0] + (p[names[0]].flatten(1) @ p[names[1]])], [(None, value)], [constant], names
+            )
+            keys = [constant] * count  # (one: a batch of slots reads no zeros)
+        port.values.insert(0, value)
+        port.connections.insert(0, c)
+        port.keys.insert(0, keys)
+        port.private = True
+
+    def _fill(self, name: str, slots: range, port_name: str, terms: list[Term], port: Port) -> None:
+        kernel = self.rules.has_kernel(self.network.area(name))  # else values stay as many as terms, and in order
+        fresh = [t for t in terms if (t.drive, t.position) not in self.terms and self._summable(t)] if kernel else []
+        summed: list[Term] = []
+        if len(slots) == 1 and len(fresh) == 1 and not any((t.drive, t.position) in self.terms and self._private(t) for t in terms):
+            out = self.room(name, slots, port_name, self.schedule.drives[fresh[0].drive].shape[0])
+            self.evaluate(fresh[0].drive, fresh[0].position, fresh[0].position + 1, out)
+        elif len(slots) == 1 and 2 <= len(fresh) <= MAX_SUMMED:
+            maps = [m for t in fresh if isinstance(m := self.linear[t.drive], DenseMap)]
+            if can_sum([m.weight for m in maps]):
+                summed = fresh
+                out = self.room(name, slots, port_name, self.schedule.drives[fresh[0].drive].shape[0])
+                forms = [self.form(drive := self.schedule.drives[t.drive], drive.slots[t.position]) for t in summed]
+                convolve_sum([m.weight for m in maps], [x for x, _ in forms], out)
+                for t, form in zip(summed, forms, strict=True):
+                    self._record_linear(t.drive, t.position, [form])
+                    drive = self.schedule.drives[t.drive]
+                    self._used_maps(drive, [drive.slots[t.position]])
+                port.values.append(out)
+                port.private = True
+        keys = []
+        for t in terms:
+            drive = self.schedule.drives[t.drive]
+            identity = drive.connection.operator is Operator.IDENTITY
+            positions = range(t.position, t.position + len(slots))
+            if identity:
+                keys.append([self.form(drive, drive.slots[p])[1] if self.tape.recording else None for p in positions])
+            else:
+                keys.append([term_key(t.drive, p) for p in positions])
+            if t not in summed:
+                parts = [self._value(t.drive, p) for p in positions]
+                if kernel and not port.private and all(self._private(t, p) for p in positions):
+                    port.values.insert(0, stacked(parts))
+                    port.private = True
+                else:
+                    port.values.append(stacked(parts))
+            port.connections.append(t.connection)
+            if t.connection.output_bias is not None and self.linear.get(t.drive, True) is not None:
+                port.biases.append(t.connection.output_bias)
+        port.keys = keys
+
+    def _private(self, t: Term, position: int | None = None) -> bool:
+        """Whether nobody else reads a term's value."""
+        identity = self.schedule.drives[t.drive].connection.operator is Operator.IDENTITY
+        return not identity and self.uses[t.drive, t.position if position is None else position] == 1
+
+    def _summable(self, t: Term) -> bool:
+        if not self._private(t):
+            return False
+        drive = self.schedule.drives[t.drive]
+        linear = self.linear_of(drive)
+        return isinstance(linear, DenseMap) and linear.border is None and linear.weight.choice.map is not None
+
+    def _value(self, drive: int, position: int) -> Tensor:
+        if (drive, position) not in self.terms:
+            self.evaluate(drive, position, position + 1)
+        self.uses_left[drive, position] -= 1
+        if self.uses_left[drive, position]:
+            return self.terms[drive, position]
+        return self.terms.pop((drive, position))
+
+    def room(self, name: str, slots: range, kind: str, channels: int) -> Tensor:
+        """Where a kind of map of an area's slots goes: with a tape, next to that of its other slots."""
+        _, height, width = self.network.shapes[name]
+        shape = (self.samples, height, width, channels)
+        if not self.tape.recording:
+            return empty(shape, self.example.dtype)
+        if (name, kind) not in self.blocks:
+            self.blocks[name, kind] = empty((self.schedule.num_slots[name], *shape), self.example.dtype)
+        return self.blocks[name, kind][slots[0] : slots[-1] + 1].flatten(0, 1)

@@ -1,0 +1,143 @@
+"""Launches of ``norm_step`` and ``depthwise_conv``: like :mod:`rnndyn_fast.ops._launch`, whose rules hold here too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops._launch import address_of
+
+NormScalars = tuple[int, int, int, bool, bool, float]  # groups, norm, activation, rectify the drive, squash, eps
+
+
+def _workspace(sizes: Sequence[int]) -> tuple[Tensor, int]:
+    return _launch.workspace_of(2 * _launch._core.norm_step_workspace(list(sizes)))
+
+
+def _statistics_size(n: int, c: int, scalars: NormScalars) -> tuple[int, ...]:
+    return (n, scalars[0]) if scalars[1] == 1 else (c,)
+
+
+def norm_step_forward(
+    scalars: NormScalars,
+    drives: Sequence[Tensor],  # each [N, H, W, C]
+    modulators: Sequence[Tensor],  # each [N, H, W, C]
+    drive_bias: Tensor | None,  # [C]
+    modulator_bias: Tensor | None,  # [C]
+    gamma: Tensor | None,  # [C]
+    beta: Tensor | None,  # [C]
+    drive_sum: Tensor | None,  # [N, H, W, C]
+    modulator_sum: Tensor | None,  # [N, H, W, C]
+    state: Tensor,  # [N, H, W, C]
+    mean: Tensor | None,  # [N, groups] or [C]
+    rstd: Tensor | None,
+    variance: Tensor | None,  # [C]
+) -> None:
+    """Launch ``norm_step`` forward; every output is written into the tensor given for it."""
+    n, h, w, c = full = tuple(state.shape)
+    dtype, statistics = state.dtype, _statistics_size(n, c, scalars)
+    groups, norm, activation, rectify, squash, eps = scalars
+    core = _launch._core
+    launch = core.norm_step_forward_float32 if dtype == torch.float32 else core.norm_step_forward_float64
+    held, workspace = _workspace((n, h * w, c, groups))
+    launch(
+        [n, h * w, c, groups], norm, activation, rectify, squash, eps, torch.get_num_threads(),
+        [address_of(x, f"drives[{i}]", full, dtype) for i, x in enumerate(drives)],
+        [address_of(x, f"modulators[{i}]", full, dtype) for i, x in enumerate(modulators)],
+        address_of(drive_bias, "drive_bias", (c,), dtype),
+        address_of(modulator_bias, "modulator_bias", (c,), dtype),
+        address_of(gamma, "gamma", (c,), dtype),
+        address_of(beta, "beta", (c,), dtype),
+        address_of(drive_sum, "drive_sum", full, dtype),
+        address_of(modulator_sum, "modulator_sum", full, dtype),
+        address_of(state, "state", full, dtype),
+        address_of(mean, "mean", statistics, dtype),
+        address_of(rstd, "rstd", statistics, dtype),
+        address_of(variance, "variance", (c,), dtype),
+        workspace,
+    )  # fmt: skip
+    del held
+
+
+def norm_step_backward(
+    scalars: NormScalars,
+    grad_state: Tensor,  # [N, H, W, C]
+    drive: Tensor | None,  # [N, H, W, C]
+    modulator: Tensor | None,  # [N, H, W, C]
+    gamma: Tensor | None,  # [C]
+    beta: Tensor | None,  # [C]
+    mean: Tensor | None,  # [N, groups] or [C]
+    rstd: Tensor | None,
+    grad_drive: Tensor | None,  # [N, H, W, C]
+    grad_modulator: Tensor | None,  # [N, H, W, C]
+    grad_gamma: Tensor | None,  # [C]
+    grad_beta: Tensor | None,  # [C]
+) -> None:
+    """Launch ``norm_step`` backward; every gradient is written."""
+    n, h, w, c = full = tuple(grad_state.shape)
+    dtype, statistics = grad_state.dtype, _statistics_size(n, c, scalars)
+    groups, norm, activation, rectify, squash, eps = scalars
+    core = _launch._core
+    launch = core.norm_step_backward_float32 if dtype == torch.float32 else core.norm_step_backward_float64
+    held, workspace = _workspace((n, h * w, c, groups))
+    launch(
+        [n, h * w, c, groups], norm, activation, rectify, squash, eps, torch.get_num_threads(),
+        address_of(grad_state, "grad_state", full, dtype),
+        address_of(drive, "drive", full, dtype),
+        address_of(modulator, "modulator", full, dtype),
+        address_of(gamma, "gamma", (c,), dtype),
+        address_of(beta, "beta", (c,), dtype),
+        address_of(mean, "mean", statistics, dtype),
+        address_of(rstd, "rstd", statistics, dtype),
+        address_of(grad_drive, "grad_drive", full, dtype),
+        address_of(grad_modulator, "grad_modulator", full, dtype),
+        address_of(grad_gamma, "grad_gamma", (c,), dtype),
+        address_of(grad_beta, "grad_beta", (c,), dtype),
+        workspace,
+    )  # fmt: skip
+    del held
+
+
+def depthwise_conv(
+    x: Tensor,  # [N, H, W, C]
+    weight: Tensor,  # [KH, KW, C]
+    bias: Tensor | None,  # [C]
+    out: Tensor,  # [N, H', W', C]
+    step: int,
+    dilation: int,
+    before: tuple[int, int],
+) -> None:
+    """Launch ``depthwise_conv``: out is written."""
+    c = x.shape[3]
+    launch = _launch._core.depthwise_conv_float32 if x.dtype == torch.float32 else _launch._core.depthwise_conv_float64
+    launch(
+        [x.shape[0], c, x.shape[1], x.shape[2], out.shape[1], out.shape[2], weight.shape[0], weight.shape[1], step, dilation, *before],
+        torch.get_num_threads(),
+        address_of(x, "x", tuple(x.shape), x.dtype),
+        address_of(weight, "weight", (weight.shape[0], weight.shape[1], c), x.dtype),
+        address_of(bias, "bias", (c,), x.dtype),
+        address_of(out, "out", (x.shape[0], out.shape[1], out.shape[2], c), x.dtype),
+    )
+
+
+def depthwise_weight_grad(
+    x: Tensor,  # [N, H, W, C]
+    grad: Tensor,  # [N, H', W', C]
+    grad_weight: Tensor,  # [KH, KW, C]
+    step: int,
+    before: tuple[int, int],
+) -> None:
+    """Launch ``depthwise_weight_grad``: grad_weight is written."""
+    c, kernel = x.shape[3], grad_weight.shape[:2]
+    core = _launch._core
+    launch = core.depthwise_weight_grad_float32 if x.dtype == torch.float32 else core.depthwise_weight_grad_float64
+    launch(
+        [x.shape[0], c, x.shape[1], x.shape[2], grad.shape[1], grad.shape[2], *kernel, step, 1, *before],
+        torch.get_num_threads(),
+        address_of(x, "x", tuple(x.shape), x.dtype),
+        address_of(grad, "grad", (x.shape[0], grad.shape[1], grad.shape[2], c), x.dtype),
+        address_of(grad_weight, "grad_weight", (kernel[0], kernel[1], c), x.dtype),
+    )

@@ -1,0 +1,178 @@
+"""Scheduled rollouts on a tape: float32 by our engines, graphs that are kept, refusals, and the schedule by PyTorch beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph import rollout, taped_terms
+from rnndyn_fast.graph.scheduled import rollout_scheduled
+from rnndyn_fast.graph.tape import Gradients, stacked
+from rnndyn_fast.models import rcnn_sat
+from rnndyn_fast.nn import ConvCell
+
+KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
+
+
+def cell_of(kind: str, channels: int = 16, size: int = 14) -> ConvCell:
+    torch.manual_seed(0)
+    extra = {"residual_channels": channels} if kind.startswith("rgc") else {}
+    net = ConvCell(kind, channels, channels, (size, size), **extra, **({"cell_channels": 24} if kind == "rgc_median" else {}))
+    net.timesteps = 4
+    return net
+
+
+def inputs_of(net: ConvCell, samples: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(*((4, samples) if n.frames else (samples,)), n.channels, n.height, n.width) for n in net.network.inputs]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def results(net: ConvCell, inputs: list[Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """States, and gradients of inputs and parameters."""
+    net = net.to(dtype)
+    net.backend = backend
+    net.zero_grad(set_to_none=True)
+    leaves = [x.to(dtype, copy=True).requires_grad_(True) for x in inputs]
+    states = net.states(leaves, net.recorded)
+    sum((s * (1 + k)).square().sum() for k, s in enumerate(states)).backward()
+    found = {f"state {name}": s.detach() for name, s in zip(net.recorded, states, strict=True)}
+    found |= {f"input {k}": x.grad for k, x in enumerate(leaves)}
+    return found | {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_in_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our engines, sums in the Winograd domain included: error in norm against float64 at most 1e-5, or twice that of PyTorch."""
+    net = cell_of(kind)
+    inputs = inputs_of(net)
+    calls = []
+    once = taped_terms.convolve_sum
+    monkeypatch.setattr(taped_terms, "convolve_sum", lambda *args: calls.append(len(args[0])) or once(*args))
+    truth = results(net, inputs, "reference", torch.float64)
+    plain, ours = results(net, inputs, "reference", torch.float32), results(net, inputs, "scheduled", torch.float32)
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        error, reference = ((r[name].double() - expected).norm() / expected.norm() for r in (ours, plain))
+        assert error <= max(1e-5, 2 * reference), (name, error.item(), reference.item())
+    if kind in ("gru", "lstm", "ugrnn", "intersectionrnn"):  # [x, h] is one convolution, where Winograd's engine runs
+        assert calls
+
+
+@pytest.mark.parametrize("kind", ["lstm", "rgc_median"])
+def test_the_same_as_in_pytorchs_operations(kind: str) -> None:
+    net = cell_of(kind).double()
+    inputs = inputs_of(net)
+    net.backend = "scheduled"
+    ours = net.states(inputs, net.recorded)
+    theirs = rollout_scheduled(net.schedule(net.recorded), inputs, dict(net.named_parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_graph_gives_the_same_again(kind: str) -> None:
+    """With ``retain_graph`` no buffer of the tape is written over; without it the second time raises."""
+    net = cell_of(kind, 4, 5).double()
+    net.backend = "scheduled"
+    loss = sum(s.square().sum() for s in net.states(inputs_of(net, 2), net.recorded))
+    parameters = list(net.parameters())
+    found = [torch.autograd.grad(loss, parameters, retain_graph=keep) for keep in (True, True, False)]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, parameters)
+
+
+def test_second_derivatives_raise() -> None:
+    net = cell_of("ugrnn", 4, 5)
+    net.backend = "scheduled"
+    (states,) = net.states([x.float() for x in inputs_of(net, 2)], net.recorded[:1])
+    with pytest.raises(RuntimeError, match="scheduled rollout cannot be differentiated twice"):
+        torch.autograd.grad(states.sum(), list(net.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_changes_in_place_before_backward_raise(what: str) -> None:
+    net = cell_of("lstm", 4, 5)
+    net.backend = "scheduled"
+    states = net.states([x.float() for x in inputs_of(net, 2)], net.recorded)
+    loss = sum(s.sum() for s in states)
+    with torch.no_grad():
+        (next(net.parameters()) if what == "parameter" else states[0]).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_functional_transforms_take_pytorchs_operations() -> None:
+    net = cell_of("lstm", 4, 5).double()
+    inputs = inputs_of(net, 2)
+    parameters = dict(net.named_parameters())
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return rollout(net.network, 4, inputs, values, net.recorded, backend="scheduled")[0].square().sum()
+
+    grads = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    loss(parameters).backward()
+    for name, p in parameters.items():
+        assert p.grad is not None
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_only_what_is_wanted() -> None:
+    """Gradients of some parameters alone, and of inputs alone, are those of all."""
+    net = cell_of("gru", 4, 5).double()
+    net.backend = "scheduled"
+    inputs = [x.requires_grad_(True) for x in inputs_of(net, 2)]
+    named = dict(net.named_parameters())
+
+    def grads(names: list[str]) -> list[Tensor]:
+        leaves = [named[name] for name in names] + inputs
+        for name, p in named.items():
+            p.requires_grad_(name in names)
+        return list(torch.autograd.grad(sum(s.square().sum() for s in net.states(inputs, net.recorded)), leaves))
+
+    whole = dict(zip([*named, *range(len(inputs))], grads(list(named)), strict=True))
+    for names in ([], list(named)[:1], list(named)[-1:]):
+        for key, grad in zip([*names, *range(len(inputs))], grads(names), strict=True):
+            torch.testing.assert_close(grad, whole[key], rtol=1e-11, atol=1e-12)
+
+
+def test_statistics_of_batches_in_float32() -> None:
+    net = rcnn_sat("bl", 5, timesteps=2, image_size=64, width_divisor=32)
+    image = torch.randn(8, 3, 64, 64)
+    found = []
+    for backend in ("reference", "scheduled"):
+        torch.manual_seed(0)
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+        net.train().backend = backend
+        net(image)
+        found.append({name: b.clone() for name, b in net.named_buffers()})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_stacked_is_a_view_of_neighbours() -> None:
+    block = torch.arange(24.0).view(4, 2, 3)
+    assert stacked([block[1], block[2]]).data_ptr() == block[1].data_ptr()
+    assert torch.equal(stacked([block[1], block[2]]), block[1:3].flatten(0, 1))
+    assert torch.equal(stacked([block[2], block[1]]), torch.cat([block[2], block[1]]))
+    assert torch.equal(stacked([block[0], torch.ones(2, 3)]), torch.cat([block[0], torch.ones(2, 3)]))
+
+
+def test_gradients_write_only_what_is_theirs() -> None:
+    grads, a, b = Gradients(), torch.ones(2), torch.full((2,), 2.0)
+    grads.add(("k",), a, own=False)
+    grads.add(("k",), a, own=False)
+    grads.add(("k",), b, own=False)
+    assert grads.take(("k",))[0].tolist() == [4.0, 4.0]
+    assert a.tolist() == [1.0, 1.0]
+    assert b.tolist() == [2.0, 2.0]
+    grads.add(("k",), b, own=True)
+    grads.add(("k",), a, own=False)
+    assert b.tolist() == [3.0, 3.0]
+    assert grads.take(("k",)) == (b, True)
+    assert grads.take(("k",)) == (None, False)
