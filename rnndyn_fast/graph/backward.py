@@ -102,7 +102,7 @@ class _Backward:
             self.recomputed.clear()
             self.state_room.reset()
             states = self.state_room.take((read, *shape), operands.dtype)
-            statistics = empty((2, operands.samples), operands.dtype)
+            statistics = empty((2, operands.samples), operands.sums_dtype)
             kept, factors = self.saved.get((name, "value")), self.saved.get((name, "modulator"))
             scratch = empty(shape, operands.dtype) if kept is None else None
             for slot in range(read):
@@ -188,12 +188,12 @@ class _Backward:
         for d in self._drives_into(name):
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
-                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.dtype)
+                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.sums_dtype)
         area = schedule.network.area(name)
         if area.norm is Norm.LAYER:
             for kind in ("weight", "bias"):
                 # (areas may share a norm's parameters)
-                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.dtype))
+                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.sums_dtype))
 
     def _take(self, name: str, pool: Pool, slot: int) -> list[Tensor]:
         return self.forms.pop((name, pool, slot), [])
@@ -263,7 +263,7 @@ class _Backward:
     def _drive_grad(self, index: int, first: int, last: int) -> Tensor:
         where = self.where[index]
         if not where.aligned:
-            return self.drive_sums[index][first:last]
+            return self.drive_sums[index][first:last].to(self.operands.dtype)
         return self.area_grads[where.area, where.kind][first + where.offset : last + where.offset]
 
     def _return_to_source(self, index: int, first: int, last: int, need_weight: bool = False) -> None:
@@ -296,7 +296,7 @@ class _Backward:
         drive = self.schedule.drives[index]
         c = drive.connection
         if c.bias and self.needs.get(f"{c.parameter}.bias"):
-            self._add(f"{c.parameter}.bias", self._drive_grad(index, 0, len(drive.slots)).sum((0, 1, 2, 3)))
+            self._add(f"{c.parameter}.bias", self._drive_grad(index, 0, len(drive.slots)).sum((0, 1, 2, 3), dtype=self.operands.sums_dtype))
         need_weight = bool(c.operator is not Operator.IDENTITY and self.needs.get(f"{c.parameter}.weight"))
         if not within:
             self._return_to_source(index, 0, len(drive.slots), need_weight)
@@ -344,7 +344,8 @@ class _Backward:
         )
         if is_norm:  # [H, W, C] as the kernel sums it
             grad = grad.permute(2, 0, 1).contiguous()
-        return grad.reshape(self.operands.parameters[name].shape)
+        parameter = self.operands.parameters[name]
+        return grad.reshape(parameter.shape).to(parameter.dtype)
 
 
 def backward(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.operands import Operands, area_step_forward, empty_form
+from rnndyn_fast.graph.fused_step import fused_step, fusible
+from rnndyn_fast.graph.operands import Operands, empty_form
 from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, recomputes_state, saved_buffers
 from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
@@ -84,16 +85,25 @@ class _Training:
 
     def _evaluate(self, drive: Drive, first: int, last: int) -> Tensor:
         """Positions first..last-1 of a drive: [positions, N, H, W, C]."""
-        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
-            x = self._passing_state(drive.source, drive.slots[first])[None]
-        else:
-            x = stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last])
+        x = self._source(drive, first, last)
         if drive.connection.operator is Operator.IDENTITY:
             return x
         weight = self.operands.weights[drive.index]
         assert weight is not None
         y = convolve(weight, x.flatten(0, 1))
         return y.unflatten(0, (last - first, -1))
+
+    def _source(self, drive: Drive, first: int, last: int) -> Tensor:
+        """The maps that positions first..last-1 of a drive read: [positions, N, H, W, C]."""
+        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
+            return self._passing_state(drive.source, drive.slots[first])[None]
+        return stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last])
+
+    def _read_here_alone(self, term: Term) -> bool:
+        """Whether a term is still to be evaluated, for this one update, and not kept."""
+        use = (term.drive, term.position)
+        kept = (f"drive{term.drive}", "drive") in self.kept
+        return not kept and term.drive not in self.drives and use not in self.within and self.reads_left[use] == 1
 
     def _allocate(self, name: str, component: Component) -> None:
         schedule, dtype, samples = self.schedule, self.operands.dtype, self.operands.samples
@@ -107,8 +117,8 @@ class _Training:
             if argmax is not None:
                 self.buffers[name, "argmax"] = argmax
         if schedule.network.area(name).norm is Norm.LAYER:
-            self.buffers[name, "centre"] = empty((slots, samples), dtype)
-            self.buffers[name, "rstd"] = empty((slots, samples), dtype)
+            self.buffers[name, "centre"] = empty((slots, samples), self.operands.sums_dtype)
+            self.buffers[name, "rstd"] = empty((slots, samples), self.operands.sums_dtype)
         if keeps_value(schedule, name):
             in_place = self._private_drive(name, component)
             if in_place is None:
@@ -172,16 +182,23 @@ class _Training:
         value = buffer("value")
         scratch = buffer("scratch", slice(0, last - first))
         drives.sort(key=lambda t: t.drive != self.in_place.get(name))  # the term whose memory the value takes must be the first
-        values = [self._term_value(t, slots) for t in drives]
+        fused = fusible(operands, drives, modulators, self._read_here_alone)
+        values = [self._term_value(t, slots) for t in drives if t not in fused]
         state = buffer("state")
         if (name, first) in self.passing:
             state = self.states[name, first] = empty((operands.samples, *_hwc(self.schedule, name)), operands.dtype)
         modulator_sum = buffer("modulator")
         if modulator_sum is not None and not modulators:
             modulator_sum.fill_(1)
-        area_step_forward(
+        factors = [self._term_value(t, slots) for t in modulators if t not in fused]
+        sources = [self._source(self.schedule.drives[t.drive], t.position, t.position + 1).flatten(0, 1) for t in fused]
+        fused_step(
+            operands,
+            [t.drive for t in fused],
+            sources,
             values,
-            [self._term_value(t, slots) for t in modulators],
+            factors,
+            modulates=bool(modulators),
             drive_bias=operands.bias(drives),
             modulator_bias=operands.bias(modulators),
             gamma=area.gamma,
@@ -203,7 +220,7 @@ def stacked(form: Tensor, slots: Sequence[int]) -> Tensor:
     """Some slots of a stacked buffer [slots, N, ...]: a view where they are adjacent, else a copy."""
     if list(slots) == list(range(slots[0], slots[0] + len(slots))):
         return form[slots[0] : slots[0] + len(slots)]
-    return form[list(slots)]
+    return torch.stack([form[slot] for slot in slots])  # (an index would be copied to the device)
 
 
 def forward_training(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
@@ -284,14 +301,14 @@ class _Inference:
             else:
                 self.drives.pop(key, None)  # (a summed one never stood alone)
 
+    def _last_use(self, term: Term) -> bool:
+        """Whether this update is the last that reads a term, and the term is no map itself."""
+        return term.connection.operator is not Operator.IDENTITY and self.drive_uses[term.drive, term.position] == 1
+
     def _drive_values(self, terms: Sequence[Term]) -> tuple[list[Tensor], bool]:
         """The summands of a drive, and whether the first may be overwritten: it is a convolution that nobody reads again."""
-
-        def last_use(t: Term) -> bool:
-            return t.connection.operator is not Operator.IDENTITY and self.drive_uses[t.drive, t.position] == 1
-
         # Convolutions of this step alone, if one call can sum them.
-        fresh = [t for t in terms if last_use(t) and (t.drive, t.position) not in self.drives]
+        fresh = [t for t in terms if self._last_use(t) and (t.drive, t.position) not in self.drives]
         weights = [w for t in fresh if (w := self.operands.weights[t.drive]) is not None]
         if 2 <= len(fresh) <= MAX_SUMMED and can_sum(weights):
             readers = [(self.schedule.drives[t.drive], self.schedule.drives[t.drive].slots[t.position]) for t in fresh]
@@ -300,7 +317,7 @@ class _Inference:
                 self._used_form(*reader)
             return [summed, *(self._term_value(t) for t in terms if t not in fresh)], True
         values = [self._term_value(t) for t in terms]
-        last = [last_use(t) for t in terms]
+        last = [self._last_use(t) for t in terms]
         if any(last):
             values.insert(0, values.pop(last.index(True)))
         return values, any(last)
@@ -310,7 +327,11 @@ class _Inference:
         schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
         shape = (operands.samples, *_hwc(schedule, name))
         drives, modulators = operands.split_terms(schedule.terms[name, slot])
-        values, in_place = self._drive_values(drives)
+        fused = fusible(operands, drives, modulators, lambda t: self._last_use(t) and (t.drive, t.position) not in self.drives)
+        values, in_place = self._drive_values([t for t in drives if t not in fused])
+        factors = [self._term_value(t) for t in modulators if t not in fused]
+        readers = [(schedule.drives[t.drive], schedule.drives[t.drive].slots[t.position]) for t in fused]
+        sources = [self._form(*reader) for reader in readers]
         value = None if area.gamma is None else values[0] if in_place else self._map(shape)
         outputs: dict[str, Any] = {"state": state}
         for pool in schedule.pools_read(name):
@@ -322,9 +343,13 @@ class _Inference:
             else:
                 self.forms[form] = self._map(_form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
-        area_step_forward(
+        fused_step(
+            operands,
+            [t.drive for t in fused],
+            sources,
             values,
-            [self._term_value(t) for t in modulators],
+            factors,
+            modulates=bool(modulators),
             drive_bias=operands.bias(drives),
             modulator_bias=operands.bias(modulators),
             gamma=area.gamma,
@@ -332,10 +357,12 @@ class _Inference:
             eps=area.eps,
             rectify=area.rectify,
             value=value,
-            mean=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
-            rstd=empty(shape[:1], operands.dtype) if area.gamma is not None else None,
+            mean=empty(shape[:1], operands.sums_dtype) if area.gamma is not None else None,
+            rstd=empty(shape[:1], operands.sums_dtype) if area.gamma is not None else None,
             **outputs,
         )
+        for reader in readers:
+            self._used_form(*reader)
         if value is not None and not in_place:
             self._release(value)
         for term in (*drives, *modulators):

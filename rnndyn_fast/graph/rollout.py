@@ -31,6 +31,7 @@ from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA devices
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
 _LIBRARY.define(
@@ -53,21 +54,25 @@ def _operands(
     keep: bool = False,
 ) -> Operands:
     schedule = compile_schedule(Network.from_json(network), timesteps, tuple(record))
-    if _launch.on_device(inputs[0]):
-        if engine == "winograd":
-            raise ValueError('engine="winograd": it runs on the CPU; "auto" and "direct" take the vendor\'s convolutions on a GPU')
-        engine = "direct"
     return Operands(schedule, inputs, parameters, engine, keep=keep)
 
 
 @contextmanager
 def _native(example: Tensor) -> Iterator[None]:
-    """On the device of the arguments, and in their dtype: no autocast."""
+    """On the device of the arguments, and in their dtype: no autocast. Where its memory runs out, the error says of what size."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(example.device.type, enabled=False))
         if example.device.type != "cpu":
             stack.enter_context(buffers_on(example.device))
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"in a native rollout of an input {list(example.shape)} of {example.dtype} on {example.device}; nothing of the caller's was "
+                "changed. rnndyn plan prints what is kept per image; fewer images, fewer time steps, half precision or, without gradients, "
+                "torch.no_grad() need less"
+            )
+            raise
 
 
 def _forward_native(
@@ -94,7 +99,7 @@ def _forward_fake(
         outputs.append(buffer.permute(0, 1, 4, 2, 3))
     if training:
         for b in saved_buffers(schedule):
-            outputs.append(inputs[0].new_empty((b.slots, samples, *b.shape), dtype=torch.uint8 if b.byte else inputs[0].dtype))
+            outputs.append(inputs[0].new_empty((b.slots, samples, *b.shape), dtype=b.dtype(inputs[0].dtype)))
     return outputs
 
 
@@ -312,7 +317,9 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
-        if tensor.device.type == "cuda":
+        if tensor.device != inputs[0].device:
+            reason = f"{name} is on {tensor.device}, and the first input on {inputs[0].device}"
+        elif _launch.on_device(tensor):
             reason = _launch_cuda.why_not(tensor)
             reason = reason and f"{name}: {reason}"
         elif tensor.device.type != "cpu":
@@ -354,11 +361,26 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         p = parameters[name]
         if tuple(p.shape) != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {list(p.shape)}")
-        if p.dtype != example.dtype or p.device != example.device:
+        # (Half-precision maps may meet parameters of float32, which are what an optimiser moves.)
+        half = _launch.on_device(example) and example.dtype in HALF_DTYPES and p.dtype == torch.float32
+        if not (half or p.dtype == example.dtype) or p.device != example.device:
             raise TypeError(
                 f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, "
                 f"got {example.dtype} on {example.device}"
             )
+
+
+@torch.compiler.assume_constant_result  # (as with_precision)
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def _autocast(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The inputs as CUDA autocast wants them, where it is enabled: their dtype is that of a rollout's maps."""
+    dtype = _autocast_dtype()
+    if dtype not in HALF_DTYPES or not _launch.on_device(inputs[0]) or inputs[0].dtype not in (torch.float32, *HALF_DTYPES):
+        return inputs
+    return [x.to(dtype) for x in inputs]
 
 
 def rollout(
@@ -377,15 +399,18 @@ def rollout(
     Args:
         network: the spec; its docstring has the equations.
         timesteps: T >= 1.
-        inputs: one tensor per input of the network, float32 or float64 (reference: any float dtype).
+        inputs: one tensor per input of the network, float32 or float64; on a CUDA device float32, float16 or bfloat16 (reference: any
+            float dtype). Their dtype, or that of CUDA autocast, is the dtype of the states; parameters have it too, or are float32 where
+            it is a half one.
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (the schedule in PyTorch's operations: every term
             once, cells in fused kernels where they can run, any device and float dtype), "reference" (nothing is scheduled), or None:
             native where it can run, else scheduled with a warning that gives the reason.
-        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
-            (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
+        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
+            (see :func:`rnndyn_fast.ops.convolution.choose_engine`), on CUDA devices "fused" (see
+            :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). On the CPU, with "auto" and "amx" the precision of products is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
             and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
@@ -424,6 +449,8 @@ def rollout(
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
     used = {name: parameters[name] for name in shapes}
+    if backend in (None, "native"):
+        inputs = _autocast(inputs)
     if backend is None:
         try:
             can_run_native(network, inputs, used, raise_error=True)

@@ -33,11 +33,16 @@ def build_info() -> dict[str, Any]:
     return {**_module.build_info(), "devices": _module.device_count()}
 
 
-def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> str | None:
-    """Why a CUDA tensor of these dtypes cannot be used; None if it can. (Rollouts: float32.)"""
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> str | None:
+    """Why a CUDA tensor cannot be used, of these dtypes; None if it can."""
     if unavailable:
         return unavailable
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = capability(tensor.device)
     if major < 8:
         return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
     if tensor.dtype not in dtypes:

@@ -1,8 +1,8 @@
 """Linear maps of a rollout: one place decides how they are computed.
 
-Three engines: ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`), ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`) and ``direct``
-(the vendor's convolution and matrix product, through torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of
-samples and time steps.
+On the CPU ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`) and ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`), on CUDA devices
+``fused`` (tensor cores, :mod:`rnndyn_fast.ops.fused_conv`), and on both ``direct`` (the vendor's convolution and matrix product, through
+torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of samples and time steps.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
 from rnndyn_fast.ops.buffers import empty, release_buffers
+from rnndyn_fast.ops.fused_conv import PASSES, FusedWeight
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
-ENGINES = ("auto", "direct", "winograd", "amx")
+ENGINES = ("auto", "direct", "winograd", "amx", "fused")
+DEVICE_ENGINES = ("auto", "direct", "fused")
 # torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h; the core checks it
@@ -56,12 +58,14 @@ class EngineChoice:
     """The engine of a connection and why; a map is None for the direct one.
 
     ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight; but over many tiles
-    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many.
+    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many. On a GPU there are no
+    maps: ``fused`` names the passes (of :data:`rnndyn_fast.ops.fused_conv.PASSES`) that the fused convolution computes.
     """
 
     map: WinogradMap | AmxMap | None
     reason: str
     grad_map: WinogradMap | AmxMap | None = None
+    fused: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, m: WinogradMap | AmxMap | None, reason: str) -> EngineChoice:
@@ -69,6 +73,8 @@ class EngineChoice:
         return cls(m, reason, m)
 
     def __str__(self) -> str:
+        if self.fused:
+            return "fused" if len(self.fused) == len(PASSES) else f"fused {'+'.join(self.fused)}"
         if isinstance(self.map, WinogradMap):
             return f"winograd {self.map.form}"
         return f"amx {self.map}" if self.map else "direct"
@@ -188,6 +194,8 @@ def _choose(
     engine, _, precision = engine.partition(":")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "fused":
+        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
     if engine == "direct":
         return EngineChoice(None, "asked for")
     parts = int(precision or 3)
@@ -246,6 +254,13 @@ class Weight:
         if self.geometry.operator is Operator.LINEAR:
             return self.weight.contiguous()
         return self.weight.contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def fused(self) -> FusedWeight:
+        """As the fused convolution takes it."""
+        transposed = self.geometry.operator is Operator.CONV_TRANSPOSE
+        weight = self.weight[:, :, None, None] if self.geometry.operator is Operator.LINEAR else self.weight
+        return FusedWeight(weight, self.geometry.stride, self.geometry.padding, self.geometry.output_padding, transposed)
 
     @cached_property
     def packed(self) -> Packed:
@@ -317,6 +332,8 @@ def convolve(
     geometry = weight.geometry
     if weight.choice.map is not None:
         return _sum([weight], [x])
+    if "forward" in weight.choice.fused:
+        return weight.fused.convolve(x)
     if geometry.operator is Operator.LINEAR:
         return torch.mm(x.flatten(1), weight.direct.t()).reshape(x.shape[0], 1, 1, -1)
     y = torch.ops.aten.convolution(
@@ -372,6 +389,15 @@ def convolve_backward(
     if m is not None:
         grad_weight = _weight_grad(weight, x, grad) if need_weight and isinstance(x, Tensor) else None
         return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x) if need_x else None, grad_weight
+    fused, shape = weight.choice.fused, x.shape if isinstance(x, Tensor) else x
+    if (need_x and "data" in fused) or (need_weight and "weight" in fused):
+        by_vendor = {"need_x": need_x and "data" not in fused, "need_weight": need_weight and "weight" not in fused}
+        grad_x, grad_weight = convolve_backward(weight, grad, x, **by_vendor) if any(by_vendor.values()) else (None, None)
+        if need_x and "data" in fused:
+            grad_x = weight.fused.data_grad(grad, shape)
+        if need_weight and "weight" in fused and isinstance(x, Tensor):
+            grad_weight = weight.fused.weight_grad(grad, x).reshape(weight.weight.shape)
+        return grad_x, grad_weight
     if not isinstance(x, Tensor):
         x = grad.new_empty(x)  # nobody reads its values
     if geometry.operator is Operator.LINEAR:

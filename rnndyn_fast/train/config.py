@@ -70,7 +70,7 @@ class TrainConfig:
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
     backend: Literal["native", "reference"] | None = option(None, "native kernels, plain PyTorch, or whichever can run")
-    engine: Literal["auto", "direct", "winograd", "amx"] = option(
+    engine: Literal["auto", "direct", "winograd", "amx", "fused"] = option(
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
     epochs: int = option(60, "epochs in all, those before a resume included")
