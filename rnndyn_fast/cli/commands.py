@@ -19,7 +19,9 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> None:
+def plan(
+    model: str, options: dict[str, Any] | None = None, device: str = "cpu", dtype: str = "float32", batch: int = 16, **network: Any
+) -> None:
     """`rnndyn plan`"""
     import torch
 
@@ -33,9 +35,16 @@ def plan(model: str, options: dict[str, Any] | None = None, **network: Any) -> N
         network = {name: network[name] for name in ("timesteps", "engine")}
     elif not model.startswith("blt_net"):  # the options of the command are those of blt_net; other models have options of their own
         network = {"engine": network["engine"]}
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
     with torch.device("meta"):
         net = models.build({**what, **network, **(options or {})})
-    print(describe(net.schedule(), network["engine"]))
+    where, count = torch.device(device), torch.cuda.device_count()
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if where.type == "cuda" and count and (where.index or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} CUDA devices of this machine, cuda:0 to cuda:{count - 1}, got {device!r}")
+    print(describe(net.schedule(), network["engine"], device=device, dtype=getattr(torch, dtype), samples=batch))
 
 
 def train(**options: Any) -> None:

@@ -45,6 +45,7 @@ class Operands:
         self.dtype = example.dtype
         self.sums_dtype = sums_dtype(example.dtype)
         self.device = example.device
+        self.on_device = _launch.on_device(example)
         self.samples = example.shape[1] if network.inputs[0].frames else example.shape[0]
         self.weights: list[Weight | None] = [self._weight(d, engine, keep) for d in schedule.drives]
         self.areas = {a.name: self._area(a.name) for a in network.areas if schedule.num_slots[a.name]}
@@ -55,7 +56,7 @@ class Operands:
         if c.operator is Operator.IDENTITY:
             return None
         weight = self.parameters[f"{c.parameter}.weight"]
-        if _launch.on_device(weight):
+        if self.on_device:
             choice = drive_device_engine(self.schedule, drive, self.dtype, engine, self.samples, self.device)
             return Weight(c.geometry, weight.to(self.dtype), choice)
         return Weight(c.geometry, weight, drive_engine(self.schedule, drive, self.dtype, engine, self.samples), keep=keep)

@@ -51,7 +51,7 @@ def choose_device_engine(
     if engine == "fused":
         return EngineChoice(None, "asked for", fused=fused_conv.PASSES)
     if device is None:
-        return EngineChoice(None, "until the fused convolution and the vendor's have been timed, at the first rollout on the device")
+        return EngineChoice(None, "or fused: whichever is the faster, as measured at the first rollout on the device")
     case = measured.Case(geometry, weight_shape, height, width, dtype, samples)
     times, why = measured.times_of(case, device)
     if times is None:
