@@ -18,7 +18,7 @@ ACTIVATIONS = tuple(Activation)  # in the order of CtrnnActivation (ctrnn.h)
 
 
 def _codes(activations: Sequence[Activation]) -> Tensor:
-    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32)
+    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32, device="cpu")
 
 
 def ctrnn_forward(

@@ -138,12 +138,13 @@ def _write_file(path: Path) -> None:
 
 def measure(case: Case, device: torch.device) -> dict[str, Times]:
     """Time both engines on random maps, alternating: each pass as a rollout runs it."""
-    passes = _passes(case, device)
+    contenders = passes(case, device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return {name: Times(*alternate([fused, direct], device)) for name, (fused, direct) in passes.items()}
+        return {name: Times(*alternate([fused, direct], device)) for name, (fused, direct) in contenders.items()}
 
 
-def _passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Each pass by the fused convolution and by the vendor's, on random maps; the forward one with the sum of what else enters."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
