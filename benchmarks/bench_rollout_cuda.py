@@ -108,7 +108,7 @@ def total_loss(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def products(schedule: Schedule, samples: int) -> int:
-    """Multiplications and additions of a training step of ours: each map, the gradients of its weight and, but for images, of its source."""
+    """Multiplications and additions of our training step: each map, the gradients of its weight and, but for images, of its source."""
     inputs = {node.name for node in schedule.network.inputs}
     return sum(
         2 * samples * schedule.network.multiply_adds(d.connection) * len(d.slots) * (2 if d.source in inputs else 3)
@@ -209,7 +209,10 @@ def convolution_cases() -> list[measured.Case]:
     for options in NETWORKS.values():
         schedule = blt_net_64(**options, timesteps=STEPS, **SIZES).schedule()
         for drive in schedule.drives:
-            c, shape = drive.connection, schedule.network.weight_shape(drive.connection) if drive.connection.operator is not Operator.IDENTITY else ()
+            c, shape = (
+                drive.connection,
+                schedule.network.weight_shape(drive.connection) if drive.connection.operator is not Operator.IDENTITY else (),
+            )
             if not shape or why_not_fused(c.geometry, shape, torch.float16):
                 continue
             _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)

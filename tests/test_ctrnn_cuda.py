@@ -35,7 +35,7 @@ def moved(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_is_as_good_as_plain_pytorch(case: Case, kernels: Any) -> None:
-    """Values and all gradients: error in norm at most twice plain PyTorch's, plus roundings (and those of the noise's logarithm and cosine)."""
+    """Values and all gradients: error in norm at most twice plain PyTorch's, plus roundings (also of the noise)."""
     x = moved(arguments(case), torch.float32)
     shape = (case.models, case.trials, case.steps, case.units)
     grads = torch.randn(shape), torch.randn(shape)
@@ -90,5 +90,5 @@ def test_too_many_units_are_refused(kernels: Any) -> None:
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")
 def test_can_run_says_why_not(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 5))
-    with pytest.raises(ValueError, match="inputs: cpu has compute capability 7.5"):
+    with pytest.raises(ValueError, match=r"inputs: cpu has compute capability 7.5"):
         can_run_ctrnn(torch.zeros(1, 1, 1, 1), raise_error=True)

@@ -15,7 +15,6 @@ from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, wid
 from rnndyn_fast.graph import can_run_native, rollout
 from rnndyn_fast.graph.operands import drive_device_engine
 from rnndyn_fast.graph.plan import describe
-from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch_cuda, measured
 from rnndyn_fast.ops import buffers as buffers_module
@@ -54,7 +53,9 @@ def test_each_pass_takes_the_faster_engine(timed: list[str]) -> None:
     choice = choose()
     assert choice.fused == ("forward", "weight")
     assert str(choice) == "fused forward+weight"
-    assert choice.reason == "measured on some GPU, ms, fused against the vendor's: forward 1 against 2, data 3 against 2, weight 1 against 1"
+    assert (
+        choice.reason == "measured on some GPU, ms, fused against the vendor's: forward 1 against 2, data 3 against 2, weight 1 against 1"
+    )
     assert timed == ["conv 64x128x3x3 stride 1 padding 1+0 on 16x16 float16 N=128"]
 
 
@@ -91,7 +92,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(timed: list[str], monkeypat
     assert len(timed) == 1
 
 
-def test_where_nothing_can_be_measured_the_vendor_computes_and_the_reason_says_why(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_measured_the_vendor_computes_and_the_reason_says_why(
+    timed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measured, "capturing", lambda: True)
     assert choose() == EngineChoice(None, "not measured: a CUDA graph is being captured; run once before capturing")
     monkeypatch.setattr(measured, "capturing", lambda: False)
@@ -191,12 +194,17 @@ def test_the_plan_for_a_device() -> None:
     lines = [line.strip() for line in describe(net.schedule(), "auto", device="cuda", dtype=torch.float16, samples=1024).splitlines()]
     assert "engine of each connection (float16 on a CUDA device, batches of 1024, engine='auto'):" in lines
     lateral = next(line for line in lines if line.startswith("v2 -> v2 (lateral)"))
-    assert lateral.split(")", 1)[1].split(maxsplit=1) == ["direct", "or fused: whichever is the faster, as measured at the first rollout on the device"]
+    assert lateral.split(")", 1)[1].split(maxsplit=1) == [
+        "direct",
+        "or fused: whichever is the faster, as measured at the first rollout on the device",
+    ]
     first = next(line for line in lines if line.startswith("image -> retina"))
     assert "32 and 3 channels: the fused convolution takes multiples of 8" in first
     assert "saved for backward, per image (float16):" in lines
     fused = describe(net.schedule(), "fused", device="cuda", dtype=torch.bfloat16)
-    assert any(line.strip().startswith("v4 -> v2 (top_down)") and line.split()[4:] == ["fused", "asked", "for"] for line in fused.splitlines())
+    assert any(
+        line.strip().startswith("v4 -> v2 (top_down)") and line.split()[4:] == ["fused", "asked", "for"] for line in fused.splitlines()
+    )
 
 
 # ---------------------------------------------------------------- bad input
@@ -227,7 +235,7 @@ def test_tensors_on_two_devices_are_refused(simt: object, monkeypatch: pytest.Mo
     away = {**parameters, "v1.lateral.weight": parameters["v1.lateral.weight"].to("meta")}
     with pytest.raises(TypeError, match=r"expected torch.float16 on meta like parameter 'v1.lateral.weight', got torch.float16 on cpu"):
         rollout(network, timesteps, inputs, away, case.record)
-    with pytest.raises(ValueError, match="v1.lateral.weight is on meta, and the first input on cpu"):
+    with pytest.raises(ValueError, match=r"v1.lateral.weight is on meta, and the first input on cpu"):
         can_run_native(network, inputs, away, raise_error=True)
 
 
@@ -267,7 +275,10 @@ def test_out_of_memory_leaves_everything_as_it_was(when: int, simt: object, monk
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
         step()
-    assert any("in a native rollout of an input [2, 8, 8, 8]" in n or "in a native rollout of an input [2, 3, 8, 8]" in n for n in caught.value.__notes__)
+    assert any(
+        "in a native rollout of an input [2, 8, 8, 8]" in n or "in a native rollout of an input [2, 3, 8, 8]" in n
+        for n in caught.value.__notes__
+    )
     assert all(torch.equal(t, b) for t, b in zip((*inputs, *parameters.values()), before, strict=True))
     assert all(p.grad is None for p in parameters.values())
     step()

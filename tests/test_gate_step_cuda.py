@@ -67,5 +67,5 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")
 def test_can_run_says_why_not(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
-    with pytest.raises(ValueError, match="gate_step: cpu has compute capability 7.0; the kernels need 8.0 or later"):
+    with pytest.raises(ValueError, match=r"gate_step: cpu has compute capability 7.0; the kernels need 8.0 or later"):
         can_run_gate_step(GRUGates(), torch.zeros(1).half(), raise_error=True)

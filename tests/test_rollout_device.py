@@ -1,5 +1,7 @@
-"""Rollouts on a CUDA device: half precision, engines, mixed-precision training, CUDA graphs, errors. Where there is none, the harness's tests
-(test_rollout_half.py, test_device_engine.py, test_cuda_graphs.py) take their place."""
+"""Rollouts on a CUDA device: half precision, engines, mixed-precision training, CUDA graphs, errors.
+
+Where there is none, the harness's tests (test_rollout_half.py, test_device_engine.py, test_cuda_graphs.py) take their place.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,14 @@ def step(case: RolloutCase, dtype: torch.dtype, backend: str, engine: str, devic
     return [o.detach().cpu() for o in outputs], {n: None if g is None else g.cpu() for n, g in zip(ps, grads, strict=True)}
 
 
-@wide_cases("topdown_additive", "topdown_multiplicative", "lateral_multiplicative", "skip_additive", "many_terms_multiplicative", "operators_additive")
+@wide_cases(
+    "topdown_additive",
+    "topdown_multiplicative",
+    "lateral_multiplicative",
+    "skip_additive",
+    "many_terms_multiplicative",
+    "operators_additive",
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("engine", ["fused", "direct", "auto"])
 def test_half_is_as_good_as_plain_pytorch(case: RolloutCase, dtype: torch.dtype, engine: str) -> None:
@@ -205,7 +214,7 @@ def test_engines_of_the_cpu_are_refused() -> None:
 def test_a_device_that_is_not_there() -> None:
     from rnndyn_fast.cli import commands
 
-    with pytest.raises(ValueError, match="device: expected one of the .* CUDA devices of this machine"):
+    with pytest.raises(ValueError, match=r"device: expected one of the .* CUDA devices of this machine"):
         commands.plan("blt_net_64", device="cuda:99", image_size=None, timesteps=2, engine="auto")
 
 

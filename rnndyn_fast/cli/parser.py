@@ -145,7 +145,9 @@ def _plan(parser: ArgumentParser) -> None:
     _add_network_options(parser)
     _add(parser, "num_classes", int, "classes of the readout", 100)
     _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
-    _add(parser, "device", str, "engines of convolutions are chosen for it: cpu, cuda, cuda:1, ...; without a GPU: what it depends on", "cpu")
+    _add(
+        parser, "device", str, "engines of convolutions are chosen for it: cpu, cuda, cuda:1, ...; without a GPU: what it depends on", "cpu"
+    )
     _add(parser, "dtype", Literal["float32", "float64", "float16", "bfloat16"], "of the maps", "float32")
     _add(parser, "batch", int, "images in a batch", 16)
 

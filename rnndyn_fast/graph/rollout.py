@@ -9,14 +9,14 @@ surround it. Differentiating the backward pass raises.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.backward import backward
+from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs, on_its_device
 from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
 from rnndyn_fast.graph.saved import saved_buffers
@@ -25,13 +25,11 @@ from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
-HALF_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA devices
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
 _LIBRARY.define(
@@ -57,28 +55,10 @@ def _operands(
     return Operands(schedule, inputs, parameters, engine, keep=keep)
 
 
-@contextmanager
-def _native(example: Tensor) -> Iterator[None]:
-    """On the device of the arguments, and in their dtype: no autocast. Where its memory runs out, the error says of what size."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.autocast(example.device.type, enabled=False))
-        if example.device.type != "cpu":
-            stack.enter_context(buffers_on(example.device))
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            error.add_note(
-                f"in a native rollout of an input {list(example.shape)} of {example.dtype} on {example.device}; nothing of the caller's was "
-                "changed. rnndyn plan prints what is kept per image; fewer images, fewer time steps, half precision or, without gradients, "
-                "torch.no_grad() need less"
-            )
-            raise
-
-
 def _forward_native(
     inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
-    with _native(inputs[0]):
+    with on_its_device(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
         if not training:
             return forward_inference(operands)
@@ -114,7 +94,7 @@ def _backward_native(
     needs: list[bool],
     engine: str,
 ) -> list[Tensor]:
-    with _native(inputs[0]):
+    with on_its_device(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine)
         names = [*operands.inputs, *operands.parameters]
         result = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
@@ -370,19 +350,6 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
             )
 
 
-@torch.compiler.assume_constant_result  # (as with_precision)
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-
-
-def _autocast(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The inputs as CUDA autocast wants them, where it is enabled: their dtype is that of a rollout's maps."""
-    dtype = _autocast_dtype()
-    if dtype not in HALF_DTYPES or not _launch.on_device(inputs[0]) or inputs[0].dtype not in (torch.float32, *HALF_DTYPES):
-        return inputs
-    return [x.to(dtype) for x in inputs]
-
-
 def rollout(
     network: Network,
     timesteps: int,
@@ -410,7 +377,7 @@ def rollout(
             native where it can run, else scheduled with a warning that gives the reason.
         engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`), on CUDA devices "fused" (see
-            :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). On the CPU, with "auto" and "amx" the precision of products is that of
+            :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
             and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
@@ -450,7 +417,7 @@ def rollout(
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
     used = {name: parameters[name] for name in shapes}
     if backend in (None, "native"):
-        inputs = _autocast(inputs)
+        inputs = autocast_inputs(inputs)
     if backend is None:
         try:
             can_run_native(network, inputs, used, raise_error=True)

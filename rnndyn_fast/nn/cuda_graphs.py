@@ -195,7 +195,7 @@ class GraphedNetwork:
 
 
 class GraphedTrainingStep:
-    """A training step as CUDA graphs, one per shape of the batch: forward, loss, backward and, where it can be captured, the optimiser's step.
+    """A training step as CUDA graphs, one per shape of the batch: forward, loss, backward and, if it can be captured, the optimiser's step.
 
     An optimiser is captured if its groups say ``capturable=True`` (Adam and its kin) or if it is SGD, and with a gradient scaler only
     ``fused=True`` ones; others step after the replay. What a captured one has as Python numbers (a learning rate) is part of the graph: a

@@ -42,7 +42,7 @@ def choose_device_engine(
     """
     engine = engine.partition(":")[0]
     if engine not in DEVICE_ENGINES:
-        raise ValueError(f'engine={engine!r}: it runs on the CPU; on CUDA devices expected one of {", ".join(DEVICE_ENGINES)}')
+        raise ValueError(f"engine={engine!r}: it runs on the CPU; on CUDA devices expected one of {', '.join(DEVICE_ENGINES)}")
     if engine == "direct":
         return EngineChoice(None, "asked for")
     reason = why_not_fused(geometry, weight_shape, dtype)

@@ -1,7 +1,7 @@
 """The fused convolution on CUDA devices (``recurrent_conv``, docs/kernels.md) as an engine of rollouts.
 
-float16 and bfloat16 maps, float32 sums on tensor cores. One launch computes and sums any number of terms, adds what is there already and the
-bias, multiplies where the interaction is multiplicative, and leaves LayerNorm's moments.
+float16 and bfloat16 maps, float32 sums on tensor cores. One launch computes and sums any number of terms, adds what is there already and
+the bias, multiplies where the interaction is multiplicative, and leaves LayerNorm's moments.
 """
 
 from __future__ import annotations

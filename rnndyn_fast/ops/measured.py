@@ -1,8 +1,8 @@
 """Times of the fused convolution and of the vendor's on a CUDA device: measured once per machine and kept in a file.
 
 The file is ``convolutions.json`` in the folder ``RNNDYN_CACHE``, or ``~/.cache/rnndyn_fast``. Its entries name the device, the versions
-of torch, cuDNN and these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is measured, and what the file has
-is used.
+of torch, cuDNN and these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is measured, and what the file
+has is used.
 """
 
 from __future__ import annotations
