@@ -148,6 +148,8 @@ def training_steps(name: str, n: int) -> tuple[dict[str, Callable[[], Any]], dic
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_step(name: str) -> None:
+    steps: dict[str, Callable[[], Any]] = {}
+    nets: dict[str, nn.Module] = {}
     for n in TRAIN_BATCHES:
         try:
             steps, nets = training_steps(name, n)
@@ -161,7 +163,7 @@ def test_training_step(name: str) -> None:
         except torch.OutOfMemoryError:
             if n == TRAIN_BATCHES[-1]:
                 raise
-            del steps, nets
+            steps, nets = {}, {}
             torch.cuda.empty_cache()
             continue
         break

@@ -6,7 +6,8 @@
 # Needs no network: Python with torch, numpy, pybind11, scikit-build-core, pytest, cmake and ninja; nvcc 12.4 or later. Each step has a time
 # limit, all of them together nine minutes; a step that fails does not stop the ones after it (but nothing runs without a build).
 # PYTHON=python3.12 names another interpreter, RNNDYN_BENCH_QUICK=1 makes the benchmarks tiny. What torch.compile does takes minutes of its
-# own: RNNDYN_GPU_CHECK=compiled runs the build and the benchmarks against it instead.
+# own: RNNDYN_GPU_CHECK=compiled runs the build and the benchmarks against it instead (RNNDYN_BENCH_ONLY, an expression of pytest's -k, some of
+# them).
 #
 # --dry-run: without a GPU, the package as it is installed for PYTHON, and the same steps: kernels run in the tests' SIMT harness, few of the
 # tests and tiny benchmarks, and compute-sanitizer is left out of its commands.
@@ -117,7 +118,8 @@ export RNNDYN_CACHE="$out"
 pytest="$python -m pytest -q -p no:cacheprovider"
 
 if [ "${RNNDYN_GPU_CHECK:-all}" = compiled ]; then
-  RNNDYN_BENCH_COMPILE=1 RNNDYN_BENCH_RESULTS="$out" step benchmarks 540 $pytest -s benchmarks/bench_rollout_cuda.py
+  RNNDYN_BENCH_COMPILE=1 RNNDYN_BENCH_RESULTS="$out" step benchmarks 540 $pytest -s benchmarks/bench_rollout_cuda.py \
+    -k "${RNNDYN_BENCH_ONLY:-}"
   finish
 fi
 

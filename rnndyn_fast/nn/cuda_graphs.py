@@ -34,25 +34,30 @@ class CudaGraphs:
     """CUDA graphs of one device. They share a memory pool, and so must not run at the same time."""
 
     def __init__(self) -> None:
+        self._device: torch.device | None = None
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise ``ValueError`` unless all are on one CUDA device."""
+        """Raise ``ValueError`` unless all are on one CUDA device, that of the first call."""
         for i, tensor in enumerate(tensors):
             if tensor.device.type != "cuda":
                 raise ValueError(f"argument {i}: a CUDA graph needs tensors on a CUDA device, got one on {tensor.device}")
             if tensor.device != tensors[0].device:
                 raise ValueError(f"argument {i}: expected a tensor on {tensors[0].device} like the first one, got one on {tensor.device}")
+        if tensors and self._device is None:
+            self._device = tensors[0].device
+        if tensors and tensors[0].device != self._device:
+            raise ValueError(f"argument 0: expected a tensor on {self._device}, as in earlier calls, got one on {tensors[0].device}")
 
     def _side(self) -> torch.cuda.Stream:
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(self._device)
         return self._stream
 
     def aside(self, run: Callable[[], Any]) -> Any:
         """Run once on the stream on which graphs are captured, in order with the current one."""
-        side, current = self._side(), torch.cuda.current_stream()
+        side, current = self._side(), torch.cuda.current_stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             result = run()
@@ -66,7 +71,10 @@ class CudaGraphs:
         """Record what ``run`` launches."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"),
+            ):
                 result = run()
         except torch.OutOfMemoryError:
             raise
