@@ -28,13 +28,13 @@ ROUNDS = 1 if DRY else 2 if QUICK else 7
 
 
 def use_harness(patch: pytest.MonkeyPatch) -> None:
-    """Send float16 tensors on the CPU to the kernels in the harness."""
+    """Send tensors on the CPU to the kernels in the harness."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     import device_rollouts
     import simt_harness
 
     simt_harness.install(patch)
-    device_rollouts.send_to_kernels(patch, torch.float16)
+    device_rollouts.send_to_kernels(patch, torch.float32, torch.float16)
     patch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "none: the harness"})
 
 

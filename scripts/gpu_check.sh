@@ -10,7 +10,7 @@
 # them).
 #
 # --dry-run: without a GPU, the package as it is installed for PYTHON, and the same steps: kernels run in the tests' SIMT harness, few of the
-# tests and tiny benchmarks, and compute-sanitizer is left out of its commands.
+# tests and tiny benchmarks, and what compute-sanitizer would run is listed.
 set -u
 dry=
 [ "${1:-}" = --dry-run ] && {
@@ -110,8 +110,7 @@ if [ -z "$dry" ]; then
 else
   step build 60 "$python" -c 'import rnndyn_fast; print(rnndyn_fast.build_info())' || finish
   export RNNDYN_BENCH_DEVICE=harness
-  chosen="n2c8h5w3 or lstm"
-  small=lstm
+  chosen="lstm and float16"
 fi
 # Engines of convolutions as they are timed here: part of the results.
 export RNNDYN_CACHE="$out"
@@ -128,10 +127,10 @@ step tests 150 $pytest $op_tests tests/test_rollout_cuda.py tests/test_rollout_d
 tools="memcheck racecheck initcheck synccheck"
 if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
   for tool in $tools; do
-    sanitizer="compute-sanitizer --tool $tool --error-exitcode 9"
-    [ -n "$dry" ] && sanitizer=
+    sanitizer="compute-sanitizer --tool $tool --error-exitcode 9" listed=
+    [ -n "$dry" ] && sanitizer='' listed=--collect-only
     # Without torch's cache each tensor is an allocation of its own, past whose end nothing may be touched. All at once: they wait for the host.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "sanitizer_$tool" 110 $sanitizer $pytest -x $op_tests -k "$small" &
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "sanitizer_$tool" 110 $sanitizer $pytest -x $op_tests -k "$small" $listed &
   done
   wait
   for tool in $tools; do ended "sanitizer_$tool"; done

@@ -215,7 +215,7 @@ def test_engines_of_the_cpu_are_refused() -> None:
 def test_a_device_that_is_not_there() -> None:
     from rnndyn_fast.cli import commands
 
-    with pytest.raises(ValueError, match=r"device: expected one of the .* CUDA devices of this machine"):
+    with pytest.raises(ValueError, match=r"device: this machine's CUDA devices are cuda:0.*, got cuda:99"):
         commands.plan("blt_net_64", device="cuda:99", image_size=None, timesteps=2, engine="auto")
 
 

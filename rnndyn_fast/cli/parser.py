@@ -215,7 +215,7 @@ def _add_engine(parser: ArgumentParser) -> None:
     _add(
         parser,
         "engine",
-        Literal["auto", "direct", "winograd", "amx"],
+        Literal["auto", "direct", "winograd", "amx", "fused"],
         "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )

@@ -43,6 +43,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def check_device(device: torch.device) -> None:
+    """Raise ``ValueError`` for a CUDA device that is not there."""
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "none that torch can use"
+        raise ValueError(f"device: this machine's CUDA devices are {there}, got {device}")
+
+
 def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> str | None:
     """Why a CUDA tensor cannot be used, of these dtypes; None if it can."""
     if unavailable:
