@@ -2,161 +2,258 @@
 
     pytest benchmarks/bench_rollout_cuda.py
 
-Training step and forward rollout of blt_net_64 in float32 (T = 10; lateral additive, and all connections multiplicative) against the
-network written the published way, eager and channels_last; the fused convolution in float16 on the shapes of its areas against cuDNN's
-convolution and a separate epilogue; the readout-zone pass over 25,000 trajectories against the reference. Times are medians by CUDA
-events. Outputs are checked here too. Results go to benchmarks/results/*.json (RNNDYN_BENCH_RESULTS). RNNDYN_BENCH_QUICK=1 checks at a tiny
-size that all of it runs. Without a device everything is skipped.
+- training step and forward rollout of blt_net_64 as published (T = 10, batch 1024, float16 by autocast; lateral additive, and all
+  connections multiplicative; forward at batch 32 too) against the network written the published way, eager and channels_last, and, with
+  RNNDYN_BENCH_COMPILE=1 (minutes of compilation), by torch.compile(mode="max-autotune"); ours also as CUDA graphs. Peak memory, and the
+  share of the measured peak of matrix products;
+- each convolution of these networks, each pass: the fused convolution against cuDNN's and a separate epilogue;
+- the readout-zone pass over 25,000 trajectories against torch's operations, and the share of the measured bandwidth.
+
+Times are medians by CUDA events. Outputs are checked here too. Results go to benchmarks/results/*.json (RNNDYN_BENCH_RESULTS).
+RNNDYN_BENCH_QUICK=1 checks at a tiny size that all of it runs. Without a device everything is skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from measure import QUICK, summary, write_result
+from measure import QUICK
+from on_device import (
+    DEVICE,
+    DRY,
+    NO_DEVICE,
+    alternate_on_device,
+    copy_bandwidth,
+    keep,
+    keep_peaks,
+    matrix_peak,
+    mixed_precision,
+    peak_bytes,
+    rounded,
+    use_harness,
+)
 from published_blt_net import PublishedNet
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rnndyn_fast import accelerate
-from rnndyn_fast.ops import _launch_cuda
-from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.graph import Operator
+from rnndyn_fast.graph.schedule import Schedule
+from rnndyn_fast.graph.spec import pooled_shape
+from rnndyn_fast.models import blt_net_64
+from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep
+from rnndyn_fast.ops import _launch_cuda, measured
+from rnndyn_fast.ops.device_engine import why_not_fused
 from rnndyn_fast.reference.readout_zones import readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
-NO_DEVICE = _launch_cuda.unavailable or (None if torch.cuda.is_available() else "no CUDA device")
 pytestmark = pytest.mark.skipif(NO_DEVICE is not None, reason=str(NO_DEVICE))
 
-BATCH, STEPS, ROUNDS = (4, 3, 2) if QUICK else (256, 10, 10)
-SIZES: dict[str, Any] = {"widths": (8, 8, 16, 32, 64), "num_classes": 10} if QUICK else {}
+SMALL = QUICK or DRY
+STEPS, SIZE, CLASSES = (2, 16, 4) if SMALL else (10, 64, 100)
+SIZES: dict[str, Any] = {"image_size": SIZE, "num_classes": CLASSES} | ({"widths": (8, 8, 16, 32, 64)} if SMALL else {})
+TRAIN_BATCHES = (2,) if SMALL else (1024, 512, 256)  # the first that every contender has memory for
+FORWARD_BATCHES = (2,) if SMALL else (1024, 32)
+COMPILE = os.environ.get("RNNDYN_BENCH_COMPILE") == "1"
 NETWORKS: dict[str, dict[str, Any]] = {
     "lateral_additive": {"topdown_connections": False, "LT_interaction": "additive"},
     "topdown_multiplicative": {"topdown_connections": True, "LT_interaction": "multiplicative"},
 }
-# Output channels, map, input channels of the lateral term, and of a top-down one on half the map.
-CONVOLUTIONS = [(128, 32, 128, 256), (256, 16, 256, 512), (512, 8, 512, 0), (128, 32, 128, 0)]
 
 
-def alternate_on_device(contenders: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds on the device of each contender, one call of each per round."""
-    for run in contenders.values():
-        for _ in range(3):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
-        names = list(contenders)
-        for name in names if i % 2 == 0 else reversed(names):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            contenders[name]()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / 1000)
-    return times
+@pytest.fixture(autouse=True)
+def _harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DRY:
+        use_harness(monkeypatch)
 
 
-def keep(name: str, times: dict[str, list[float]], **about: Any) -> None:
-    """The result, with the device it is of."""
-    device = {"device": torch.cuda.get_device_name(), "torch_cuda": torch.version.cuda, "kernels": _launch_cuda.build_info()}
-    write_result(name, {"what": name, **about, **device, "contenders": summary(times, "rnndyn")})
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    if not DRY:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 
 def networks(name: str) -> dict[str, nn.Module]:
     """The same parameters in each."""
     made: dict[str, nn.Module] = {}
-    for contender in ("eager", "channels_last", "rnndyn"):
+    for contender in ("rnndyn", "eager", "channels_last", *(["compiled"] if COMPILE else [])):
         torch.manual_seed(0)
         net: nn.Module = PublishedNet(**NETWORKS[name], timesteps=STEPS, **SIZES)
         if contender == "rnndyn":
             net = accelerate(net)
-        net = net.cuda()
-        made[contender] = net.to(memory_format=torch.channels_last) if contender == "channels_last" else net
+            if DRY:
+                net.engine = "fused"  # nothing can be timed
+        net = net.to(DEVICE)
+        if contender in ("channels_last", "compiled"):
+            net = net.to(memory_format=torch.channels_last)
+        made[contender] = torch.compile(net, mode="max-autotune") if contender == "compiled" else net  # type: ignore[assignment]
     return made
 
 
-def last(outputs: list[Tensor] | Tensor) -> Tensor:
-    return outputs[-1]
+def images(n: int, channels_last: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, SIZE, SIZE, generator=generator).to(DEVICE)
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def total_loss(outputs: Any, labels: Tensor) -> Tensor:
+    return torch.stack([functional.nll_loss(o.float(), labels) for o in outputs]).sum()
+
+
+def products(schedule: Schedule, samples: int) -> int:
+    """Multiplications and additions of our training step: each map, the gradients of its weight and, but for images, of its source."""
+    inputs = {node.name for node in schedule.network.inputs}
+    return sum(
+        2 * samples * schedule.network.multiply_adds(d.connection) * len(d.slots) * (2 if d.source in inputs else 3)
+        for d in schedule.drives
+        if d.connection.operator is not Operator.IDENTITY
+    )
+
+
+def training_steps(name: str, n: int) -> tuple[dict[str, Callable[[], Any]], dict[str, nn.Module]]:
+    """A step of each contender: autocast, loss over time, scaled gradients, Adam."""
+    nets, labels = networks(name), torch.arange(n, device=DEVICE) % CLASSES
+    steps: dict[str, Callable[[], Any]] = {}
+    for contender, net in nets.items():
+        x = images(n, contender in ("channels_last", "compiled"))
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=not DRY)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+
+        def step(net: nn.Module = net, x: Tensor = x, optimizer: Any = optimizer, scaler: Any = scaler) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with mixed_precision():
+                loss = total_loss(net(x), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        steps[contender] = step
+    if not DRY:
+        net, x = nets["rnndyn"], images(n, False)
+        captured = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True, capturable=True)
+        graphed = GraphedTrainingStep(
+            net, lambda x, labels: total_loss(net(x), labels), captured,
+            scaler=torch.amp.GradScaler("cuda", init_scale=1024.0), autocast=torch.float16,
+        )  # fmt: skip
+        steps["rnndyn_graph"] = lambda: graphed(x, labels)
+    return steps, nets
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("what", ["train", "forward"])
-def test_rollout(name: str, what: str) -> None:
+def test_training_step(name: str) -> None:
+    steps: dict[str, Callable[[], Any]] = {}
+    nets: dict[str, nn.Module] = {}
+    for n in TRAIN_BATCHES:
+        try:
+            steps, nets = training_steps(name, n)
+            peaks = {}
+            for contender, step in steps.items():
+                for _ in range(1 if DRY else 5):  # (past the capture of graphs)
+                    step()
+                if contender != "rnndyn_graph":  # its memory stays
+                    peaks[contender] = peak_bytes(step)
+            times = alternate_on_device(steps)
+        except torch.OutOfMemoryError:
+            if n == TRAIN_BATCHES[-1]:
+                raise
+            steps, nets = {}, {}
+            torch.cuda.empty_cache()
+            continue
+        break
+    work, peak = products(nets["rnndyn"].schedule(), n), matrix_peak()
+    about = {"batch": n, "timesteps": STEPS, "tflop": rounded(work / 1e12), "matrix_peak_tflops": rounded(peak / 1e12)}
+    share = work / statistics.median(times["rnndyn_graph" if "rnndyn_graph" in times else "rnndyn"]) / peak
+    suffix = "_compiled" if COMPILE else ""
+    keep(f"cuda_train_{name}{suffix}", times, **about, share_of_matrix_peak=rounded(share), dtype="float16 autocast")
+    keep_peaks(f"cuda_train_memory_{name}{suffix}", peaks, batch=n, timesteps=STEPS, dtype="float16 autocast")
+
+
+@pytest.mark.parametrize("n", FORWARD_BATCHES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward(name: str, n: int) -> None:
     nets = networks(name)
-    x = torch.randn(BATCH, 3, 64, 64, device="cuda")
-    labels = torch.randint(SIZES.get("num_classes", 100), (BATCH,), device="cuda")
+    contenders: dict[str, Callable[[], Any]] = {}
+    for contender, net in nets.items():
+        x = images(n, contender in ("channels_last", "compiled"))
 
-    def forward(net: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return last(net(x))
+        def run(net: nn.Module = net, x: Tensor = x) -> Tensor:
+            with torch.no_grad(), mixed_precision():
+                return net(x)[-1]
 
-    def train(net: nn.Module) -> None:
-        net.zero_grad(set_to_none=True)
-        outputs = net(x)
-        sum(functional.nll_loss(o, labels) for o in outputs).backward()
+        contenders[contender] = run
+    if not DRY:
+        graphed, given = GraphedNetwork(nets["rnndyn"], copy=False), images(n, False)
 
-    torch.testing.assert_close(forward(nets["rnndyn"]), forward(nets["eager"]), rtol=1e-2, atol=1e-2)
-    step = train if what == "train" else forward
-    times = alternate_on_device({k: lambda net=net: step(net) for k, net in nets.items()})
-    peaks = {}
-    for k, net in nets.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(net)
-        peaks[k] = torch.cuda.max_memory_allocated() - before
-    keep(f"cuda_{what}_{name}", times, batch=BATCH, timesteps=STEPS, dtype="float32", peak_bytes=peaks)
+        def replay() -> Tensor:
+            with mixed_precision():
+                return graphed(given)[-1]
 
-
-@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_recurrent_conv(shape: tuple[int, int, int, int]) -> None:
-    channels, size, lateral, top_down = shape
-    n = 2 if QUICK else 1024
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device="cuda").half()
-
-    x, weight = draw(n, size, size, lateral), 0.02 * draw(channels, 3, 3, lateral)
-    drive, value = draw(n, size, size, channels), torch.empty(n, size, size, channels, device="cuda", dtype=torch.half)
-    terms = [ConvTerm(x, weight, 1, 1)]
-    if top_down:
-        terms.append(ConvTerm(draw(n, size // 2, size // 2, top_down), 0.02 * draw(channels, 3, 3, top_down), 2, 1, True))
-
-    def vendor() -> Tensor:
-        total = drive.permute(0, 3, 1, 2)
-        for t in terms:
-            source, kernel = t.x.permute(0, 3, 1, 2), t.weight.permute(0, 3, 1, 2)
-            if t.transposed:
-                total = total + functional.conv_transpose2d(source, kernel.transpose(0, 1), None, 2, 1, output_padding=1)
-            else:
-                total = total + functional.conv2d(source, kernel, None, 1, 1)
-        return total
-
-    def ours() -> None:
-        _launch_cuda.recurrent_conv(terms, None, [drive], None, value)
-
-    ours()
-    torch.testing.assert_close(value.permute(0, 3, 1, 2), vendor(), rtol=2e-2, atol=5e-2)
-    products = n * channels * (size**2 * 9 * lateral + (size // 2) ** 2 * 9 * top_down)
-    times = alternate_on_device({"rnndyn": ours, "cudnn": vendor})
-    keep("cuda_recurrent_conv_" + "_".join(map(str, shape)), times, samples=n, multiply_adds=products, dtype="float16")
+        contenders["rnndyn_graph"] = replay
+    expected = contenders["eager"]().float()
+    for contender, run in contenders.items():
+        for _ in range(1 if DRY else 3):
+            got = run().float()
+        torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2, msg=lambda m, c=contender: f"{c}: {m}")
+    times = alternate_on_device(contenders)
+    keep(f"cuda_forward_{name}_{n}{'_compiled' if COMPILE else ''}", times, batch=n, timesteps=STEPS, dtype="float16 autocast")
 
 
+def convolution_cases() -> list[measured.Case]:
+    """Every convolution of the two networks that the fused one can compute."""
+    found: dict[str, measured.Case] = {}
+    for options in NETWORKS.values():
+        schedule = blt_net_64(**options, timesteps=STEPS, **SIZES).schedule()
+        for drive in schedule.drives:
+            c, shape = (
+                drive.connection,
+                schedule.network.weight_shape(drive.connection) if drive.connection.operator is not Operator.IDENTITY else (),
+            )
+            if not shape or why_not_fused(c.geometry, shape, torch.float16):
+                continue
+            _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
+            case = measured.Case(c.geometry, shape, height, width, torch.float16, 2 if SMALL else measured.MOST_SAMPLES)
+            found.setdefault(str(case), case)
+    return list(found.values())
+
+
+@pytest.mark.skipif(COMPILE, reason="measured in the other run")
+@pytest.mark.parametrize("case", convolution_cases()[: 1 if DRY else None], ids=str)
+def test_convolution(case: measured.Case) -> None:
+    passes = measured.passes(case, DEVICE)
+    for name, (fused, vendor) in passes.items():
+        times = alternate_on_device({"rnndyn": fused, "cudnn": vendor})
+        slug = "_".join(map(str, (*case.weight_shape, case.height, case.geometry.operator.value)))
+        keep(f"cuda_conv_{slug}_{name}", times, samples=case.measured_samples, dtype="float16")
+
+
+@pytest.mark.skipif(COMPILE, reason="measured in the other run")
 def test_readout_zones() -> None:
-    t, n, d, c = (3, 50, 64, 10) if QUICK else (10, 25000, 512, 100)
-    r, weight, labels = torch.randn(t, n, d, device="cuda"), torch.randn(c, d, device="cuda"), torch.randint(c, (n,), device="cuda")
+    t, n, d, c = (3, 50, 64, 10) if SMALL else (10, 25000, 512, 100)
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(t, n, d, generator=generator).to(DEVICE)
+    weight, labels = torch.randn(c, d, generator=generator).to(DEVICE), (torch.arange(n) % c).to(DEVICE)
     distance = readout_distance(weight)
     inverse, norms = torch.where(distance > 0, 1 / distance, 0.0), torch.linalg.vector_norm(weight, dim=-1)
-    tables = [torch.empty(t, n, device="cuda", dtype=torch.int64 if i == 0 else torch.float32) for i in range(7)]
+    tables = [torch.empty(t, n, device=DEVICE, dtype=torch.int64 if i == 0 else torch.float32) for i in range(7)]
 
     def ours() -> Tensor:
         cosine = r @ weight.T
         _launch_cuda.readout_zones(r, None, None, labels, None, norms, inverse, cosine, tables)
         return cosine
 
-    truth = reference_readout_zones(r, weight, labels, distance=distance)
-    torch.testing.assert_close(ours(), truth.cosine, rtol=1e-4, atol=1e-4)
-    times = alternate_on_device({"rnndyn": ours, "torch": lambda: reference_readout_zones(r, weight, labels, distance=distance)})
-    keep("cuda_readout_zones", times, timesteps=t, samples=n, dims=d, classes=c, bytes=4 * t * n * (d + 3 * c))
+    def theirs() -> Any:
+        return reference_readout_zones(r, weight, labels, distance=distance)
+
+    torch.testing.assert_close(ours(), theirs().cosine, rtol=1e-3, atol=1e-3)
+    times = alternate_on_device({"rnndyn": ours, "torch": theirs})
+    moved, bandwidth = r.nbytes + 4 * t * n * 3 * c, copy_bandwidth()
+    share = moved / statistics.median(times["rnndyn"]) / bandwidth
+    about = {"timesteps": t, "samples": n, "dims": d, "classes": c, "bandwidth_gb_per_s": rounded(bandwidth / 1e9)}
+    keep("cuda_readout_zones", times, **about, share_of_bandwidth=rounded(share))

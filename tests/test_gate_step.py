@@ -49,7 +49,7 @@ def tensors(
     n, d, h, w = shape
 
     def draw(*size: int) -> Tensor:
-        return (scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype)
+        return (scale * torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")).to(torch.get_default_device(), dtype)
 
     ports = {name: [draw(n, h, w, m * d).permute(0, 3, 1, 2).requires_grad_(True) for _ in range(terms)] for name, m in cell.ports.items()}
     parameters = {k: (1 + 0.1 * draw(*s)).detach().requires_grad_(True) for k, s in cell.parameter_shapes(d, h, w).items()}
@@ -64,7 +64,7 @@ def results(cell: Cell, shape: tuple[int, ...], terms: int, dtype: torch.dtype, 
     else:
         states = cell_step(cell, {name: torch.stack(values).sum(0) for name, values in ports.items()}, parameters)
     generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(s.shape, generator=generator, dtype=torch.float64).to(dtype) for s in states]
+    weights = [torch.randn(s.shape, generator=generator, dtype=torch.float64, device="cpu").to(s.device, dtype) for s in states]
     sum((s * w).sum() for s, w in zip(states, weights, strict=True)).backward()
     found = {f"state {name}": s.detach() for name, s in zip(cell.states, states, strict=True)}
     found |= {f"grad {name}[{i}]": t.grad for name, values in ports.items() for i, t in enumerate(values)}

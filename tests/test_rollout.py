@@ -9,12 +9,12 @@ import torch
 from cases import CASES, RolloutCase
 from torch import Tensor
 
+from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import (
     can_run_native,
     compile_schedule,
     rollout,
 )
-from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import forward as forward_module
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, RolloutCase
+from device_rollouts import send_to_kernels
 from test_rollout import run, test_float32_is_as_good_as_plain_pytorch
 from torch import Tensor
 
 from rnndyn_fast.graph import rollout
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import _launch
 
 # (Imported for its body; it is collected where it is written.)
 float32_is_as_good_as_plain_pytorch = test_float32_is_as_good_as_plain_pytorch
@@ -32,17 +33,7 @@ by_case = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=l
 @pytest.fixture
 def as_on_device(simt: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """float32 tensors go to the CUDA kernels. Returns the names of the launches, as they come."""
-    launches: list[str] = []
-    monkeypatch.setattr(_launch, "on_device", lambda tensor: tensor.dtype == torch.float32)
-    for name in ("area_step_forward", "area_step_backward"):
-        launch = getattr(_launch_cuda, name)
-
-        def counted(*arguments: Any, launch: Any = launch, name: str = name) -> None:
-            launches.append(name)
-            launch(*arguments)
-
-        monkeypatch.setattr(_launch_cuda, name, counted)
-    return launches
+    return send_to_kernels(monkeypatch, torch.float32)
 
 
 @by_case
@@ -67,7 +58,7 @@ def test_inference_on_the_cuda_kernels(as_on_device: list[str]) -> None:
 def test_winograd_is_refused_on_a_device(as_on_device: list[str]) -> None:
     case = CASES["topdown_additive"]
     arguments = (case.network, 2, case.inputs(torch.float32), case.parameters(torch.float32), case.record)
-    with pytest.raises(ValueError, match='engine="winograd": it runs on the CPU'):
+    with pytest.raises(ValueError, match="engine='winograd': it runs on the CPU"):
         rollout(*arguments, engine="winograd")
 
 

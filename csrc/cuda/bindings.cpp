@@ -13,6 +13,8 @@
 
 #include "cuda/area_step.h"
 #include "cuda/bindings.h"
+#include "cuda/ctrnn.h"
+#include "cuda/gate_step.h"
 #include "cuda/readout_zones.h"
 #include "cuda/recurrent_conv.h"
 
@@ -221,6 +223,80 @@ void recurrent_conv_weight_grad(const std::string& dtype, const Queue& queue, in
   });
 }
 
+// tau, gate: constant, factor and slope. Lists of ports and states are in the order of the cell; sums that are absent are 0.
+void gate_step(const std::string& dtype, const Queue& queue, int rule, int64_t pixels, int channels, float forget_bias,
+               const std::array<float, 3>& tau, const std::array<float, 3>& gate, int activation,
+               const std::vector<std::vector<Address>>& ports, const std::vector<Address>& sums,
+               const std::vector<Address>& states, const std::vector<Address>& grad_ports, bool backward) {
+  if (ports.empty() || ports.size() > kMaxPorts || states.empty() || states.size() > kMaxStates)
+    throw std::invalid_argument("ports, states: expected at most " + std::to_string(kMaxPorts) + " and " +
+                                std::to_string(kMaxStates) + ", and some");
+  if (backward ? grad_ports.size() != ports.size() : sums.size() != ports.size())
+    throw std::invalid_argument("sums, grad_ports: expected one per port");
+  const DeviceGuard guard(queue.first);
+  by_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    GateStepParams<T> p{};
+    p.rule = static_cast<GateRule>(rule), p.pixels = pixels, p.channels = channels, p.forget_bias = forget_bias;
+    p.tau = {tau[0], tau[1], tau[2]}, p.gate = {gate[0], gate[1], gate[2]};
+    p.activation = static_cast<GateActivation>(activation);
+    for (size_t k = 0; k < ports.size(); ++k) {
+      if (ports[k].empty() || ports[k].size() > (backward ? 1 : kMaxPortTerms))
+        throw std::invalid_argument("ports: expected 1 to " + std::to_string(kMaxPortTerms) + " terms (backward: 1)");
+      p.num_terms[k] = static_cast<int>(ports[k].size());
+      for (size_t i = 0; i < ports[k].size(); ++i) p.terms[k][i] = pointer<const T>(ports[k][i]);
+      if (backward) {
+        p.grad_port[k] = pointer<T>(grad_ports[k]);
+      } else {
+        p.sum[k] = pointer<T>(sums[k]);
+        if (ports[k].size() > 1 && sums[k] == 0)
+          throw std::invalid_argument("sums: needed where a port has several terms");
+      }
+    }
+    for (size_t k = 0; k < states.size(); ++k) {
+      if (backward) {
+        p.grad_state[k] = pointer<const T>(states[k]);
+      } else {
+        p.state[k] = pointer<T>(states[k]);
+      }
+    }
+    launch_gate_step(p, backward, pointer<void>(queue.second));
+  });
+}
+
+CtrnnParams ctrnn_params(const std::array<int64_t, 5>& sizes) {
+  CtrnnParams p{};
+  p.shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};  // M, N, T, I, H
+  return p;
+}
+
+void ctrnn_forward(const Queue& queue, const std::array<int64_t, 5>& sizes, Address inputs, int64_t input_model_stride,
+                   Address w_rec, Address b_rec, Address w_in, Address h0, Address alpha, Address noise_std,
+                   Address activation, Address seeds, uint32_t stream, uint32_t first_trial, Address rates,
+                   Address states) {
+  const DeviceGuard guard(queue.first);
+  CtrnnParams p = ctrnn_params(sizes);
+  p.inputs = pointer<const float>(inputs), p.input_model_stride = input_model_stride;
+  p.w_rec = pointer<const float>(w_rec), p.b_rec = pointer<const float>(b_rec), p.w_in = pointer<const float>(w_in);
+  p.h0 = pointer<const float>(h0), p.alpha = pointer<const float>(alpha), p.noise_std = pointer<const float>(noise_std);
+  p.activation = pointer<const int32_t>(activation), p.seeds = pointer<const int64_t>(seeds);
+  p.stream = stream, p.first_trial = first_trial;
+  p.rates = pointer<float>(rates), p.states = pointer<float>(states);
+  launch_ctrnn_forward(p, pointer<void>(queue.second));
+}
+
+void ctrnn_backward(const Queue& queue, const std::array<int64_t, 5>& sizes, Address w_rec_t, Address h0, Address alpha,
+                    Address activation, Address rates, Address grad_rates, Address grad_states, Address d,
+                    Address grad_h0, Address rates0) {
+  const DeviceGuard guard(queue.first);
+  CtrnnParams p = ctrnn_params(sizes);
+  p.w_rec = pointer<const float>(w_rec_t), p.h0 = pointer<const float>(h0), p.alpha = pointer<const float>(alpha);
+  p.activation = pointer<const int32_t>(activation), p.rates = pointer<float>(rates);
+  p.grad_rates = pointer<const float>(grad_rates), p.grad_states = pointer<const float>(grad_states);
+  p.d = pointer<float>(d), p.grad_h0 = pointer<float>(grad_h0), p.rates0 = pointer<float>(rates0);
+  launch_ctrnn_backward(p, pointer<void>(queue.second));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
@@ -236,5 +312,9 @@ PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
   m.def("recurrent_conv", &recurrent_conv);
   m.def("recurrent_conv_weight_grad_splits", &recurrent_conv_weight_grad_splits);
   m.def("recurrent_conv_weight_grad", &recurrent_conv_weight_grad);
+  m.def("gate_step", &gate_step);
+  m.def("ctrnn_max_units", &ctrnn_max_units);
+  m.def("ctrnn_forward", &ctrnn_forward);
+  m.def("ctrnn_backward", &ctrnn_backward);
   bind_environment(m);
 }

@@ -2,7 +2,7 @@
 //
 // Maps are channels-last and contiguous, [N, H, W, C], weights [C_out, K, K, C_in], both stored as T (Half, BFloat16); channels are multiples
 // of 8 and addresses multiples of 16. The caller owns every buffer, on one device; a null pointer means "absent" or "not wanted".
-// No output may alias an input.
+// No output may alias an input, except that `value` may be the buffer of an `added` or of `drive`: a thread reads what it then writes over.
 #pragma once
 #include <cstdint>
 

@@ -19,14 +19,26 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
-def plan(model: str, num_classes: int | None, image_size: int | None, engine: Any, **options: Any) -> None:
+def plan(
+    model: str,
+    num_classes: int | None,
+    image_size: int | None,
+    engine: Any,
+    device: str = "cpu",
+    dtype: str = "float32",
+    batch: int = 16,
+    **options: Any,
+) -> None:
     """`rnndyn plan`"""
     import torch
 
     from rnndyn_fast import models
     from rnndyn_fast.graph.plan import describe
+    from rnndyn_fast.ops._launch_cuda import check_device
     from rnndyn_fast.train import TrainConfig, read_checkpoint
 
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
     if model.endswith(".pt"):
         built = {**read_checkpoint(model)["model"], "engine": engine}
     else:
@@ -36,7 +48,11 @@ def plan(model: str, num_classes: int | None, image_size: int | None, engine: An
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
-    print(describe(net.schedule(), engine))
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
+        check_device(torch.device(device))
+    print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
 
 
 def train(**options: Any) -> None:

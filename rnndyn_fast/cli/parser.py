@@ -165,6 +165,11 @@ def _plan(parser: ArgumentParser) -> None:
             _add_field(parser, TrainConfig, name)
     _add(parser, "num_classes", int | None, "classes of the readout; default: the model's", None)
     _add(parser, "image_size", int | None, "height and width in pixels; default: the model's", None)
+    _add(
+        parser, "device", str, "engines of convolutions are chosen for it: cpu, cuda, cuda:1, ...; without a GPU: what it depends on", "cpu"
+    )
+    _add(parser, "dtype", Literal["float32", "float64", "float16", "bfloat16"], "of the maps", "float32")
+    _add(parser, "batch", int, "images in a batch", 16)
 
 
 def _train(parser: ArgumentParser) -> None:
@@ -225,7 +230,7 @@ def _add_engine(parser: ArgumentParser) -> None:
     _add(
         parser,
         "engine",
-        Literal["auto", "direct", "winograd", "amx"],
+        Literal["auto", "direct", "winograd", "amx", "fused"],
         "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )

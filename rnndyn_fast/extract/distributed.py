@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rnndyn_fast.ops._launch_cuda import check_device
+
 
 def choose_backend() -> str:
     """ "nccl" where every process of this machine has a GPU of its own, else "gloo"."""
@@ -20,9 +22,11 @@ def choose_backend() -> str:
 
 
 def choose_device(device: str | None = None) -> torch.device:
-    """The device of that name; None: this process's GPU where there is one, else the CPU."""
+    """The device of that name; None: this process's GPU where there is one, else the CPU. ``ValueError``: it is not there."""
     if device is not None:
-        return torch.device(device)
+        where = torch.device(device)
+        check_device(where)
+        return where
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")

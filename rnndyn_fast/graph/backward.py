@@ -205,12 +205,12 @@ class _Backward:
         for d in self._drives_into(name):
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
-                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.dtype)
+                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.sums_dtype)
         area = schedule.network.area(name)
         if area.norm is Norm.LAYER:
             for kind in ("weight", "bias"):
                 # (areas may share a norm's parameters)
-                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.dtype))
+                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.sums_dtype))
 
     def _take(self, name: str, pool: Pool, slot: int) -> list[Tensor]:
         return self.forms.pop((name, pool, slot), [])
@@ -283,7 +283,7 @@ class _Backward:
     def _drive_grad(self, index: int, first: int, last: int) -> Tensor:
         where = self.where[index]
         if not where.aligned:
-            return self.drive_sums[index][first:last]
+            return self.drive_sums[index][first:last].to(self.operands.dtype)
         start = where.offset - self.windows[where.area].start
         return self.area_grads[where.area, where.kind][first + start : last + start]
 
@@ -331,7 +331,7 @@ class _Backward:
         drive = self.schedule.drives[index]
         c = drive.connection
         if c.bias and self.needs.get(f"{c.parameter}.bias"):
-            self._add(f"{c.parameter}.bias", self._drive_grad(index, first, last).sum((0, 1, 2, 3)))
+            self._add(f"{c.parameter}.bias", self._drive_grad(index, first, last).sum((0, 1, 2, 3), dtype=self.operands.sums_dtype))
         need_weight = bool(c.operator is not Operator.IDENTITY and self.needs.get(f"{c.parameter}.weight"))
         if not within:
             self._return_to_source(index, first, last, need_weight)
@@ -382,7 +382,8 @@ class _Backward:
         )
         if is_norm:  # [H, W, C] as the kernel sums it
             grad = grad.permute(2, 0, 1).contiguous()
-        return grad.reshape(self.operands.parameters[name].shape)
+        parameter = self.operands.parameters[name]
+        return grad.reshape(parameter.shape).to(parameter.dtype)
 
 
 def backward(

@@ -19,7 +19,7 @@ from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Ter
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
 from rnndyn_fast.graph.update import Pending, Value, update_area
 from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.ops.convolution import can_end, convolve
+from rnndyn_fast.ops.convolution import can_wait, convolve
 
 
 def _hwc(schedule: Schedule, name: str) -> tuple[int, int, int]:
@@ -116,8 +116,8 @@ class _Training:
             if argmax is not None:
                 self.buffers[name, "argmax"] = argmax
         if schedule.network.area(name).norm is Norm.LAYER:
-            self.buffers[name, "centre"] = empty((slots, samples), dtype)
-            self.buffers[name, "rstd"] = empty((slots, samples), dtype)
+            self.buffers[name, "centre"] = empty((slots, samples), self.operands.sums_dtype)
+            self.buffers[name, "rstd"] = empty((slots, samples), self.operands.sums_dtype)
         if keeps_value(schedule, name):
             in_place = self._private_drive(name, component)
             if in_place is None:
@@ -217,7 +217,7 @@ def stacked(form: Tensor, slots: Sequence[int]) -> Tensor:
     """Some slots of a stacked buffer [slots, N, ...]: a view where they are adjacent, else a copy."""
     if list(slots) == list(range(slots[0], slots[0] + len(slots))):
         return form[slots[0] : slots[0] + len(slots)]
-    return form[list(slots)]
+    return torch.stack([form[slot] for slot in slots])  # (an index would be copied to the device)
 
 
 def forward_training(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
@@ -283,7 +283,7 @@ class _Inference:
         if weight is None:
             return self._form(drive, slot)
         if key not in self.drives:
-            if self.drive_uses[key] == 1 and can_end(weight):
+            if self.drive_uses[key] == 1 and can_wait(weight):
                 return Pending(weight, self._form(drive, slot))
             self.drives[key] = convolve(weight, self._form(drive, slot))
             self._used_form(drive, slot)
@@ -321,7 +321,7 @@ class _Inference:
         ours = False
         if area.gamma is not None:
             value, ours = self._room_of_value(shape, drives, values, modulating)
-            mean, rstd = empty((2, operands.samples), operands.dtype).unbind()
+            mean, rstd = empty((2, operands.samples), operands.sums_dtype).unbind()
         for term, v in zip((*drives, *modulators), (*values, *modulating), strict=True):
             if isinstance(v, Pending):  # what it reads may be overwritten by the area's outputs, which are written last
                 drive = schedule.drives[term.drive]

@@ -13,16 +13,22 @@ from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pool
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
+from rnndyn_fast.ops.device_engine import choose_device_engine
 
 
 @dataclass(frozen=True)
 class AreaOperands:
     """What ``area_step`` needs of an area besides its terms."""
 
-    gamma: Tensor | None  # [H, W, C]
+    gamma: Tensor | None  # [H, W, C], of the sums' dtype
     beta: Tensor | None  # [H, W, C]
     eps: float
     rectify: bool
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics, parameters and sums over time, where maps have this dtype: at least float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class Operands:
@@ -37,6 +43,9 @@ class Operands:
         self.inputs = dict(zip((node.name for node in network.inputs), inputs, strict=True))
         example = inputs[0]
         self.dtype = example.dtype
+        self.sums_dtype = sums_dtype(example.dtype)
+        self.device = example.device
+        self.on_device = _launch.on_device(example)
         self.samples = example.shape[1] if network.inputs[0].frames else example.shape[0]
         self.weights: list[Weight | None] = [self._weight(d, engine, keep) for d in schedule.drives]
         self.areas = {a.name: self._area(a.name) for a in network.areas if schedule.num_slots[a.name]}
@@ -47,6 +56,9 @@ class Operands:
         if c.operator is Operator.IDENTITY:
             return None
         weight = self.parameters[f"{c.parameter}.weight"]
+        if self.on_device:
+            choice = drive_device_engine(self.schedule, drive, self.dtype, engine, self.samples, self.device)
+            return Weight(c.geometry, weight.to(self.dtype), choice)
         return Weight(c.geometry, weight, drive_engine(self.schedule, drive, self.dtype, engine, self.samples), keep=keep)
 
     def _area(self, name: str) -> AreaOperands:
@@ -56,7 +68,8 @@ class Operands:
         def affine(kind: str) -> Tensor | None:
             if not norm:
                 return None
-            return self.parameters[f"{area.norm_parameter}.{kind}"].reshape(shape).permute(1, 2, 0).contiguous()
+            parameter = self.parameters[f"{area.norm_parameter}.{kind}"].to(self.sums_dtype)
+            return parameter.reshape(shape).permute(1, 2, 0).contiguous()
 
         return AreaOperands(affine("weight"), affine("bias"), area.eps, area.activation is Activation.RELU)
 
@@ -69,7 +82,7 @@ class Operands:
         """The sum of the terms' biases, [C]; None if none has one."""
         key = tuple(f"{t.connection.parameter}.bias" for t in terms if t.connection.bias)
         if key not in self._biases:
-            values = [self.parameters[name] for name in key]
+            values = [self.parameters[name].to(self.sums_dtype) for name in key]
             self._biases[key] = torch.stack(values).sum(0) if len(values) > 1 else values[0].contiguous() if values else None
         return self._biases[key]
 
@@ -90,6 +103,15 @@ def drive_engine(schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: s
     c = drive.connection
     _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
     return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples)
+
+
+def drive_device_engine(
+    schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: str, samples: int, device: torch.device | None
+) -> EngineChoice:
+    """The engine that computes a drive on a CUDA device, and why; without a device, what it would depend on."""
+    c = drive.connection
+    _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
+    return choose_device_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples, device)
 
 
 def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

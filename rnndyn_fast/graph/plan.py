@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rnndyn_fast.graph.operands import drive_engine
+from rnndyn_fast.graph.operands import drive_device_engine, drive_engine
 from rnndyn_fast.graph.saved import SavedBuffer, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
@@ -67,11 +67,15 @@ def _equation(schedule: Schedule, name: str) -> str:
     return text
 
 
-def _engines(schedule: Schedule, engine: str) -> list[str]:
+def _engines(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
     lines = []
     for drive in schedule.drives:
         if drive.connection.operator is not Operator.IDENTITY:
-            choice = drive_engine(schedule, drive, torch.float32, engine)
+            if device == "cpu":
+                choice = drive_engine(schedule, drive, dtype, engine, samples)
+            else:  # (without a device at hand: what it would depend on)
+                where = torch.device(device) if torch.cuda.is_available() else None
+                choice = drive_device_engine(schedule, drive, dtype, engine, samples, where)
             lines.append(f"    {drive.connection.label:<28} {choice!s:<20} {choice.reason}")
     return lines
 
@@ -107,19 +111,24 @@ def _size(n: float) -> str:
     return f"{n:.4g} GiB"
 
 
-def saved_bytes(buffers: list[SavedBuffer], element_size: int = 4) -> int:
+def saved_bytes(buffers: list[SavedBuffer], dtype: torch.dtype = torch.float32) -> int:
     """Bytes per sample that a training rollout keeps for its backward pass."""
     total = 0
     for b in buffers:
         elements = b.slots
         for n in b.shape:
             elements *= n
-        total += elements * (1 if b.byte else element_size)
+        total += elements * b.dtype(dtype).itemsize
     return total
 
 
-def describe(schedule: Schedule, engine: str = "auto") -> str:
-    """The plan as text: what is computed once, per component, per step, and what is saved for backward."""
+def describe(
+    schedule: Schedule, engine: str = "auto", *, device: str = "cpu", dtype: torch.dtype = torch.float32, samples: int = 16
+) -> str:
+    """The plan as text: what is computed once, per component, per step, and what is saved for backward.
+
+    ``device`` ("cpu", "cuda", "cuda:1", ...), ``dtype`` of the maps and ``samples`` of a batch are those that engines are chosen for.
+    """
     network = schedule.network
     lines = [
         f"{network.name}: {schedule.timesteps} time steps, {network.unroll.value} unroll, recording {', '.join(schedule.record)}",
@@ -141,25 +150,25 @@ def describe(schedule: Schedule, engine: str = "auto") -> str:
     reason = unknown_to_native(network)
     if reason:
         return "\n".join([*lines, "", f"  backend: scheduled ({reason})"])
-    return "\n".join([*lines, *_native(schedule, engine)])
+    return "\n".join([*lines, *_native(schedule, engine, device, dtype, samples)])
 
 
-def _native(schedule: Schedule, engine: str) -> list[str]:
+def _native(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
+    name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
     lines = [
         "  weight gradients: one call per connection and window of its steps (20 MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
-        f"  engine of each connection (float32 on the CPU, batches of 16, engine={engine!r}):",
-        *_engines(schedule, engine),
+        f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",
+        *_engines(schedule, engine, device, dtype, samples),
         "",
-        "  saved for backward, per image (float32):",
+        f"  saved for backward, per image ({name}):",
     ]
     buffers = saved_buffers(schedule)
     for b in buffers:
-        element = 1 if b.byte else 4
-        size = b.slots * element
+        size = b.slots * b.dtype(dtype).itemsize
         for n in b.shape:
             size *= n
         shape = _map((b.shape[2], b.shape[0], b.shape[1])) if len(b.shape) == 3 else "1"
         lines.append(f"    {b.owner + '.' + b.kind:<28} {b.slots:>3} x {shape:<14} {_size(size)}")
-    return [*lines, f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers))}"]
+    return [*lines, f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers, dtype))}"]

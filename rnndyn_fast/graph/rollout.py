@@ -9,14 +9,14 @@ surround it. Differentiating the backward pass raises.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.backward import backward
+from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs, on_its_device
 from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
 from rnndyn_fast.graph.saved import saved_buffers
@@ -26,7 +26,6 @@ from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.graph.taped import can_run_taped, rollout_taped
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.ops.convolution import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
@@ -54,27 +53,13 @@ def _operands(
     keep: bool = False,
 ) -> Operands:
     schedule = compile_schedule(Network.from_json(network), timesteps, tuple(record))
-    if _launch.on_device(inputs[0]):
-        if engine == "winograd":
-            raise ValueError('engine="winograd": it runs on the CPU; "auto" and "direct" take the vendor\'s convolutions on a GPU')
-        engine = "direct"
     return Operands(schedule, inputs, parameters, engine, keep=keep)
-
-
-@contextmanager
-def _native(example: Tensor) -> Iterator[None]:
-    """On the device of the arguments, and in their dtype: no autocast."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.autocast(example.device.type, enabled=False))
-        if example.device.type != "cpu":
-            stack.enter_context(buffers_on(example.device))
-        yield
 
 
 def _forward_native(
     inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
-    with _native(inputs[0]):
+    with on_its_device(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
         if not training:
             return forward_inference(operands)
@@ -95,7 +80,7 @@ def _forward_fake(
         outputs.append(buffer.permute(0, 1, 4, 2, 3))
     if training:
         for b in saved_buffers(schedule):
-            outputs.append(inputs[0].new_empty((b.slots, samples, *b.shape), dtype=torch.uint8 if b.byte else inputs[0].dtype))
+            outputs.append(inputs[0].new_empty((b.slots, samples, *b.shape), dtype=b.dtype(inputs[0].dtype)))
     return outputs
 
 
@@ -110,7 +95,7 @@ def _backward_native(
     needs: list[bool],
     engine: str,
 ) -> list[Tensor]:
-    with _native(inputs[0]):
+    with on_its_device(inputs[0]):
         operands = _operands(inputs, parameters, network, timesteps, record, engine)
         names = [*operands.inputs, *operands.parameters]
         result = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
@@ -313,7 +298,9 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
-        if tensor.device.type == "cuda":
+        if tensor.device != inputs[0].device:
+            reason = f"{name} is on {tensor.device}, and the first input on {inputs[0].device}"
+        elif _launch.on_device(tensor):
             reason = _launch_cuda.why_not(tensor)
             reason = reason and f"{name}: {reason}"
         elif tensor.device.type != "cpu":
@@ -355,7 +342,9 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         p = parameters[name]
         if tuple(p.shape) != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {list(p.shape)}")
-        if p.dtype != example.dtype or p.device != example.device:
+        # (Half-precision maps may meet parameters of float32, which are what an optimiser moves.)
+        half = _launch.on_device(example) and example.dtype in HALF_DTYPES and p.dtype == torch.float32
+        if not (half or p.dtype == example.dtype) or p.device != example.device:
             raise TypeError(
                 f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, "
                 f"got {example.dtype} on {example.device}"
@@ -378,15 +367,18 @@ def rollout(
     Args:
         network: the spec; its docstring has the equations.
         timesteps: T >= 1.
-        inputs: one tensor per input of the network, float32 or float64 (reference: any float dtype).
+        inputs: one tensor per input of the network, float32 or float64; on a CUDA device float32, float16 or bfloat16 (reference: any
+            float dtype). Their dtype, or that of CUDA autocast, is the dtype of the states; parameters have it too, or are float32 where
+            it is a half one.
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
         backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels
             on the CPU in float32 and float64, else in PyTorch's operations), "reference" (nothing is scheduled), or None: native where it
             can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
-        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), "winograd" or "amx"
-            (see :func:`rnndyn_fast.ops.convolution.choose_engine`). With "auto" and "amx" the precision of products is that of
+        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
+            (see :func:`rnndyn_fast.ops.convolution.choose_engine`), on CUDA devices "fused" (see
+            :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
             and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.
@@ -425,6 +417,8 @@ def rollout(
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
     used = {name: parameters[name] for name in shapes}
+    if backend in (None, "native"):
+        inputs = autocast_inputs(inputs)
     if backend is None:
         try:
             can_run_native(network, inputs, used, raise_error=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from rnndyn_fast.graph.schedule import Schedule, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Interaction, Norm, Operator, Pool
 
@@ -23,6 +25,12 @@ class SavedBuffer:
     slots: int
     shape: tuple[int, ...]
     byte: bool = False
+
+    def dtype(self, maps: torch.dtype) -> torch.dtype:
+        """Where maps have this dtype: bytes are bytes, and statistics at least float32."""
+        if self.byte:
+            return torch.uint8
+        return torch.float32 if not self.shape and maps.itemsize < 4 else maps
 
     @property
     def key(self) -> tuple[str, str]:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from rnndyn_fast.graph.fused_step import fused_step
 from rnndyn_fast.graph.operands import AreaOperands, area_step_forward, at_most
 from rnndyn_fast.ops._launch import MAX_TERMS
 from rnndyn_fast.ops.convolution import MAX_SUMMED, Weight, can_end, can_sum, convolve, convolve_sum
 from rnndyn_fast.ops.epilogue import Epilogue
+from rnndyn_fast.ops.fused_conv import MAX_TERMS as MAX_FUSED
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pending:
     """A term that is still to be computed: a linear map of what it reads."""
 
@@ -65,6 +68,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
+def _fused(values: Sequence[Value]) -> list[Pending]:
+    """The terms that one launch of a GPU's fused convolution computes and sums."""
+    pending = [v for v in values if isinstance(v, Pending)]
+    return [v for v in pending if "forward" in v.weight.choice.fused][:MAX_FUSED]
+
+
+def _without(values: Sequence[Value], fused: Sequence[Pending]) -> list[Tensor]:
+    """The other terms, computed."""
+    others = [v for v in values if not any(v is f for f in fused)]
+    return [v if isinstance(v, Tensor) else _computed([v]) for v in others]
+
+
 def update_area(
     area: AreaOperands,
     drives: Sequence[Value],  # each [N, H, W, C]
@@ -75,9 +90,18 @@ def update_area(
     mean: Tensor | None,  # [N]; with a norm
     rstd: Tensor | None,  # [N]; with a norm
     modulator_sum: Tensor | None = None,  # [N, H, W, C]
-    **outputs: Tensor | None,
+    **outputs: Any,
 ) -> None:
     """Compute an area's step; the buffers are those of :func:`_launch.area_step_forward`, and ``value`` may be the first drive's memory."""
+    fused = _fused(modulators or drives)
+    if fused:
+        terms = [t.weight.fused.term(t.x) for t in fused]
+        shape = fused[0].weight.fused.output_shape(fused[0].x.shape)
+        fused_step(
+            area, terms, shape, _without(drives, fused), _without(modulators, fused), drive_bias, modulator_bias, value,
+            modulates=bool(modulators), modulator_sum=modulator_sum, mean=mean, rstd=rstd, **outputs,
+        )  # fmt: skip
+        return
     driving, driving_sums = _split(drives)
     modulating, modulating_sums = _split(modulators)
     # (At the same place of one storage: `value` is the drive.)

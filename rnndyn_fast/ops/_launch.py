@@ -124,6 +124,10 @@ def gate_step(
     backward: bool,
 ) -> None:
     """Launch ``gate_step``; the order of ports and states is that of the cell."""
+    if on_device(states[0]):
+        from rnndyn_fast.ops import _launch_cells_cuda
+
+        return _launch_cells_cuda.gate_step(scalars, ports, sums, states, grad_ports, backward=backward)
     n, h, w, channels = shape = tuple(states[0].shape)
     dtype = states[0].dtype
     rule, forget_bias, tau, gate, activation = scalars

@@ -18,7 +18,7 @@ ACTIVATIONS = tuple(Activation)  # in the order of CtrnnActivation (ctrnn.h)
 
 
 def _codes(activations: Sequence[Activation]) -> Tensor:
-    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32)
+    return torch.tensor([ACTIVATIONS.index(a) for a in activations], dtype=torch.int32, device="cpu")
 
 
 def ctrnn_forward(
@@ -37,6 +37,12 @@ def ctrnn_forward(
     states: Tensor | None,  # [M, N, T, H]
 ) -> None:
     """Launch ``ctrnn`` forward: rates and states are written."""
+    if _launch.on_device(rates):
+        from rnndyn_fast.ops import _launch_cells_cuda
+
+        return _launch_cells_cuda.ctrnn_forward(
+            inputs, w_rec, b_rec, w_in, h0, alpha, noise_std, _codes(activations), seeds, stream, first_trial, rates, states
+        )
     m, n, t, h = full = tuple(rates.shape)
     i, dtype = inputs.shape[3], rates.dtype
     sizes, threads = [m, n, t, i, h], torch.get_num_threads()
@@ -80,6 +86,12 @@ def ctrnn_backward(
     grad_h0: Tensor | None,  # [M, N, H]
 ) -> None:
     """Launch ``ctrnn`` backward: gradients are written; those of w_rec, w_in and b_rec lie below one another in grad_weights."""
+    if _launch.on_device(rates):
+        from rnndyn_fast.ops import _launch_cells_cuda
+
+        return _launch_cells_cuda.ctrnn_backward(
+            inputs, w_rec, w_in, h0, alpha, _codes(activations), rates, grad_rates, grad_states, grad_inputs, grad_weights, grad_h0
+        )
     m, n, t, h = full = tuple(rates.shape)
     i, dtype = inputs.shape[3], rates.dtype
     sizes, threads = [m, n, t, i, h], torch.get_num_threads()

@@ -33,11 +33,31 @@ def build_info() -> dict[str, Any]:
     return {**_module.build_info(), "devices": _module.device_count()}
 
 
-def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> str | None:
-    """Why a CUDA tensor of these dtypes cannot be used; None if it can. (Rollouts: float32.)"""
+def module() -> Any:
+    """The native module ``_cuda``."""
+    return _module
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise ``ValueError`` for a CUDA device that is not there."""
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "none that torch can use"
+        raise ValueError(f"device: this machine's CUDA devices are {there}, got {device}")
+
+
+def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> str | None:
+    """Why a CUDA tensor cannot be used, of these dtypes; None if it can."""
     if unavailable:
         return unavailable
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = capability(tensor.device)
     if major < 8:
         return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
     if tensor.dtype not in dtypes:
@@ -45,7 +65,7 @@ def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) ->
     return None
 
 
-class _Launch:
+class Launch:
     """Addresses of one launch's tensors, all of them on one device, and the device with its stream."""
 
     def __init__(self, like: Tensor) -> None:
@@ -102,7 +122,7 @@ def area_step_forward(
     like = value if complete else drives[0]
     assert like is not None
     n, h, w, c = full = tuple(like.shape)
-    launch, pooled, single = _Launch(like), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(like), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     groups = list(moment_groups) if moment_groups is not None else _module.area_step_moment_groups(dtype, h, w, c)
     if moments is None and gamma is not None:
@@ -159,7 +179,7 @@ def area_step_backward(
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
     n, h, w, c = shape
     given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives, grad_drive) if t is not None]
-    launch, pooled, single = _Launch(given[0]), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(given[0]), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     slots, splits = _module.area_step_backward_scratch(dtype, n, h, w, c)
     sums = launch.scratch(n, slots, 2) if gamma is not None else None
@@ -205,7 +225,7 @@ def readout_zones(
 ) -> None:
     """Launch ``readout_zones`` for all time steps; cosine and every table are written. Labels must lie in [0, C)."""
     (t, n, d), c, single = representations.shape, cosine.shape[2], torch.float32
-    launch = _Launch(representations)
+    launch = Launch(representations)
     names = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")
     _module.readout_zones(
         DTYPES[launch.dtype],
@@ -255,7 +275,7 @@ def recurrent_conv(
     Value, modulator_sum (1 + s) and moments are written.
     """
     n, h, w, c = full = tuple(value.shape)
-    launch = _Launch(value)
+    launch = Launch(value)
     groups = recurrent_conv_moment_groups(n, h, w, c)[0]
     given = []
     for k, term in enumerate(terms):
@@ -288,7 +308,7 @@ def recurrent_conv_weight_grad(
     """Launch ``recurrent_conv_weight_grad``: grad_weight is written. Of a convolution, rows are the output's gradient and gathered is its
     input; of a transposed one, the other way round."""
     (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
-    launch = _Launch(rows)
+    launch = Launch(rows)
     splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
     partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
     _module.recurrent_conv_weight_grad(

@@ -1,8 +1,8 @@
 """Linear maps of a rollout: one place decides how they are computed.
 
-Three engines: ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`), ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`) and ``direct``
-(the vendor's convolution and matrix product, through torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of
-samples and time steps.
+On the CPU ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`) and ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`), on CUDA devices
+``fused`` (tensor cores, :mod:`rnndyn_fast.ops.fused_conv`), and on both ``direct`` (the vendor's convolution and matrix product, through
+torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number of samples and time steps.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from rnndyn_fast.ops.amx_conv import (
 )
 from rnndyn_fast.ops.buffers import empty, release_buffers
 from rnndyn_fast.ops.epilogue import Epilogue
+from rnndyn_fast.ops.fused_conv import PASSES, FusedWeight
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
-ENGINES = ("auto", "direct", "winograd", "amx")
+ENGINES = ("auto", "direct", "winograd", "amx", "fused")
+DEVICE_ENGINES = ("auto", "direct", "fused")
 # torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h; the core checks it
@@ -66,12 +68,14 @@ class EngineChoice:
     """The engine of a connection and why; a map is None for the direct one.
 
     ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight; but over many tiles
-    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many.
+    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many. On a GPU there are no
+    maps: ``fused`` names the passes (of :data:`rnndyn_fast.ops.fused_conv.PASSES`) that the fused convolution computes.
     """
 
     map: WinogradMap | AmxMap | None
     reason: str
     grad_map: WinogradMap | AmxMap | None = None
+    fused: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, m: WinogradMap | AmxMap | None, reason: str) -> EngineChoice:
@@ -79,6 +83,8 @@ class EngineChoice:
         return cls(m, reason, m)
 
     def __str__(self) -> str:
+        if self.fused:
+            return "fused" if len(self.fused) == len(PASSES) else f"fused {'+'.join(self.fused)}"
         if isinstance(self.map, WinogradMap):
             return f"winograd {self.map.form}"
         return f"amx {self.map}" if self.map else "direct"
@@ -198,6 +204,8 @@ def _choose(
     engine, _, precision = engine.partition(":")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "fused":
+        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
     if engine == "direct":
         return EngineChoice(None, "asked for")
     parts = int(precision or 3)
@@ -256,6 +264,13 @@ class Weight:
         if self.geometry.operator is Operator.LINEAR:
             return self.weight.contiguous()
         return self.weight.contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def fused(self) -> FusedWeight:
+        """As the fused convolution takes it."""
+        transposed = self.geometry.operator is Operator.CONV_TRANSPOSE
+        weight = self.weight[:, :, None, None] if self.geometry.operator is Operator.LINEAR else self.weight
+        return FusedWeight(weight, self.geometry.stride, self.geometry.padding, self.geometry.output_padding, transposed)
 
     @cached_property
     def packed(self) -> Packed:
@@ -331,7 +346,7 @@ def convolve(
     """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out``, if given, holds it then."""
     if weight.choice.map is not None:
         return _sum([weight], [x], out)
-    y = _direct(weight, x)
+    y = weight.fused.convolve(x) if "forward" in weight.choice.fused else _direct(weight, x)
     return y if out is None else out.copy_(y)
 
 
@@ -383,6 +398,11 @@ def can_end(weight: Weight) -> bool:
     return isinstance(m, WinogradMap) or (isinstance(m, AmxMap) and reaches_all(m))
 
 
+def can_wait(weight: Weight) -> bool:
+    """Whether this map is better computed with its area's step: :func:`can_end`, or by a GPU's fused convolution."""
+    return can_end(weight) or "forward" in weight.choice.fused
+
+
 def _sum(
     weights: Sequence[Weight],
     xs: Sequence[Tensor],
@@ -415,6 +435,15 @@ def convolve_backward(
     if m is not None:
         grad_weight = _weight_grad(weight, x, grad) if need_weight and isinstance(x, Tensor) else None
         return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x) if need_x else None, grad_weight
+    fused, shape = weight.choice.fused, x.shape if isinstance(x, Tensor) else x
+    if (need_x and "data" in fused) or (need_weight and "weight" in fused):
+        by_vendor = {"need_x": need_x and "data" not in fused, "need_weight": need_weight and "weight" not in fused}
+        grad_x, grad_weight = convolve_backward(weight, grad, x, **by_vendor) if any(by_vendor.values()) else (None, None)
+        if need_x and "data" in fused:
+            grad_x = weight.fused.data_grad(grad, shape)
+        if need_weight and "weight" in fused and isinstance(x, Tensor):
+            grad_weight = weight.fused.weight_grad(grad, x).reshape(weight.weight.shape)
+        return grad_x, grad_weight
     if not isinstance(x, Tensor):
         x = grad.new_empty(x)  # nobody reads its values
     if geometry.operator is Operator.LINEAR:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_ctrnn
+from rnndyn_fast.ops import _launch, _launch_ctrnn, _launch_cuda
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
@@ -42,7 +42,7 @@ def _shared(inputs: Tensor) -> Tensor:  # [M, N, T, I]
     return inputs[:1].contiguous() if inputs.shape[0] > 1 and inputs.stride(0) == 0 else inputs.contiguous()
 
 
-def _forward_cpu(
+def _forward(
     inputs: Tensor,  # [M, N, T, I]
     w_rec: Tensor,  # [M, H, H]
     b_rec: Tensor,  # [M, H]
@@ -94,7 +94,7 @@ def _forward_fake(
     return inputs.new_empty(shape), inputs.new_empty(shape if with_states else (0,))
 
 
-def _backward_cpu(
+def _backward(
     grad_rates: Tensor | None,  # [M, N, T, H]
     grad_states: Tensor | None,  # [M, N, T, H]
     inputs: Tensor,
@@ -234,8 +234,9 @@ def _one_by_one(op: Any) -> Any:
     return rule
 
 
-_LIBRARY.impl("ctrnn", _forward_cpu, "CPU")
-_LIBRARY.impl("ctrnn_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("ctrnn", _forward, _device)
+    _LIBRARY.impl("ctrnn_backward", _backward, _device)
 torch.library.register_fake("rnndyn::ctrnn", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("rnndyn::ctrnn_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("rnndyn::ctrnn", _backward_registered, setup_context=_setup_registered, lib=_LIBRARY)
@@ -248,14 +249,17 @@ torch.library.register_vmap("rnndyn::ctrnn_backward", _one_by_one(torch.ops.rnnd
 
 
 def can_run_ctrnn(inputs: Tensor, raise_error: bool = False) -> bool:  # [M, N, T, I]
-    """Whether the native backend takes these inputs: float32 or float64 on the CPU.
+    """Whether the native backend takes these inputs: float32 or float64 on the CPU, float32 on a CUDA device.
 
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
     reason = _launch.unavailable
-    if reason is None and inputs.device.type != "cpu":
-        reason = f"inputs are on {inputs.device}, and the native backend runs on the CPU"
+    if reason is None and _launch.on_device(inputs):
+        reason = _launch_cuda.why_not(inputs, (torch.float32,))
+        reason = reason and f"inputs: {reason}"
+    elif reason is None and inputs.device.type != "cpu":
+        reason = f"inputs are on {inputs.device}, and the native backend runs on the CPU and on CUDA devices"
     elif reason is None and inputs.dtype not in _NATIVE_DTYPES:
         reason = f"inputs have dtype {inputs.dtype}, and the native backend takes float32 and float64"
     if reason is not None and raise_error:
@@ -362,13 +366,15 @@ def ctrnn(
         raise ValueError(f'backend: expected "native", "reference" or None, got {backend!r}')
     _check_counter("stream", stream, stream)
     _check_counter("first_trial", first_trial, first_trial + n - 1)
-    if not torch.compiler.is_compiling():  # (tracing cannot branch on values)
+    # (Tracing cannot branch on values, and nothing may wait for the device while a CUDA graph is captured.)
+    if not torch.compiler.is_compiling() and not (inputs.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         check_model_values(alpha, noise_std)
     seeds = None
     if noise_seeds is not None:
         seeds = noise_seeds if isinstance(noise_seeds, Tensor) else torch.tensor(list(noise_seeds), dtype=torch.int64)
         if tuple(seeds.shape) != (m,) or seeds.dtype != torch.int64:
             raise ValueError(f"noise_seeds: expected [M] = [{m}] of int64, got {list(seeds.shape)} of {seeds.dtype}")
+        seeds = seeds.to(inputs.device)
     states0 = h0 if per_trial else h0[:, None].expand(m, n, h)
     if backend is None and not can_run_ctrnn(inputs):
         try:

@@ -6,12 +6,13 @@ Its reference is :func:`rnndyn_fast.reference.cells.cell_step`; the equations ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated
 
@@ -32,8 +33,10 @@ def can_run_gate_step(cell: Cell, example: Tensor, *, raise_error: bool = False)
         reason = f"the kernel has no activation {cell.activation.value}"
     elif isinstance(cell, ReciprocalGated) and not {cell.tau_gain.nonlinearity, cell.gate_gain.nonlinearity} <= set(_GAINS):
         reason = "the kernel has gains of the sigmoid and of tanh only"
+    elif _launch.on_device(example):
+        reason = _launch_cuda.why_not(example)
     elif example.device.type != "cpu" or example.dtype not in (torch.float32, torch.float64):
-        reason = f"it takes float32 and float64 on the CPU, not {example.dtype} on {example.device}"
+        reason = f"it takes float32 and float64 on the CPU and halves on CUDA devices, not {example.dtype} on {example.device}"
     if reason and raise_error:
         raise ValueError(f"gate_step: {reason}")
     return reason is None
@@ -110,5 +113,8 @@ def gate_step(
             weight, bias, eps = parameters[f"{norm}.weight"], parameters[f"{norm}.bias"], getattr(cell, "eps", 1e-12)
             terms = [torch.group_norm(total, multiple, weight, bias, eps)]
         full.append([t.permute(0, 2, 3, 1).contiguous() for t in terms])
+    if len({t.dtype for terms in full for t in terms}) > 1:  # under autocast convolutions are in half precision, other maps may not be
+        dtype = reduce(torch.promote_types, (t.dtype for terms in full for t in terms))
+        full = [[t.to(dtype) for t in terms] for terms in full]
     states = _GateStep.apply(cell, tuple(len(terms) for terms in full), *(t for terms in full for t in terms))
     return tuple(s.permute(0, 3, 1, 2) for s in states)

@@ -1,0 +1,61 @@
+"""Which engine computes a linear map of a rollout on a CUDA device: the fused convolution or the vendor's, as measured there."""
+
+from __future__ import annotations
+
+import torch
+
+from rnndyn_fast.ops import fused_conv, measured
+from rnndyn_fast.ops.convolution import DEVICE_ENGINES, EngineChoice, Geometry, Operator
+
+
+def why_not_fused(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Why the fused convolution cannot compute this map; None if it can."""
+    if geometry.operator is Operator.IDENTITY:
+        return "nothing to compute"
+    return fused_conv.why_not(weight_shape[2:], (weight_shape[0], weight_shape[1]), geometry.stride, dtype)
+
+
+def choose_device_engine(
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    samples: int = 16,
+    device: torch.device | None = None,
+) -> EngineChoice:
+    """Choose how a linear map is computed on a CUDA device.
+
+    The rule of ``engine="auto"``: for each pass (the map, the gradient of its source, the gradient of its weight) the faster of the fused
+    convolution and the vendor's, where the former can run. Both are timed once per machine (:mod:`rnndyn_fast.ops.measured`), the first
+    time that a map of that shape is met; until then, and while a CUDA graph is captured, the vendor's.
+
+    Args:
+        weight_shape: of the parameter.
+        height, width: of the source map (after pooling).
+        dtype: of the maps.
+        engine: "auto", "direct" (the vendor's) or "fused" (wherever it can run at all), perhaps with a precision after a colon, which only
+            engines of the CPU take.
+        samples: of a time step.
+        device: None: none at hand; says what would be done.
+    """
+    engine = engine.partition(":")[0]
+    if engine not in DEVICE_ENGINES:
+        raise ValueError(f"engine={engine!r}: it runs on the CPU; on CUDA devices expected one of {', '.join(DEVICE_ENGINES)}")
+    if engine == "direct":
+        return EngineChoice(None, "asked for")
+    reason = why_not_fused(geometry, weight_shape, dtype)
+    if reason:
+        return EngineChoice(None, reason)
+    if engine == "fused":
+        return EngineChoice(None, "asked for", fused=fused_conv.PASSES)
+    if device is None:
+        return EngineChoice(None, "or fused: whichever is the faster, as measured at the first rollout on the device")
+    case = measured.Case(geometry, weight_shape, height, width, dtype, samples)
+    times, why = measured.times_of(case, device)
+    if times is None:
+        return EngineChoice(None, f"not measured: {why}")
+    passes = tuple(p for p in fused_conv.PASSES if times[p].fused <= times[p].direct)
+    said = ", ".join(f"{p} {1e3 * times[p].fused:.3g} against {1e3 * times[p].direct:.3g}" for p in fused_conv.PASSES)
+    return EngineChoice(None, f"measured on {why}, ms, fused against the vendor's: {said}", fused=passes)

@@ -1,0 +1,71 @@
+"""The CUDA gate_step, in the SIMT harness (or on a device), against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from device_rollouts import DEVICE, send_to_kernels
+from test_gate_step import CELLS, results
+
+from rnndyn_fast.ops import _launch_cells_cuda, _launch_cuda
+from rnndyn_fast.ops.cells import GRUGates
+from rnndyn_fast.ops.gate_step import _scalars, can_run_gate_step
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Channels in vectors of four and not; blocks that are full and partial.
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (2, 8, 3, 5), (1, 260, 2, 3)]
+
+
+@pytest.fixture
+def kernels(simt: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if DEVICE is None:
+        send_to_kernels(monkeypatch, *DTYPES)
+    return simt
+
+
+def check(name: str, shape: tuple[int, ...], terms: int, dtype: torch.dtype) -> None:
+    """Error in norm against float64, of values that the dtype holds: at most twice that of plain PyTorch, plus a few roundings."""
+    cell = CELLS[name]
+    ours, plain = results(cell, shape, terms, dtype, True), results(cell, shape, terms, dtype, False)
+    truth = results(cell, shape, terms, torch.float64, False)
+    for key, expected in truth.items():
+        assert not ours[key].isnan().any(), f"{key}: NaN (or something left unwritten)"
+        scale = float(expected.norm()) + 1e-3
+        error, reference = (float((x[key].double() - expected).norm()) / scale for x in (ours, plain))
+        # (the inputs themselves are rounded, in both)
+        assert error <= 2 * reference + 4 * torch.finfo(dtype).eps, (key, error, reference)
+
+
+@pytest.mark.parametrize("name", [n for n in CELLS if "norm" not in n])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_as_good_as_plain_pytorch(name: str, dtype: torch.dtype, kernels: Any) -> None:
+    for shape, terms in zip(SHAPES, (1, 2, 3, 1), strict=True):
+        check(name, shape, terms, dtype)
+
+
+def test_norms_are_applied_before(kernels: Any) -> None:
+    check("gru_gates_norm", SHAPES[2], 2, torch.float32)
+
+
+def test_more_terms_than_a_port_takes(kernels: Any) -> None:
+    check("lstm", SHAPES[2], 8, torch.float32)
+
+
+def test_bad_arguments_are_refused(kernels: Any) -> None:
+    x = torch.zeros(1, 2, 2, 8)
+    scalars, states = _scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
+    with pytest.raises(ValueError, match=r"ports\[1\]\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
+        _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [None, None], states, [], backward=False)
+    with pytest.raises(ValueError, match="sums: needed where a port has several terms"):
+        _launch_cells_cuda.gate_step(scalars, [[x, x], [states[0]]], [None, None], states, [], backward=False)
+    with pytest.raises(ValueError, match="ports: expected 1 to 6 terms"):
+        _launch_cells_cuda.gate_step(scalars, [[x] * 7, [states[0]]], [x, None], states, [], backward=False)
+
+
+@pytest.mark.skipif(DEVICE is not None, reason="for the harness")
+def test_can_run_says_why_not(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
+    with pytest.raises(ValueError, match=r"gate_step: cpu has compute capability 7.0; the kernels need 8.0 or later"):
+        can_run_gate_step(GRUGates(), torch.zeros(1).half(), raise_error=True)
