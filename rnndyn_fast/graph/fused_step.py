@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def fused_step(
     rectify: bool,
     value: Tensor | None,  # [N, H, W, C]
     modulator_sum: Tensor | None = None,  # [N, H, W, C]
-    **outputs: Tensor | None,
+    **outputs: Any,  # Tensor or None: the buffers of area_step_forward
 ) -> None:
     """``area_step`` forward with terms still to be computed. With none it is just that.
 
@@ -52,7 +53,7 @@ def fused_step(
     Args:
         modulates: whether the area has a modulator; then the terms to be computed are of it, else of the drive.
     """
-    norm = {"gamma": gamma, "beta": beta, "eps": eps, "rectify": rectify}
+    norm: dict[str, Any] = {"gamma": gamma, "beta": beta, "eps": eps, "rectify": rectify}
     if not fused:
         area_step_forward(
             drives, modulators, drive_bias=drive_bias, modulator_bias=modulator_bias, value=value, modulator_sum=modulator_sum,
@@ -87,6 +88,7 @@ def fused_step(
     rest = [outputs.get(name) for name in names]
     if moments is None:  # no norm: the value is complete, and what is wanted of it may be nothing
         if any(t is not None for t in rest):
-            area_step_forward([value], rectify=rectify, **dict(zip(names, rest, strict=True)))
+            wanted: dict[str, Any] = dict(zip(names, rest, strict=True))
+            area_step_forward([value], rectify=rectify, **wanted)
         return
     _launch_cuda.area_step_forward([], [], None, None, False, gamma, beta, eps, rectify, value, None, *rest, moments, groups)
