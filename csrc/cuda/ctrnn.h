@@ -25,8 +25,8 @@ struct CtrnnParams {
   const float* grad_rates;   // backward: [M, N, T, H] or null
   const float* grad_states;  // backward: [M, N, T, H] or null
   float* d;                  // backward: [M, N, T, H] written: the gradient of what enters each step's bracket
-  float* grad_h0;              // backward: [M, N, H] written
-  float* rates0;               // backward: [M, N, H] written: f(h0), which the gradient of W reads
+  float* grad_h0;            // backward: [M, N, H] written
+  float* rates0;             // backward: [M, N, H] written: f(h0), which the gradient of W reads
 };
 
 // The most units of a network: its rates and states are in shared memory.

@@ -8,6 +8,7 @@
 // Launch shape: a thread per pixel and vector of channels, for all gates of those channels.
 // Sync: none.
 // Determinism: every element is computed by itself.
+// Registers: __launch_bounds__ names two blocks per multiprocessor, as ptxas would else keep registers for more of them, and spill.
 // Limits: kMaxPortTerms terms of a port; the caller checks shapes.
 #include "cuda/gate_step.h"
 
@@ -203,7 +204,7 @@ __device__ __forceinline__ void load_gates(const GateStepParams<T>& p, int64_t p
 }
 
 template <typename T, int N, int kRule>
-__global__ void __launch_bounds__(kThreads) gate_step_forward_kernel(GateStepParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) gate_step_forward_kernel(GateStepParams<T> p) {
   using R = Rule<kRule>;
   int64_t pixel;
   int channel;
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) gate_step_forward_kernel(GateStepPar
 }
 
 template <typename T, int N, int kRule>
-__global__ void __launch_bounds__(kThreads) gate_step_backward_kernel(GateStepParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) gate_step_backward_kernel(GateStepParams<T> p) {
   using R = Rule<kRule>;
   int64_t pixel;
   int channel;

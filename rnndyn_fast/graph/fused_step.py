@@ -26,7 +26,7 @@ def fused_step(
     *,
     modulates: bool,
     modulator_sum: Tensor | None = None,  # [N, H, W, C]
-    **outputs: Any,
+    **outputs: Any,  # Tensor or None: the buffers of area_step_forward
 ) -> None:
     """``area_step`` forward with terms still to be computed.
 

@@ -90,7 +90,7 @@ def update_area(
     mean: Tensor | None,  # [N]; with a norm
     rstd: Tensor | None,  # [N]; with a norm
     modulator_sum: Tensor | None = None,  # [N, H, W, C]
-    **outputs: Any,
+    **outputs: Any,  # Tensor or None: the buffers of area_step_forward
 ) -> None:
     """Compute an area's step; the buffers are those of :func:`_launch.area_step_forward`, and ``value`` may be the first drive's memory."""
     fused = _fused(modulators or drives)

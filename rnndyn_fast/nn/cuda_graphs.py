@@ -173,7 +173,7 @@ class GraphedNetwork:
     ) -> None:
         self.network = network
         self.copy = copy
-        self._graphs = graphs if graphs is not None else CudaGraphs()
+        self._graphs: Graphs = graphs if graphs is not None else CudaGraphs()
         self._cache = _Cache(calls_before, max_graphs)
 
     def __call__(self, *inputs: Tensor, **options: Any) -> Any:
@@ -240,7 +240,7 @@ class GraphedTrainingStep:
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.float16, torch.bfloat16 or None, got {autocast}")
         self.network, self.loss, self.optimizer, self.scaler, self.autocast = network, loss, optimizer, scaler, autocast
-        self._graphs = graphs if graphs is not None else CudaGraphs()
+        self._graphs: Graphs = graphs if graphs is not None else CudaGraphs()
         self._cache = _Cache(calls_before, max_graphs)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.captures_optimizer = can_capture(optimizer, scaled=scaler is not None)
