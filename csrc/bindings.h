@@ -29,6 +29,9 @@ inline int fill_terms(const Real* (&out)[kMaxTerms], const std::vector<Address>&
   return static_cast<int>(terms.size());
 }
 
+// norm_step and depthwise_conv.
+void bind_steps(pybind11::module_& m);
+
 // winograd_conv and amx_conv.
 void bind_convolutions(pybind11::module_& m);
 

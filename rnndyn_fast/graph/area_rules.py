@@ -144,12 +144,12 @@ class Rules:
             sums.append(room)
             biases.append(self._bias(port))
             given.append((name, port))
-        states = {state: at.room(f"state {state}", channels) for state in cell.states}
+        states: dict[str | None, Tensor] = {state: at.room(f"state {state}", channels) for state in cell.states}
         _launch.gate_step(gate_scalars(cell), terms, biases, sums, list(states.values()), [], backward=False)
         if self.tape.recording:
             totals = [values[0] if room is None else room for values, room in zip(terms, sums, strict=True)]
             self.tape.record(self._cell_back, at, given, totals)
-        return dict(states)
+        return states
 
     def _cell_back(self, at: Slots, ports: list[tuple[str, Port]], totals: list[Tensor]) -> None:
         cell = at.area.cell

@@ -111,8 +111,8 @@ class Terms:
         else:
             kind = Pool.MEAN if pool is Pool.MEAN else Pool.MAX
             y, argmax = empty_form(x.shape, kind, x.dtype)
-            where = {"mean_pooled": y} if argmax is None else {"max_pooled": y, "argmax": argmax}
-            area_step_forward([x], rectify=False, **where)
+            mean, maximum = (y, None) if kind is Pool.MEAN else (None, y)
+            area_step_forward([x], rectify=False, max_pooled=maximum, argmax=argmax, mean_pooled=mean)
             self.tape.record(self._pooled_back, tuple(x.shape), source, key, argmax)
         self.forms[key] = y
         return y, key

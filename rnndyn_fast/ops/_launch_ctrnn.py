@@ -83,7 +83,7 @@ def ctrnn_backward(
     grad_states: Tensor | None,  # [M, N, T, H]
     grad_inputs: Tensor | None,  # [M, N, T, I]
     grad_weights: Tensor,  # [M, H + I + 1, H]
-    grad_h0: Tensor | None,  # [M, N, H]
+    grad_h0: Tensor,  # [M, N, H]
 ) -> None:
     """Launch ``ctrnn`` backward: gradients are written; those of w_rec, w_in and b_rec lie below one another in grad_weights."""
     if _launch.on_device(rates):
