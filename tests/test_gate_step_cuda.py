@@ -11,7 +11,7 @@ from test_gate_step import CELLS, results
 
 from rnndyn_fast.ops import _launch_cells_cuda, _launch_cuda
 from rnndyn_fast.ops.cells import GRUGates
-from rnndyn_fast.ops.gate_step import _scalars, can_run_gate_step
+from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_scalars
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Channels in vectors of four and not; blocks that are full and partial.
@@ -55,7 +55,7 @@ def test_more_terms_than_a_port_takes(kernels: Any) -> None:
 
 def test_bad_arguments_are_refused(kernels: Any) -> None:
     x = torch.zeros(1, 2, 2, 8)
-    scalars, states = _scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
+    scalars, states = gate_scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
     with pytest.raises(ValueError, match=r"ports\[1\]\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
         _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [None, None], states, [], backward=False)
     with pytest.raises(ValueError, match="sums: needed where a port has several terms"):
