@@ -94,7 +94,7 @@ PYTHON
 
 op_tests="tests/test_area_step_cuda.py tests/test_readout_zones_cuda.py tests/test_recurrent_conv_cuda.py tests/test_gate_step_cuda.py
   tests/test_ctrnn_cuda.py"
-small="n1c33h5w7 or n2c8h5w3 or (2, 9, 48, 40) or 2x24x6x4 or splits or lstm or partial"
+small="n1c33h5w7 or n2c8h5w3 or 2-9-48-40 or 2x24x6x4 or splits or lstm or partial"
 if [ -z "$dry" ]; then
   capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   # For this device alone: the others' code would take the time that the tests need.

@@ -186,7 +186,7 @@ def test_second_derivatives_raise() -> None:
         (LSTM(peepholes=True), torch.float32, "no LSTM with a norm of its memory or peepholes"),
         (ReciprocalGated(activation=Activation.SIGMOID), torch.float32, "the kernel has no activation sigmoid"),
         (ReciprocalGated(Gain(nonlinearity=Activation.RELU)), torch.float32, "gains of the sigmoid and of tanh only"),
-        (UGRNN(), torch.float16, r"it takes float32 and float64 on the CPU, not torch.float16 on cpu"),
+        (UGRNN(), torch.float16, r"it takes float32 and float64 on the CPU and halves on CUDA devices, not torch.float16 on cpu"),
     ],
 )
 def test_says_what_it_cannot_run(cell: Cell, dtype: torch.dtype, message: str) -> None:

@@ -54,7 +54,7 @@ def check(ours: ReadoutZoneMeasures, truth: ReadoutZoneMeasures) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 @pytest.mark.parametrize("options", [(), ("bias",), ("log_probs", "previous"), ("bias", "previous")], ids="+".join)
 def test_matches_reference(simt: Any, shape: tuple[int, int, int, int], dtype: torch.dtype, options: tuple[str, ...]) -> None:
     r, weight, labels = draw(shape, dtype)

@@ -206,7 +206,7 @@ def test_reasons_are_given() -> None:
     with pytest.raises(ValueError, match="stride 2"):
         can_run_winograd(Geometry(Operator.CONV, 2, 1), (8, 8, 3, 3), torch.float32, raise_error=True)
     assert not can_run_winograd(Geometry(Operator.CONV, 1, 3), (8, 8, 7, 7), torch.float32)
-    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, got 'fast'"):
+    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, fused, got 'fast'"):
         choose_engine(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), 8, 8, torch.float32, "fast")
     net = blt_net_64(widths=(2, 4, 8, 16, 32), engine="fast")
     with pytest.raises(ValueError, match="engine: expected one of"):

@@ -38,13 +38,14 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
             "--lr_trend", "--bypass", "--challenging")  # fmt: skip
-LISTS = ("--widths", "--networks", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
+LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
     """Options may be written with dashes (--batch-size), lists without brackets (--widths 4,6,8,10,12), and
     switches without a value, whatever follows them (--overwrite)."""
     out: list[str] = []
+    lists = (*LISTS, "--networks") if argv[:1] == ["compare"] else LISTS  # (study's are one word)
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
@@ -53,8 +54,8 @@ def normalise(argv: list[str]) -> list[str]:
                 equals, value = "=", "true"
             if name == "--config" and equals:
                 value = _config_file(argv, value)
-            word = name + equals + (_bracketed(value) if name in LISTS else value)
-        elif out and out[-1] in LISTS:
+            word = name + equals + (_bracketed(value) if name in lists else value)
+        elif out and out[-1] in lists:
             word = _bracketed(word)
         elif out and out[-1] == "--config":
             word = _config_file(argv, word)

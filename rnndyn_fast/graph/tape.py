@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnndyn_fast.ops.buffers import share_storage
+
 Key = tuple[Any, ...] | None
 
 
@@ -30,10 +32,9 @@ def stacked(maps: Sequence[Tensor]) -> Tensor:
     first = maps[0]
     if len(maps) == 1:
         return first
-    size = first.numel() * first.element_size()
-    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    adjacent = all(m.is_contiguous() and m.untyped_storage().data_ptr() == storage for m in maps)
-    if adjacent and all(m.data_ptr() == start + k * size for k, m in enumerate(maps)):
+    start = first.storage_offset()
+    adjacent = all(m.is_contiguous() and share_storage(m, first) for m in maps)
+    if adjacent and all(m.storage_offset() == start + k * first.numel() for k, m in enumerate(maps)):
         return first.as_strided((len(maps) * first.shape[0], *first.shape[1:]), first.stride())
     return torch.cat(list(maps))
 

@@ -21,7 +21,7 @@ from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key
 from rnndyn_fast.graph.taped_terms import Terms
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, same_place
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.reference.rollout import Statistics
@@ -123,7 +123,8 @@ class TapedRun(Terms):
         if block is None or slots != list(range(slots[0], slots[0] + len(slots))):
             return None
         found = block[slots[0] : slots[0] + len(slots)]
-        return found if found.data_ptr() == self.maps[self._recorded_key(name, slots[0])].data_ptr() else None
+        first = self.maps[self._recorded_key(name, slots[0])]
+        return found if same_place(found, first) else None
 
     def _recorded_key(self, name: str, slot: int) -> Key:
         area, state = self.network.recorded(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rnndyn_fast.graph.fused_step import fused_step
 from rnndyn_fast.graph.operands import AreaOperands, area_step_forward, at_most
 from rnndyn_fast.ops._launch import MAX_TERMS
+from rnndyn_fast.ops.buffers import same_place
 from rnndyn_fast.ops.convolution import MAX_SUMMED, Weight, can_end, can_sum, convolve, convolve_sum
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.fused_conv import MAX_TERMS as MAX_FUSED
@@ -64,10 +65,6 @@ def _take_last(groups: list[list[Pending]]) -> list[Pending] | None:
     return last
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
-
-
 def _fused(values: Sequence[Value]) -> list[Pending]:
     """The terms that one launch of a GPU's fused convolution computes and sums."""
     pending = [v for v in values if isinstance(v, Pending)]
@@ -105,7 +102,7 @@ def update_area(
     driving, driving_sums = _split(drives)
     modulating, modulating_sums = _split(modulators)
     # (At the same place of one storage: `value` is the drive.)
-    in_place = value is not None and bool(driving) and _same(driving[0], value)
+    in_place = value is not None and bool(driving) and same_place(driving[0], value)
     last, modulates = None, bool(modulating_sums)
     if area.gamma is not None and not (in_place and modulates):
         last = _take_last(modulating_sums if modulates else driving_sums)

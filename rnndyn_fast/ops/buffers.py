@@ -113,3 +113,13 @@ def release_buffers() -> int:
         released = sum(k.storage.nbytes() for k in free)
         _kept[:] = [k for k in _kept if k not in free]
         return released
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at one place of one storage."""
+    return share_storage(a, b) and a.storage_offset() == b.storage_offset()
