@@ -38,8 +38,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HEADER = ("network", "parameters", "T", "multiply-adds (G)", "of a further step (G)", "kept for backward (MiB)")
 NOTE = (
     "Multiply-adds and bytes are per image, of all T steps together; a term is counted once per value of its source. Kept for backward: "
-    "float32 tensors that a training step holds from its forward to its backward pass on the CPU, parameters and image apart. Made by "
-    "`scripts/model_table.py`."
+    "float32 tensors that a training step holds from its forward to its backward pass on the CPU, parameters and image apart; empty where "
+    "a rollout keeps them on a tape of its own, which is not counted. Made by `scripts/model_table.py`."
 )
 
 
@@ -70,7 +70,8 @@ def cells(name: str, options: Mapping[str, Any], run: float) -> list[str]:
     total = net.schedule().multiplications()[0]
     # (Before the first answer there is nothing to compute.)
     further = total - net.schedule(timesteps=steps - 1).multiplications()[0] if steps > 1 else None
-    kept = f"{kept_bytes(build(options)) / 2**20:,.0f}" if total <= run else ""
+    held = kept_bytes(build(options)) if total <= run else 0
+    kept = f"{held / 2**20:,.0f}" if held else ""
     parameters = sum(p.numel() for p in net.parameters())
     return [name, f"{parameters:,}", str(steps), f"{total / 1e9:.3g}", "" if further is None else f"{further / 1e9:.3g}", kept]
 

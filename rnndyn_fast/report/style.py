@@ -37,7 +37,8 @@ table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tab
 p.caption { color: var(--muted); font-size: 0.88rem; margin: 16px 0 6px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
 th button { all: unset; cursor: pointer; font: inherit; color: inherit; }
 th button:hover { color: var(--accent); }
 th button:focus-visible, .table:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
