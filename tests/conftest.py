@@ -52,11 +52,11 @@ def _seed() -> None:
 
 
 @pytest.fixture(params=_core.build_info()["isa_supported"])
-def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The test, on every instruction set that can run here."""
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test, on every instruction set that can run here (or on those that a file parametrizes it with): its name."""
     before = build_info()["isa"]
     _core.select_isa(request.param)
-    yield
+    yield request.param
     _core.select_isa(before)
 
 

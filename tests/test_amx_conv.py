@@ -5,8 +5,6 @@ Without matrix units the same kernels run on emulated ones: slowly, so the shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -51,14 +49,7 @@ CASES = [
 ]
 # Relative, in norm, by parts of a value; the largest seen are 5e-3, 5e-6 and 6e-7 (emulated: one product after another).
 TOLERANCE = {1: 1e-2, 2: 1e-5, 3: 1e-6}
-
-
-@pytest.fixture(params=["portable", *(isa for isa in _core.build_info()["isa_supported"] if isa == "amx")])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
+ISAS = ("portable", *(isa for isa in _core.build_info()["isa_supported"] if isa == "amx"))
 
 
 def _prepared(operator: Operator, kernel: int, stride: int, padding: int, output_padding: int, parts: int, weight: Tensor) -> Weight:
@@ -89,6 +80,7 @@ def _operands(operator: Operator, kernel: int, shape: tuple[int, ...]) -> tuple[
     return x, torch.randn(*channels, kernel, kernel, generator=generator)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].value}{c[1]}-{c[2]}-{'x'.join(map(str, c[5]))}")
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_forward_and_gradients(case: tuple[Operator, int, int, int, int, tuple[int, ...]], parts: int, isa: str) -> None:

@@ -4,7 +4,6 @@ and threads."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -19,15 +18,6 @@ from rnndyn_fast.reference.area_step import area_step
 
 ISAS = _core.build_info()["isa_supported"]
 EPS = 1e-5
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor can run, in turn."""
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -44,14 +43,6 @@ KINDS = {
     "modulates_bias": (3, 0, True, True),
 }
 TOLERANCE = 1e-5  # relative, in norm, as without an epilogue
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield
-    _core.select_isa(before)
 
 
 class Case:

@@ -49,7 +49,7 @@ def test_reference_is_the_equation_unit_by_unit() -> None:
 
 @by_case
 @by_dtype
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("isa")
 def test_native_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
     """Error against float64 at most twice that of plain PyTorch in the same dtype, plus a floor of some units in the last place."""
     x = arguments(case)
@@ -75,7 +75,7 @@ def test_native_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
 
 
 @by_dtype
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("isa")
 def test_activations_over_all_of_their_range(dtype: torch.dtype) -> None:
     """Within a few units in the last place, from the smallest numbers to the largest, and at infinity and NaN. (One step from h = 0 with
     alpha 1 makes any input a state.)"""
@@ -167,7 +167,7 @@ def test_philox_known_answers() -> None:
 
 
 @by_dtype
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("isa")
 def test_the_kernel_draws_the_numbers_of_the_reference(dtype: torch.dtype) -> None:
     """Alone: no weights, alpha 1, so that states are the noise."""
     m, n, t, h = 2, 21, 3, 7

@@ -119,7 +119,7 @@ def state(run: CtrnnTraining) -> tuple[Tensor, ...]:
     return run.parameters, run.first_moment, run.second_moment, run.metrics
 
 
-@pytest.mark.usefixtures("each_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("batch", [20, 16, 5])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05], ids=["unclipped", "clipped"])
 def test_native_epoch_matches_the_reference(batch: int, clip_norm: float) -> None:

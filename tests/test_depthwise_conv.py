@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast import _core
 from rnndyn_fast.ops.depthwise_conv import (
     depthwise_conv,
     depthwise_data_grad,
@@ -31,14 +28,6 @@ CASES = [
     (1, 150, 40, 8, (5, 5), 1, (2, 2, 2, 2)),
 ]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@pytest.fixture(params=_core.build_info()["isa_supported"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def results(case: tuple, dtype: torch.dtype, native: bool) -> dict[str, Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast import _core
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
@@ -31,14 +29,6 @@ CELLS: dict[str, Cell] = {
 }
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (1, 33, 3, 7), (3, 64, 4, 4)]
 by_cell = pytest.mark.parametrize("name", CELLS)
-
-
-@pytest.fixture(params=_core.build_info()["isa_supported"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def tensors(

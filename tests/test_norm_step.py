@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast import _core
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.norm_step import NormKind, NormRule, norm_step, norm_step_backward
 from rnndyn_fast.reference.cells import ACTIVATIONS
@@ -25,14 +22,6 @@ RULES = {
 }
 SHAPES = [(2, 1, 3, 3), (1, 5, 7, 33), (3, 4, 4, 48), (2, 30, 31, 6)]
 by_rule = pytest.mark.parametrize("name", RULES)
-
-
-@pytest.fixture(params=_core.build_info()["isa_supported"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def plain(rule: NormRule, drives: list[Tensor], modulators: list[Tensor], rows: dict[str, Tensor]) -> Tensor:

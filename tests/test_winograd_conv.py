@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast import _core
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch, convolution
 from rnndyn_fast.ops.convolution import (
@@ -46,14 +44,6 @@ SHAPES = [
     (40, 6, 6, 8, 16),
 ]
 TOLERANCE = 1e-5  # relative, in norm; the largest seen over these cases is 6e-6 (F(4, 5) on a map of one pixel)
-
-
-@pytest.fixture(params=_core.build_info()["isa_supported"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.build_info()["isa"]
-    _core.select_isa(request.param)
-    yield request.param
-    _core.select_isa(before)
 
 
 def _geometry(m: WinogradMap) -> Geometry:

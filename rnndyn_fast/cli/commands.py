@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 
@@ -60,13 +61,7 @@ def train(**options: Any) -> None:
     from rnndyn_fast.train import TrainConfig
     from rnndyn_fast.train import train as run
 
-    config = TrainConfig(**options)
-    try:
-        path = run(config)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn train --config {config.out}/train.yaml --resume")
-        raise
-    print(path)
+    _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
 
 
 def extract(**options: Any) -> None:
@@ -118,25 +113,24 @@ def summary_lines(result: Any) -> str:
 
 def phase_train(**options: Any) -> None:
     """`rnndyn phase train`"""
-    from rnndyn_fast.train import PhaseTrainConfig
+    from rnndyn_fast.train import PhaseTrainConfig, train_phase
 
-    _train_phase(PhaseTrainConfig(**options), "train")
+    _run_resumable(train_phase, PhaseTrainConfig(**options), "phase train", "phase.yaml")
 
 
 def phase_sweep(**options: Any) -> None:
     """`rnndyn phase sweep`"""
-    from rnndyn_fast.train import PhaseSweepConfig
+    from rnndyn_fast.train import PhaseSweepConfig, train_phase
 
-    _train_phase(PhaseSweepConfig(**options), "sweep")
+    _run_resumable(train_phase, PhaseSweepConfig(**options), "phase sweep", "phase.yaml")
 
 
-def _train_phase(config: Any, command: str) -> None:
-    from rnndyn_fast.train import train_phase
-
+def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: str) -> None:
+    """Run and print where the results are; stopped, how to go on."""
     try:
-        path = train_phase(config)
+        path = run(config)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn phase {command} --config {config.out}/phase.yaml --resume")
+        print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume")
         raise
     print(path)
 
@@ -179,13 +173,7 @@ def search(**options: Any) -> None:
     from rnndyn_fast.search import SearchConfig
     from rnndyn_fast.search import search as run
 
-    config = SearchConfig(**options)
-    try:
-        path = run(config)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn search --config {config.out}/search.yaml --resume")
-        raise
-    print(path)
+    _run_resumable(run, SearchConfig(**options), "search", "search.yaml")
 
 
 def compare(**options: Any) -> None:
@@ -193,13 +181,7 @@ def compare(**options: Any) -> None:
     from rnndyn_fast.search import CompareConfig
     from rnndyn_fast.search import compare as run
 
-    config = CompareConfig(**options)
-    try:
-        path = run(config)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn compare --config {config.out}/compare.yaml --resume")
-        raise
-    print(path)
+    _run_resumable(run, CompareConfig(**options), "compare", "compare.yaml")
 
 
 def phase_analyse(networks: str, jobs: list[int] | None, **options: Any) -> None:

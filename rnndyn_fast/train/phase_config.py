@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -32,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _PhaseConfig:
+class _PhaseConfig(ABC):
     out: str = field(metadata={"help": "folder of the run: networks.npz, results, progress, checkpoint"})
     epochs: int = option(1000, "epochs at most, those before a resume included")
     stop_loss: float | None = option(0.001, "stop a network after the epoch whose validation error is at most this; null: never")
@@ -98,9 +99,9 @@ class _PhaseConfig:
         """AdamW as asked for."""
         return AdamW(weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
+    @abstractmethod
     def jobs(self) -> list[Job]:
         """The networks to train."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON, YAML and checkpoints."""
