@@ -19,7 +19,7 @@ struct WinogradWeightGradSizes {
     // A product reads a strip of V, one cache line per tile. An odd number of lines from tile to tile spreads it over all sets of the L1 cache;
     // 512 channels lie 2 KB apart and would share two of the 64.
     v_row = 16 * (round_up(in_padded, 16) / 16 | 1);
-    // (Measured: over 192 tiles of 512 channels a product walks 100 pages, as many as the first level of the TLB holds, and is slower.)
+    // (Over 192 tiles of 512 channels it was slower: perhaps as a product then walks as many pages as the first level of the TLB holds.)
     block = smaller(w.tiles, p.in_channels >= 512 ? 96 : 192);
     blocks = (w.tiles + block - 1) / block;
     v_size = w.kFrequencies * block * v_row;              // [a^2, block, C_in]
