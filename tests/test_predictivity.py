@@ -203,6 +203,22 @@ def test_bins_find_their_steps_and_rows_their_stimuli() -> None:
     np.testing.assert_allclose(late.correlation[0], result.correlation[1], atol=1e-9)
 
 
+@pytest.mark.parametrize("correct_fit", [False, True])
+def test_steps_before_the_stimulus_arrives_predict_nothing(correct_fit: bool) -> None:
+    features, recordings = simulated(bins=3, stimuli=60)
+    features[0] = 0.1  # (which no sum of float64 gives exactly)
+    found = predictivity(features, recordings, correct_fit=correct_fit, num_splits=10)
+    assert np.isnan(found.correlation[0]).all()
+    assert np.isnan(found.corrected[0]).all()
+    assert not np.isnan(found.reliability).any()
+    later = predictivity(features[1:], Recordings(recordings.responses[1:]), correct_fit=correct_fit, num_splits=10)
+    np.testing.assert_array_equal(found.correlation[1:], later.correlation)
+    np.testing.assert_array_equal(found.over_bins("correlation").median, later.over_bins("correlation").median)
+    assert not np.isnan(predictivity(features, recordings, mapping="fixed", num_splits=10).correlation[1:]).any()
+    with pytest.raises(ValueError, match="the same vector for all at every step"):
+        predictivity(features[:1], Recordings(recordings.responses[:1]))
+
+
 def test_without_repeats_nothing_is_corrected() -> None:
     features, recordings = simulated()
     result = predictivity(features, Recordings(recordings.mean()))

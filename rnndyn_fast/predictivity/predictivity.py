@@ -44,8 +44,9 @@ def predictivity(
 
     reliability by split halves and Spearman-Brown (:func:`split_half_reliability`). Correlations are over stimuli, each taken relative
     to the mean of its fold. ``mapping="per_bin"`` fits a map for each bin; ``"fixed"`` one for all bins (rows are stimuli x bins),
-    so that change over time must come from the model. With ``correct_fit`` the noise that the fit takes over from the recording is
-    corrected too: maps are fitted to half averages y1 and y2, and ::
+    so that change over time must come from the model. A bin whose step has the same features for all stimuli (nothing has reached the
+    area yet) predicts nothing, and its values are NaN; ``"fixed"`` uses it like any other. With ``correct_fit`` the noise that the fit
+    takes over from the recording is corrected too: maps are fitted to half averages y1 and y2, and ::
 
         corrected = mean(corr(p1, y2), corr(p2, y1)) / sqrt(corr(p1, p2) corr(y1, y2))
 
@@ -165,23 +166,36 @@ class _Maps:
     ) -> None:
         self._fit, self._fold, self._seed, self._fixed = fit, fold, seed, fixed
         stimuli = values.shape[1]
+        if not any(_varies(values[t]) for t in np.unique(steps)):
+            raise ValueError("features: expected features that differ between stimuli, got the same vector for all at every step")
+        self._x: list[np.ndarray | None]
         if fixed:
             x = reduced(values[steps].reshape(len(steps) * stimuli, -1), max_dimensions, seed)
             self._x = list(x.reshape(len(steps), stimuli, -1))
         else:
-            of_step = {int(t): reduced(values[t], max_dimensions, seed) for t in np.unique(steps)}
+            of_step = {int(t): reduced(values[t], max_dimensions, seed) if _varies(values[t]) else None for t in np.unique(steps)}
             self._x = [of_step[int(t)] for t in steps]
 
     def predict(self, y: np.ndarray) -> np.ndarray:
         bins, stimuli, neurons = y.shape
         stimulus = np.arange(stimuli)
         if self._fixed:
-            rows = np.concatenate(self._x)
+            rows = np.concatenate([x for x in self._x if x is not None])
             flat = y.reshape(bins * stimuli, neurons)
             return held_out_predictions(rows, flat, np.tile(stimulus, bins), self._fold, self._fit, self._seed).reshape(y.shape)
         return np.stack(
-            [held_out_predictions(x, target, stimulus, self._fold, self._fit, self._seed) for x, target in zip(self._x, y, strict=True)]
+            [
+                np.full(target.shape, np.nan) if x is None else held_out_predictions(x, target, stimulus, self._fold, self._fit, self._seed)
+                for x, target in zip(self._x, y, strict=True)
+            ]
         )
+
+
+def _varies(
+    features: np.ndarray,  # [S, D]
+) -> bool:
+    """Whether stimuli differ in their features at all."""
+    return bool((features != features[0]).any())
 
 
 def _corrected_for_fit(maps: _Maps, responses: np.ndarray, num_splits: int, seed: int, fold: np.ndarray) -> np.ndarray:
