@@ -141,6 +141,7 @@ TITLES = {
     "rollout": "Networks: time",
     "ctrnn": "Continuous-time networks",
     "memory": "Networks: memory",
+    "networks": "Cells and further networks",
     "analysis": "Analysis",
     "extraction": "Extraction",
     "convolutions": "Convolutions",
@@ -174,7 +175,7 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
                 found.setdefault((kind, line + command), []).extend(rows)
             continue
         facts = {k: v for k, v in results.items() if isinstance(v, int | float)}
-        kind = {"rollout": "time", "ctrnn": "time"}.get(section, section)
+        kind = {"rollout": "time", "ctrnn": "time", "networks": "memory" if "peak_bytes" in results else "time"}.get(section, section)
         if section == "extraction" and "peak_bytes" in results:
             kind += " memory"
         rows = {"convolutions": convolutions, "extraction": lambda r: [extraction(r)]}.get(section, lambda r: [alternated(r)])(results)

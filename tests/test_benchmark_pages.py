@@ -50,7 +50,7 @@ def test_convolutions_and_networks_stand_in_their_sections(benchmark_tables: Any
     assert row in whole.splitlines()
     assert "| forward | 2 ms (1 ms - 3 ms) | 2 ms (1 ms - 3 ms), x 5 |" in whole.splitlines()
     assert "commit abc: `pytest b.py`." in whole
-    assert whole.count(benchmark_tables.NOT_YET) == 4  # memory, continuous-time networks, analysis and extraction
+    assert whole.count(benchmark_tables.NOT_YET) == 5  # memory, cells, continuous-time networks, analysis and extraction
     assert "v2 lateral" not in benchmark_tables.tables(tmp_path)
 
 
@@ -64,6 +64,18 @@ def test_extraction_is_told_over_the_bare_forward(benchmark_tables: Any, tmp_pat
     page = benchmark_tables.whole_page(tmp_path)
     assert "| a network | 1 s (1 s - 2 s) | 1 s (1 s - 2 s), +6.3% |" in page.splitlines()
     assert "| peak | 8 MiB |" in page.splitlines()
+
+
+def test_times_and_memory_of_cells_share_a_section(benchmark_tables: Any, tmp_path: Path) -> None:
+    machine = {"processor": "A processor", "threads": 2, "python": "3.11", "torch": "2.13", "commit": "abc", "command": "pytest b.py"}
+    times = {"median_s": 1.0, "min_s": 1.0, "max_s": 2.0}
+    one = {"machine": machine, "section": "networks", "what": "forward, gru"}
+    contenders = {"rnndyn": {**times, "ours_is_faster_by": 1.0}, "eager": {**times, "ours_is_faster_by": 3.2}}
+    (tmp_path / "a.json").write_text(json.dumps({**one, "contenders": contenders}), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({**one, "peak_bytes": {"rnndyn": 2**23, "eager": 2**24}}), encoding="utf-8")
+    section = benchmark_tables.whole_page(tmp_path).partition("## Cells and further networks")[2].partition("## ")[0]
+    assert "| forward, gru | 1 s (1 s - 2 s) | 1 s (1 s - 2 s), x 3.2 |" in section.splitlines()
+    assert "| forward, gru | 8 MiB | 16 MiB, 50% |" in section.splitlines()
 
 
 def test_pages_are_those_of_the_results() -> None:
