@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,20 @@ from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_ru
 from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_backward
 from rnndyn_fast.reference.rollout import Statistics, update_area
 
+# Gradient of an activation's argument from that of its value, and the value; written into the last argument.
+_GRAD_OF_OUTPUT: dict[Activation, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    Activation.RELU: lambda grad, y, out: torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out),
+    Activation.ELU: lambda grad, y, out: torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, y, grad_input=out),
+    Activation.TANH: lambda grad, y, out: torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=out),
+}
+
 
 @dataclass
 class Port:
     """What enters one port of an area at one or more slots.
 
     ``keys``: for each term those of its gradient, one per slot. ``private``: the first value may be written, as nobody else reads it. A
-    port that only maps of zeros enter has one value, of zeros.
+    port that only maps of zeros enter has one value, of zeros. ``again`` makes the only value once more, where it need not be kept.
     """
 
     values: list[Tensor] = field(default_factory=list)  # [N, H, W, m C] each
@@ -34,6 +42,7 @@ class Port:
     keys: list[list[Key]] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     private: bool = False
+    again: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -63,10 +72,18 @@ class Rules:
 
     def update(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
         """The maps of an area by state."""
+        states = self._rule(at, ports)
+        for port in ports.values():
+            port.values = []  # (what backward reads of them, the tape holds)
+        return states
+
+    def _rule(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
         if not self.has_kernel(at.area):
             return self._by_torch(at, ports)
         if at.area.cell is not None:
             return self._cell(at, ports)
+        if self.by_output(at.area):
+            return self._activation(at, ports["drive"])
         rule = self.norm_rule(at.area)
         assert rule is not None
         return self._norm(at, ports, rule)
@@ -147,13 +164,17 @@ class Rules:
         states: dict[str | None, Tensor] = {state: at.room(f"state {state}", channels) for state in cell.states}
         _launch.gate_step(gate_scalars(cell), terms, biases, sums, list(states.values()), [], backward=False)
         if self.tape.recording:
-            totals = [values[0] if room is None else room for values, room in zip(terms, sums, strict=True)]
+            totals = [
+                room if room is not None else port.again if port.again is not None else values[0]
+                for values, room, (_, port) in zip(terms, sums, given, strict=True)
+            ]
             self.tape.record(self._cell_back, at, given, totals)
         return states
 
-    def _cell_back(self, at: Slots, ports: list[tuple[str, Port]], totals: list[Tensor]) -> None:
+    def _cell_back(self, at: Slots, ports: list[tuple[str, Port]], kept: list[Tensor | Callable[[], Tensor]]) -> None:
         cell = at.area.cell
         assert cell is not None
+        totals = [total if isinstance(total, Tensor) else total() for total in kept]
         shape = (*totals[0].shape[:3], at.area.channels)
         grads = [self._take(at.keys(state), shape) for state in cell.states]
         if all(grad is None for grad in grads):
@@ -244,6 +265,42 @@ class Rules:
             grad, own = self.tape.grads.take(state_key)
             if grad is not None:
                 self.tape.grads.add(key, grad, own=own)
+
+    # ---------------------------------------------------------------- activations
+
+    def by_output(self, area: Area) -> bool:
+        """Whether an area is only an activation of its drive, whose slope follows from its state: then nothing else is kept."""
+        return (
+            area.cell is None
+            and area.norm is Norm.NONE
+            and area.activation in _GRAD_OF_OUTPUT
+            and area.drive_activation is Activation.IDENTITY
+            and not any(self.network.port(c) == "modulator" for c in self.network.connections if c.target == area.name)
+        )
+
+    def place_of(self, area: Area, port: str) -> str:
+        """The kind of map in whose place a port's sum is computed."""
+        return "state None" if self.by_output(area) else port
+
+    def _activation(self, at: Slots, drive: Port) -> dict[str | None, Tensor]:
+        rule = self.norm_rule(at.area)
+        assert rule is not None
+        state = at.room("state None", at.area.channels)
+        drives = at_most(drive.values, MAX_NORM_TERMS)
+        bias = self._bias(drive)
+        several = len(drives) > 1 or bias is not None
+        norm_step(rule, drives, [], state, drive_bias=bias, drive_sum=state if several else None)
+        self.tape.record(self._activation_back, at, drive, state)
+        return {None: state}
+
+    def _activation_back(self, at: Slots, drive: Port, state: Tensor) -> None:
+        grad = self._take(at.keys(None), tuple(state.shape))
+        if grad is None:
+            return
+        assert at.area.activation is not None
+        room = empty(state.shape, state.dtype) if self.tape.kept else at.room("grad drive", state.shape[3])
+        _GRAD_OF_OUTPUT[at.area.activation](grad, state, room)
+        self._deposit(drive, room)
 
     # ---------------------------------------------------------------- everything else
 

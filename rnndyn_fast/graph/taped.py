@@ -76,55 +76,49 @@ class TapedRun(Terms):
         """All components, one after another."""
         for component in self.schedule.components:
             deferred = self._deferred(component) if component.recurrent else set()
-            for d in component.drives_in:
-                if (d, 0) not in self.terms and d not in deferred and self.uses_left[d, 0]:
-                    self.evaluate(d, 0, len(self.schedule.drives[d].slots))
+            self.ahead = {d for d in component.drives_in if d not in deferred}
             together = tuple({*component.drives_within, *deferred})
             self.postponed |= set(together)
             self.tape.record(self._weights_back, together)
             if component.batched and len(component.updates) > 1 and not self.schedule.zeros[component.updates[0]]:
-                self.update(component.areas[0], range(self.schedule.num_slots[component.areas[0]]))
+                for slots in self._windows(component.areas[0]):
+                    self.update(component.areas[0], slots)
             else:
                 for name, slot in component.updates:
                     self.update(name, range(slot, slot + 1))
 
     def outputs(self) -> list[Tensor]:
         """Run, and return the recorded states, [T', N, H, W, C] each."""
-        schedule, dtype = self.schedule, self.example.dtype
-        found: dict[str, Tensor] = {}
+        schedule = self.schedule
+        found = {name: self._place_of(name) for name in schedule.record}
         if self.tape.recording:
             self.run()
-            found = {name: block for name in schedule.record if (block := self._block_of(name)) is not None}
-        missing = {name: empty(self._output_shape(name), dtype) for name in schedule.record if name not in found}
         for area, slot in schedule.time_major:
             if not self.tape.recording:
                 self.update(area, range(slot, slot + 1))
-            for name, out in missing.items():
+            for name, out in found.items():
                 if self.network.recorded(name)[0] == area:
+                    value = self.maps[self._recorded_key(name, slot)]
                     for t, s in enumerate(schedule.slot_of[area][schedule.first_step[name] :]):
-                        if s == slot:
-                            out[t].copy_(self.maps[self._recorded_key(name, slot)])
+                        if s == slot and not same_place(out[t], value):
+                            out[t].copy_(value)
             if not self.tape.recording and not self.map_uses[area, slot]:
                 self._drop(area, slot)
         self.maps, self.forms, self.terms = {}, {}, {}
-        self.blocks = {}
-        return [{**found, **missing}[name] for name in schedule.record]
+        self.blocks, self.whole = {}, {}
+        return list(found.values())
 
-    def _output_shape(self, name: str) -> tuple[int, ...]:
-        channels, height, width = self.network.shapes[self.network.recorded(name)[0]]
-        return self.schedule.timesteps - self.schedule.first_step[name], self.samples, height, width, channels
-
-    def _block_of(self, name: str) -> Tensor | None:
-        """The recorded states as they lie, if they do so in order: autograd sees to it that nobody changes them before backward."""
+    def _place_of(self, name: str) -> Tensor:
+        """Of recorded states, [T', N, H, W, C]. Where every step has a slot of its own they are written there right away: autograd sees to
+        it that nobody changes them before backward."""
         key = self._recorded_key(name, 0)
         assert key is not None
-        block = self.blocks.get((key[1], f"state {key[3]}"))
-        slots = self.schedule.slot_of[key[1]][self.schedule.first_step[name] :]
-        if block is None or slots != list(range(slots[0], slots[0] + len(slots))):
-            return None
-        found = block[slots[0] : slots[0] + len(slots)]
-        first = self.maps[self._recorded_key(name, slots[0])]
-        return found if same_place(found, first) else None
+        channels, height, width = self.network.shapes[key[1]]
+        steps = self.schedule.slot_of[key[1]][self.schedule.first_step[name] :]
+        found = empty((len(steps), self.samples, height, width, channels), self.example.dtype)
+        if steps == list(range(self.schedule.num_slots[key[1]])):
+            self.whole.setdefault((key[1], f"state {key[3]}"), found)
+        return found
 
     def _recorded_key(self, name: str, slot: int) -> Key:
         area, state = self.network.recorded(name)

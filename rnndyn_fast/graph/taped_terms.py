@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
+
+_WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+Reading = Tensor | int  # what backward reads: a map that is kept, or the slot of an input, whose map is made again
 
 
 class Terms:
@@ -44,14 +48,16 @@ class Terms:
         self.maps: dict[Key, Tensor] = {}
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
         self.terms: dict[tuple[int, int], Tensor] = {}
-        self.blocks: dict[tuple[str, str], Tensor] = {}
+        self.whole: dict[tuple[str, str], Tensor] = {}  # maps of all slots, [slots, N, H, W, C], by area and kind: those that are recorded
+        self.blocks: dict[tuple[str, str], tuple[int, Tensor]] = {}  # other maps: first slot of the latest window, and its room
         self.linear: dict[int, LinearMap | None] = {}
         self._packed: dict[tuple[Any, ...], LinearMap | None] = {}
         self.uses = Counter((t.drive, t.position) for terms in schedule.terms.values() for t in terms)
         self.uses_left = Counter(self.uses)
         self.map_uses = Counter((d.source, slot) for d in schedule.drives for slot in d.slots)
+        self.ahead: set[int] = set()  # drives that are evaluated in windows
         self.postponed: set[int] = set()
-        self.collected: defaultdict[int, list[tuple[list[Tensor], list[Tensor]]]] = defaultdict(list)
+        self.collected: defaultdict[int, list[tuple[list[Reading], list[Tensor]]]] = defaultdict(list)
         self.reaches = self._reaches()
 
     def _reaches(self) -> set[str]:
@@ -84,13 +90,20 @@ class Terms:
         """[N, H, W, C]."""
         key = map_key(node, slot, state)
         if key not in self.maps:
-            spec, x = self.inputs[node]
-            shown = x[slot] if spec.frames else x
-            if spec.off_at is not None and slot == 1:
-                shown = torch.full_like(x, spec.off_value)
-            channels_last = shown.permute(0, 2, 3, 1)
-            self.maps[key] = empty(channels_last.shape, x.dtype).copy_(channels_last)
+            self.maps[key] = self.shown(node, [slot])
         return self.maps[key]
+
+    def shown(self, node: str, slots: Sequence[int]) -> Tensor:
+        """Maps of an input, [len(slots) * N, H, W, C]."""
+        spec, x = self.inputs[node]
+        frames = [x[slot] if spec.frames else torch.full_like(x, spec.off_value) if slot and spec.off_at is not None else x for slot in slots]
+        maps = [frame.permute(0, 2, 3, 1) for frame in frames]
+        if len(maps) == 1 and maps[0].is_contiguous():
+            return maps[0]
+        out = empty((len(maps), *maps[0].shape), x.dtype)
+        for place, m in zip(out, maps, strict=True):
+            place.copy_(m)
+        return out.flatten(0, 1)
 
     def form(self, drive: Drive, slot: int) -> tuple[Tensor, Key]:
         """The map that a drive's linear map reads, and the key of its gradient."""
@@ -172,10 +185,10 @@ class Terms:
         self._used_maps(drive, slots)
 
     def _used_maps(self, drive: Drive, slots: Sequence[int]) -> None:
-        """Without a tape, maps go with their last reader."""
+        """Maps of inputs, and without a tape all of them, go with their last reader."""
         for slot in slots:
             self.map_uses[drive.source, slot] -= 1
-            if not self.tape.recording and not self.map_uses[drive.source, slot]:
+            if (not self.tape.recording or drive.source in self.inputs) and not self.map_uses[drive.source, slot]:
                 self._drop(drive.source, slot)
 
     def _drop(self, node: str, slot: int) -> None:
@@ -198,9 +211,12 @@ class Terms:
         drive = self.schedule.drives[index]
         weights = self.tape.wanted.intersection((*drive.connection.weights, *drive.connection.biases))
         if weights or drive.source in self.reaches:
-            self.tape.record(self._linear_back, index, first, [x for x, _ in forms], [key for _, key in forms], bool(weights))
+            keys = [key for _, key in forms]
+            slots = drive.slots[first : first + len(forms)]
+            xs: list[Reading] = [*slots] if self._plain_input(drive) else [x for x, _ in forms]
+            self.tape.record(self._linear_back, index, first, xs, keys, bool(weights))
 
-    def _linear_back(self, index: int, first: int, xs: list[Tensor], keys: list[Key], need_weight: bool) -> None:
+    def _linear_back(self, index: int, first: int, xs: list[Reading], keys: list[Key], need_weight: bool) -> None:
         drive, linear = self.schedule.drives[index], self.linear[index]
         assert linear is not None
         found = [self.tape.grads.take(term_key(index, first + k))[0] for k in range(len(xs))]
@@ -212,24 +228,38 @@ class Terms:
         if index in self.postponed and linear.postponed and need_weight:
             self.collected[index].append((xs, grads))  # type: ignore[arg-type]
             need_weight = False
+            if sum(len(some) for some, _ in self.collected[index]) >= self.window(drive.connection.target):
+                self._weights_back((index,))
         need_x = drive.source in self.reaches
         if need_x or need_weight:
-            grad_x, found_weights = linear.backward(stacked(xs), stacked(grads), need_x=need_x, need_weight=need_weight)  # type: ignore[arg-type]
+            x = self._read(drive, xs, shape_only=not need_weight)
+            grad_x, found_weights = linear.backward(x, stacked(grads), need_x=need_x, need_weight=need_weight)  # type: ignore[arg-type]
             for name, grad in found_weights:
                 self.tape.add_parameter(name, grad)
             if grad_x is not None:
                 for key, part in zip(keys, grad_x.chunk(len(keys)), strict=True):
                     self.tape.grads.add(key, part, own=True)
 
+    def _read(self, drive: Drive, xs: Sequence[Reading], *, shape_only: bool = False) -> Tensor:
+        """What a drive read, [len(xs) * N, H, W, C]; where only its shape matters, perhaps with any values."""
+        if isinstance(xs[0], Tensor):
+            return stacked(xs)  # type: ignore[arg-type]
+        if shape_only:
+            channels, height, width = self.network.shapes[drive.source]
+            return self.example.new_empty(1).expand(len(xs) * self.samples, height, width, channels)
+        return self.shown(drive.source, xs)  # type: ignore[arg-type]
+
     def _weights_back(self, drives: Sequence[int]) -> None:
-        """The gradients of weights within a component, over all its steps at once."""
+        """The gradients of weights within a component, over a window of its steps, or what is left at its first one."""
         for index in drives:
             pairs = self.collected.pop(index, [])[::-1]
             if pairs:
                 linear = self.linear[index]
                 assert linear is not None
-                xs, grads = ([m for pair in pairs for m in pair[k]] for k in (0, 1))
-                _, found = linear.backward(stacked(xs), stacked(grads), need_x=False, need_weight=True)
+                xs = [x for some, _ in pairs for x in some]
+                grads = [grad for _, some in pairs for grad in some]
+                x = self._read(self.schedule.drives[index], xs)
+                _, found = linear.backward(x, stacked(grads), need_x=False, need_weight=True)
                 for name, grad in found:
                     self.tape.add_parameter(name, grad)
 
@@ -271,16 +301,20 @@ class Terms:
 
     def _fill(self, name: str, slots: range, port_name: str, terms: list[Term], port: Port) -> None:
         kernel = self.rules.has_kernel(self.network.area(name))  # else values stay as many as terms, and in order
+        place = self.rules.place_of(self.network.area(name), port_name)
+        for t in terms:
+            if t.drive in self.ahead and (t.drive, t.position) not in self.terms:
+                self.evaluate(t.drive, t.position, self._window_end(t.drive, t.position))
         fresh = [t for t in terms if (t.drive, t.position) not in self.terms and self._summable(t)] if kernel else []
         summed: list[Term] = []
         if len(slots) == 1 and len(fresh) == 1 and not any((t.drive, t.position) in self.terms and self._private(t) for t in terms):
-            out = self.room(name, slots, port_name, self.schedule.drives[fresh[0].drive].shape[0])
+            out = self.room(name, slots, place, self.schedule.drives[fresh[0].drive].shape[0])
             self.evaluate(fresh[0].drive, fresh[0].position, fresh[0].position + 1, out)
         elif len(slots) == 1 and 2 <= len(fresh) <= MAX_SUMMED:
             maps = [m for t in fresh if isinstance(m := self.linear[t.drive], DenseMap)]
             if can_sum([m.weight for m in maps]):
                 summed = fresh
-                out = self.room(name, slots, port_name, self.schedule.drives[fresh[0].drive].shape[0])
+                out = self.room(name, slots, place, self.schedule.drives[fresh[0].drive].shape[0])
                 forms = [self.form(drive := self.schedule.drives[t.drive], drive.slots[t.position]) for t in summed]
                 convolve_sum([m.weight for m in maps], [x for x, _ in forms], out)
                 for t, form in zip(summed, forms, strict=True):
@@ -295,7 +329,7 @@ class Terms:
             identity = drive.connection.operator is Operator.IDENTITY
             positions = range(t.position, t.position + len(slots))
             if identity:
-                keys.append([self.form(drive, drive.slots[p])[1] if self.tape.recording else None for p in positions])
+                keys.append([self.form(drive, drive.slots[p])[1] if drive.source in self.reaches else None for p in positions])
             else:
                 keys.append([term_key(t.drive, p) for p in positions])
             if t not in summed:
@@ -305,10 +339,18 @@ class Terms:
                     port.private = True
                 else:
                     port.values.append(stacked(parts))
+                if identity and len(terms) == 1 and self._plain_input(drive):
+                    port.again = partial(self.shown, drive.source, [drive.slots[p] for p in positions])
             port.connections.append(t.connection)
             if t.connection.output_bias is not None and self.linear.get(t.drive, True) is not None:
                 port.biases.append(t.connection.output_bias)
         port.keys = keys
+
+    def _plain_input(self, drive: Drive) -> bool:
+        """Whether a drive reads the maps of an input as they are."""
+        c = drive.connection
+        resized = c.resize and tuple(self.network.shapes[drive.source][1:]) != self.network.read_size(c)
+        return drive.source in self.inputs and c.pool is Pool.NONE and not resized
 
     def _private(self, t: Term, position: int | None = None) -> bool:
         """Whether nobody else reads a term's value."""
@@ -330,12 +372,36 @@ class Terms:
             return self.terms[drive, position]
         return self.terms.pop((drive, position))
 
+    # ---------------------------------------------------------------- windows
+
+    def window(self, name: str) -> int:
+        """Slots of an area in a window: as many as fit, in windows of nearly equal size, of which the first may be shorter."""
+        channels, height, width = self.network.shapes[name]
+        slots = self.schedule.num_slots[name]
+        fit = max(1, _WINDOW_BYTES // (self.samples * height * width * channels * self.example.element_size()))
+        return -(-slots // -(-slots // fit))
+
+    def _windows(self, name: str) -> list[range]:
+        """All windows of an area."""
+        slots, size = self.schedule.num_slots[name], self.window(name)
+        return [range(max(0, stop - size), stop) for stop in range(slots, 0, -size)][::-1]
+
+    def _window_end(self, index: int, position: int) -> int:
+        """The position after the last one of a drive's window."""
+        count, size = len(self.schedule.drives[index].slots), self.window(self.schedule.drives[index].connection.target)
+        return count - (count - 1 - position) // size * size
+
     def room(self, name: str, slots: range, kind: str, channels: int) -> Tensor:
-        """Where a kind of map of an area's slots goes: with a tape, next to that of its other slots."""
+        """Where a kind of map of an area's slots goes: with a tape, next to that of the other slots of its window."""
         _, height, width = self.network.shapes[name]
         shape = (self.samples, height, width, channels)
+        if (name, kind) in self.whole:
+            return self.whole[name, kind][slots[0] : slots[-1] + 1].flatten(0, 1)
         if not self.tape.recording:
             return empty(shape, self.example.dtype)
-        if (name, kind) not in self.blocks:
-            self.blocks[name, kind] = empty((self.schedule.num_slots[name], *shape), self.example.dtype)
-        return self.blocks[name, kind][slots[0] : slots[-1] + 1].flatten(0, 1)
+        size, last = self.window(name), self.schedule.num_slots[name]
+        stop = last - (last - 1 - slots[0]) // size * size
+        first = max(0, stop - size)
+        if (name, kind) not in self.blocks or self.blocks[name, kind][0] != first:
+            self.blocks[name, kind] = first, empty((stop - first, *shape), self.example.dtype)
+        return self.blocks[name, kind][1][slots[0] - first : slots[-1] + 1 - first].flatten(0, 1)
