@@ -69,6 +69,8 @@ class Rules:
         self.example = example
         self._bias_rows: dict[tuple[str, ...], Tensor] = {}
         self._norms: dict[str, NormRule | None] = {}
+        self._kernels: dict[str, bool] = {}
+        self._by_output: dict[str, bool] = {}
 
     def update(self, at: Slots, ports: Mapping[str, Port]) -> dict[str | None, Tensor]:
         """The maps of an area by state."""
@@ -90,9 +92,11 @@ class Rules:
 
     def has_kernel(self, area: Area) -> bool:
         """Whether a kernel of ours computes an area. (That of gates has no norm.)"""
-        if area.cell is not None:
-            return can_run_gate_step(area.cell, self.example) and not getattr(area.cell, "layer_norm", False)
-        return self.norm_rule(area) is not None
+        if area.name not in self._kernels:
+            cell = area.cell
+            known = self.norm_rule(area) is not None if cell is None else can_run_gate_step(cell, self.example)
+            self._kernels[area.name] = known and not getattr(cell, "layer_norm", False)
+        return self._kernels[area.name]
 
     # ---------------------------------------------------------------- ports
 
@@ -270,13 +274,15 @@ class Rules:
 
     def by_output(self, area: Area) -> bool:
         """Whether an area is only an activation of its drive, whose slope follows from its state: then nothing else is kept."""
-        return (
-            area.cell is None
-            and area.norm is Norm.NONE
-            and area.activation in _GRAD_OF_OUTPUT
-            and area.drive_activation is Activation.IDENTITY
-            and not any(self.network.port(c) == "modulator" for c in self.network.connections if c.target == area.name)
-        )
+        if area.name not in self._by_output:
+            self._by_output[area.name] = (
+                area.cell is None
+                and area.norm is Norm.NONE
+                and area.activation in _GRAD_OF_OUTPUT
+                and area.drive_activation is Activation.IDENTITY
+                and not any(self.network.port(c) == "modulator" for c in self.network.connections if c.target == area.name)
+            )
+        return self._by_output[area.name]
 
     def place_of(self, area: Area, port: str) -> str:
         """The kind of map in whose place a port's sum is computed."""

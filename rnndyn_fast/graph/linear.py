@@ -181,13 +181,16 @@ def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], en
         weight = weight[:, channels[0] : channels[1]].contiguous()
     if len(set(window.kernel)) > 1 or len(set(window.output_padding)) > 1:
         return None
-    border, padding = None, window.before[0]
+    border, geometry = None, Geometry(c.operator, c.stride, window.before[0], window.output_padding[0])
     if len({*window.before, *window.after}) > 1:
         if c.operator is not Operator.CONV:
             return None
-        border, padding = (window.before[1], window.after[1], window.before[0], window.after[0]), 0
-        height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
-    geometry = Geometry(c.operator, c.stride, padding, window.output_padding[0])
+        geometry = Geometry(c.operator, c.stride, window.before[0], window.after[0] - window.before[0])
+        uneven = window.before[0] == window.before[1] and window.after[0] == window.after[1]
+        if not uneven or choose_engine(geometry, tuple(weight.shape), height, width, weight.dtype, engine, samples).map is None:
+            border, geometry = (window.before[1], window.after[1], window.before[0], window.after[0]), Geometry(c.operator, c.stride)
+            height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
+    padding = geometry.padding
     turned = c.operator is Operator.CONV_TRANSPOSE and (c.stride, window.output_padding[0]) == (1, 0) and padding < window.kernel[0]
     if turned:
         geometry, weight = Geometry(Operator.CONV, 1, window.kernel[0] - 1 - padding), _turned(weight)

@@ -215,7 +215,7 @@ def state_source(kind: str, name: str, state: str) -> tuple[str, str | None]:
     """Area, and map of it, that holds a state of the cell at area ``name``."""
     if state == "c" and kind.startswith("rgc"):
         return f"{name}.c", None
-    return (name, state) if kind in ("lstm", "intersectionrnn") else (name, None)
+    return (name, state) if (kind, state) in (("lstm", "c"), ("intersectionrnn", "h")) else (name, None)
 
 
 def add_cell(graph: Graph, kind: str, spec: CellSpec, **options: Any) -> None:

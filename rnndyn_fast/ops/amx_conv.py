@@ -45,7 +45,7 @@ class AmxMap:
         def size(n: int, k: int) -> int:
             if self.transposed:
                 return (n - 1) * self.stride - 2 * self.padding + k + self.output_padding
-            return (n + 2 * self.padding - k) // self.stride + 1
+            return (n + 2 * self.padding + self.output_padding - k) // self.stride + 1
 
         return size(height, self.kernel[0]), size(width, self.kernel[1])
 

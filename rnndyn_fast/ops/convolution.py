@@ -55,7 +55,11 @@ class Operator(enum.Enum):
 
 @dataclass(frozen=True)
 class Geometry:
-    """An operator with its stride and padding, the same in both directions; the weight tells the rest."""
+    """An operator with its stride and padding, the same in both directions; the weight tells the rest.
+
+    ``output_padding``: transposed, as torch takes it; of a convolution zeros below and right of the map, beyond the padding, which only
+    the engine of matrix units reads.
+    """
 
     operator: Operator
     stride: int = 1
@@ -137,7 +141,7 @@ def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: t
         reason = "a matrix product"
     elif reason is None:
         kernel = weight_shape[-1]
-        same = geometry.operator is Operator.CONV and geometry.stride == 1
+        same = geometry.operator is Operator.CONV and geometry.stride == 1 and geometry.output_padding == 0
         doubling = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 2 and geometry.output_padding == 1
         if dtype != torch.float32:
             reason = f"it computes in float32, not {dtype}"
