@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops.buffers import share_storage
+from rnndyn_fast.ops.buffers import empty, share_storage
 
 Key = tuple[Any, ...] | None
 
@@ -36,7 +36,7 @@ def stacked(maps: Sequence[Tensor]) -> Tensor:
     adjacent = all(m.is_contiguous() and share_storage(m, first) for m in maps)
     if adjacent and all(m.storage_offset() == start + k * first.numel() for k, m in enumerate(maps)):
         return first.as_strided((len(maps) * first.shape[0], *first.shape[1:]), first.stride())
-    return torch.cat(list(maps))
+    return torch.cat(list(maps), out=empty((sum(len(m) for m in maps), *first.shape[1:]), first.dtype))
 
 
 class Gradients:

@@ -76,7 +76,7 @@ class TapedRun(Terms):
         """All components, one after another."""
         for component in self.schedule.components:
             deferred = self._deferred(component) if component.recurrent else set()
-            self.ahead = {d for d in component.drives_in if d not in deferred}
+            self.ahead = {d for d in component.drives_in if d not in deferred and not self.schedule.drives[d].static}
             together = tuple({*component.drives_within, *deferred})
             self.postponed |= set(together)
             self.tape.record(self._weights_back, together)
