@@ -1,6 +1,7 @@
 """Forward and training of gated cells and of the networks beyond the first, against the plain way: every term at every
 time step, in PyTorch's operations (``backend="reference"``): eager, eager with maps and weights in channels_last, and by
-torch.compile. Peak memory of forward and of a training step against eager.
+torch.compile. Peak memory of forward and of a training step against eager. The loss is the sum of all states: nothing of what is
+measured is the loss's own.
 
     pytest benchmarks/bench_networks.py
 
@@ -74,7 +75,7 @@ def contenders(net: RecurrentNetwork, inputs: list[torch.Tensor], train: bool) -
         with torch.set_grad_enabled(train):
             states = call(net, inputs, backend)
             if train:
-                sum(s.square().sum() for s in states).backward()
+                sum(s.sum() for s in states).backward()
         return states
 
     found: dict[str, Callable[[], Any]] = {
@@ -127,7 +128,7 @@ def once(name: str, what: str, backend: str) -> None:
     with torch.set_grad_enabled(what == "training"):
         states = net.states(inputs, recorded(net))
         if what == "training":
-            sum(s.square().sum() for s in states).backward()
+            sum(s.sum() for s in states).backward()
 
 
 @pytest.mark.parametrize("what", ["forward", "training"])

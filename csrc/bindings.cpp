@@ -74,8 +74,8 @@ void gate_step(int rule, int64_t pixels, int64_t channels, int num_threads, doub
     for (size_t i = 0; i < ports[k].size(); ++i) p.terms[k][i] = pointer<const Real>(ports[k][i]);
     p.sum[k] = k < sums.size() ? pointer<Real>(sums[k]) : nullptr;
     p.bias[k] = k < biases.size() ? pointer<const Real>(biases[k]) : nullptr;
-    if ((p.num_terms[k] > 1 || p.bias[k] != nullptr) && p.sum[k] == nullptr)
-      throw std::invalid_argument("gate_step: several terms, or a bias, need a sum");
+    if (backward && (p.num_terms[k] > 1 || p.bias[k] != nullptr))
+      throw std::invalid_argument("gate_step: backward takes the sum of a port");
     p.grad_port[k] = k < grad_ports.size() ? pointer<Real>(grad_ports[k]) : nullptr;
   }
   for (size_t k = 0; k < states.size(); ++k) {

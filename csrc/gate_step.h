@@ -28,14 +28,14 @@ struct GateStepParams {
   double forget_bias;
   GateGain tau, gate;         // of a reciprocal gated cell
   GateActivation activation;  // of a reciprocal gated cell
-  // Forward: terms of each port, summed into `sum` where there are several. Backward: num_terms is 1 everywhere.
+  // Forward: terms of each port, summed (into `sum`, if given) where there are several. Backward: num_terms is 1 everywhere.
   int num_terms[kMaxPorts];
   const Real* terms[kMaxPorts][kMaxPortTerms];  // [pixels, m * D] each
   const Real* bias[kMaxPorts];                  // [m * D] or null, added to the sum (forward)
-  Real* sum[kMaxPorts];                         // [pixels, m * D], required with several terms or a bias
-  Real* state[kMaxStates];                      // [pixels, D] forward: outputs
-  const Real* grad_state[kMaxStates];           // [pixels, D] backward
-  Real* grad_port[kMaxPorts];                   // [pixels, m * D] backward: outputs
+  Real* sum[kMaxPorts];                // [pixels, m * D] or null: of several terms or a bias, kept for backward
+  Real* state[kMaxStates];             // [pixels, D] forward: outputs
+  const Real* grad_state[kMaxStates];  // [pixels, D] backward
+  Real* grad_port[kMaxPorts];          // [pixels, m * D] backward: outputs
 };
 
 }  // namespace rnndyn

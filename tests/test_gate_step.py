@@ -169,6 +169,49 @@ def test_second_derivatives_raise() -> None:
         torch.autograd.grad(gate_step(UGRNN(), {"gates": [x]}, {})[0].sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru_gates", "reciprocal_median"])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_opcheck(name: str, terms: int) -> None:
+    """Schema, fake implementation, autograd's registration, and both under torch.compile's dispatch."""
+    cell = CELLS[name]
+    ports, _ = tensors(cell, (2, 3, 4, 5), terms, torch.float64)
+    flat = [t.detach().permute(0, 2, 3, 1).contiguous().requires_grad_(True) for values in ports.values() for t in values]
+    rule, forget_bias, tau, gate, activation = gate_scalars(cell)
+    key = (rule, activation, [forget_bias, *tau, *gate])
+    torch.library.opcheck(torch.ops.rnndyn.gate_step.default, (flat, [terms] * len(ports), *key))
+    sums = [t.detach() for t in flat[::terms]]
+    grads = [torch.randn(2, 4, 5, 3, dtype=torch.float64) for _ in cell.states]
+    torch.library.opcheck(torch.ops.rnndyn.gate_step_backward.default, (sums, grads, *key))
+
+
+def test_one_graph_when_compiled() -> None:
+    """torch.compile takes a step, with its gradient, without a break."""
+    cell = CELLS["lstm"]
+    ports, _ = tensors(cell, (2, 3, 4, 5), 2, torch.float64)
+    leaves = [t for values in ports.values() for t in values]
+    compiled = torch.compile(lambda ports: gate_step(cell, ports, {}), fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(sum(s.square().sum() for s in run(ports)), leaves)
+             for run in (compiled, lambda ports: gate_step(cell, ports, {}))]  # fmt: skip
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_sums_that_nobody_keeps(isa: str) -> None:
+    """Without a buffer for a port's sum the states are the same."""
+    cell = CELLS["lstm"]
+    ports, _ = tensors(cell, (2, 5, 3, 4), 3, torch.float64)
+    flat = [[t.detach().permute(0, 2, 3, 1).contiguous() for t in values] for values in ports.values()]
+    biases = [torch.randn(p[0].shape[3], dtype=torch.float64) for p in flat]
+    found = []
+    for keep in (False, True):
+        states = [torch.full((2, 3, 4, 5), torch.nan, dtype=torch.float64) for _ in cell.states]
+        sums = [torch.empty_like(p[0]) if keep else None for p in flat]
+        _launch.gate_step(gate_scalars(cell), flat, biases, sums, states, [], backward=False)
+        found.append(states)
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize(
     ("cell", "dtype", "message"),
     [

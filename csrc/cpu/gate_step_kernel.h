@@ -259,12 +259,12 @@ struct Reciprocal {
   }
 };
 
-// The terms of one port at one pixel: their sum, where there are several or a bias.
+// The terms of one port at one pixel: their sum, where there are several or a bias; in `row` if it is not kept.
 template <typename Real>
-inline const Real* gate_port(const GateStepParams<Real>& p, int port, int64_t offset, int64_t n) {
+inline const Real* gate_port(const GateStepParams<Real>& p, int port, int64_t offset, int64_t n, Real* row) {
   const Real* bias = p.bias[port];
   if (p.num_terms[port] == 1 && bias == nullptr) return p.terms[port][0] + offset;
-  Real* sum = p.sum[port] + offset;
+  Real* sum = p.sum[port] != nullptr ? p.sum[port] + offset : row;
   const Real* a = p.terms[port][0] + offset;
   if (p.num_terms[port] == 1) {
 #pragma omp simd
@@ -285,26 +285,35 @@ inline const Real* gate_port(const GateStepParams<Real>& p, int port, int64_t of
 
 template <typename Real, typename Rule>
 void gate_step_rows(const GateStepParams<Real>& p, bool backward) {
-#pragma omp parallel for num_threads(p.num_threads) schedule(static)
-  for (int64_t pixel = 0; pixel < p.pixels; ++pixel) {
-    GateRows<Real> rows{};
-    for (int k = 0; k < Rule::kPorts; ++k) {
-      const int64_t n = Rule::kMultiple[k] * p.channels;
-      rows.port[k] = gate_port(p, k, pixel * n, n);
-      if (backward) rows.grad_port[k] = p.grad_port[k] + pixel * n;
-    }
-    for (int k = 0; k < Rule::kStates; ++k) {
+  int64_t size = 0;
+  for (int k = 0; k < Rule::kPorts; ++k) size += Rule::kMultiple[k] * p.channels;
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * size));  // sums of one pixel that are not kept
+#pragma omp for schedule(static)
+    for (int64_t pixel = 0; pixel < p.pixels; ++pixel) {
+      GateRows<Real> rows{};
+      Real* row = scratch;
+      for (int k = 0; k < Rule::kPorts; ++k) {
+        const int64_t n = Rule::kMultiple[k] * p.channels;
+        rows.port[k] = gate_port(p, k, pixel * n, n, row);
+        row += n;
+        if (backward) rows.grad_port[k] = p.grad_port[k] + pixel * n;
+      }
+      for (int k = 0; k < Rule::kStates; ++k) {
+        if (backward) {
+          rows.grad_state[k] = p.grad_state[k] + pixel * p.channels;
+        } else {
+          rows.state[k] = p.state[k] + pixel * p.channels;
+        }
+      }
       if (backward) {
-        rows.grad_state[k] = p.grad_state[k] + pixel * p.channels;
+        Rule::backward(p, rows);
       } else {
-        rows.state[k] = p.state[k] + pixel * p.channels;
+        Rule::forward(p, rows);
       }
     }
-    if (backward) {
-      Rule::backward(p, rows);
-    } else {
-      Rule::forward(p, rows);
-    }
+    free(scratch);
   }
 }
 

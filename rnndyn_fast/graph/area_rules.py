@@ -110,9 +110,11 @@ class Rules:
         return self._bias_rows[names]
 
     def _sum_room(self, at: Slots, name: str, port: Port, limit: int) -> tuple[list[Tensor], Tensor | None]:
-        """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum."""
+        """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum, or nobody wants it."""
         values = at_most(port.values, limit)
         if len(values) == 1 and not port.biases:
+            return values, None
+        if at.area.cell is not None and not self.tape.recording:
             return values, None
         if port.private:
             return values, values[0]

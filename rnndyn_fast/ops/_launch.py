@@ -117,7 +117,7 @@ def gate_step(
     scalars: tuple[int, float, list[float], list[float], int],  # rule, forget bias, gains (constant, factor, slope), activation
     ports: Sequence[Sequence[Tensor]],  # terms of each port, [N, H, W, m * D]
     biases: Sequence[Tensor | None],  # [m * D] of each port, or none at all
-    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms or a bias
+    sums: Sequence[Tensor | None],  # [N, H, W, m * D], or None where it is not wanted, or is the port's only term
     states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
     grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
     *,

@@ -59,30 +59,114 @@ def gate_scalars(cell: Cell) -> tuple[int, float, list[float], list[float], int]
     return rule, bias, [0.0] * 3, [0.0] * 3, 0
 
 
+# ---------------------------------------------------------------- the op and its gradient
+
+_LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
+# values: forget bias, constant, factor and slope of both gains. Returns the states, then the sums of ports of several terms.
+_LIBRARY.define("gate_step(Tensor[] terms, int[] counts, int rule, int activation, float[] values) -> Tensor[]")
+_LIBRARY.define("gate_step_backward(Tensor[] ports, Tensor[] grads, int rule, int activation, float[] values) -> Tensor[]")
+_CELLS = {rule: cell for cell, rule in _RULES.items()}
+
+
+def _values(cell: Cell) -> tuple[int, int, list[float]]:
+    rule, forget_bias, tau, gate, activation = gate_scalars(cell)
+    return rule, activation, [forget_bias, *tau, *gate]
+
+
+def _scalars(rule: int, activation: int, values: Sequence[float]) -> tuple[int, float, list[float], list[float], int]:
+    return rule, values[0], list(values[1:4]), list(values[4:7]), activation
+
+
+def _by_port(terms: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    rest = iter(terms)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def _allocated(ports: Sequence[Sequence[Tensor]], rule: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    """States, and the sum of each port of several terms."""
+    cell, first = _CELLS[rule], ports[0][0]
+    channels = first.shape[3] // next(iter(cell.ports.values()))
+    states = [first.new_empty((*first.shape[:3], channels)) for _ in cell.states]
+    return states, [torch.empty_like(port[0]) if len(port) > 1 else None for port in ports]
+
+
+def _forward_fake(terms: list[Tensor], counts: list[int], rule: int, activation: int, values: list[float]) -> list[Tensor]:
+    states, sums = _allocated(_by_port(terms, counts), rule)
+    return [*states, *(total for total in sums if total is not None)]
+
+
+def _forward(terms: list[Tensor], counts: list[int], rule: int, activation: int, values: list[float]) -> list[Tensor]:
+    ports = _by_port([t.contiguous() for t in terms], counts)
+    states, sums = _allocated(ports, rule)
+    _launch.gate_step(_scalars(rule, activation, values), ports, [], sums, states, [], backward=False)
+    return [*states, *(total for total in sums if total is not None)]
+
+
+def _backward_fake(ports: list[Tensor], grads: list[Tensor], rule: int, activation: int, values: list[float]) -> list[Tensor]:
+    return [torch.empty_like(port, memory_format=torch.contiguous_format) for port in ports]
+
+
+def _backward(ports: list[Tensor], grads: list[Tensor], rule: int, activation: int, values: list[float]) -> list[Tensor]:
+    sums, states = [p.contiguous() for p in ports], [g.contiguous() for g in grads]
+    found = [torch.empty_like(p) for p in sums]
+    _launch.gate_step(_scalars(rule, activation, values), [[p] for p in sums], [], [], states, found, backward=True)
+    return found
+
+
+def _refuse_double_backward(*_: Any) -> None:
+    raise RuntimeError('gate_step cannot be differentiated twice; use backend="reference" for second derivatives')
+
+
+def _keep(ctx: Any, terms: Sequence[Tensor], counts: Sequence[int], key: tuple[int, int, list[float]], outputs: Sequence[Tensor]) -> None:
+    ctx.key, ctx.counts, ctx.states = key, tuple(counts), len(_CELLS[key[0]].states)
+    sums = iter(outputs[ctx.states :])
+    ctx.save_for_backward(*(port[0] if len(port) == 1 else next(sums) for port in _by_port(terms, counts)))
+
+
+def _grads_of_terms(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    ports = list(ctx.saved_tensors)
+    channels = ports[0].shape[3] // next(iter(_CELLS[ctx.key[0]].ports.values()))
+    full = [ports[0].new_zeros((*ports[0].shape[:3], channels)) if g is None else g for g in grads[: ctx.states]]
+    found = torch.ops.rnndyn.gate_step_backward(ports, full, *ctx.key)
+    return [grad for grad, count in zip(found, ctx.counts, strict=True) for _ in range(count)]
+
+
+def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    terms, counts, *key = inputs
+    _keep(ctx, terms, counts, tuple(key), output)  # type: ignore[arg-type]
+
+
+def _backward_registered(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return _grads_of_terms(ctx, grads), None, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("gate_step", _forward, _device)
+    _LIBRARY.impl("gate_step_backward", _backward, _device)
+torch.library.register_fake("rnndyn::gate_step", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("rnndyn::gate_step_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("rnndyn::gate_step", _backward_registered, setup_context=_setup_registered, lib=_LIBRARY)
+torch.library.register_autograd("rnndyn::gate_step_backward", _refuse_double_backward, lib=_LIBRARY)
+
+
 class _GateStep(torch.autograd.Function):
+    """The op where nothing is compiled: a forward-mode tangent raises here, where the registered op would lose it."""
+
     @staticmethod
     def forward(ctx: Any, cell: Cell, counts: tuple[int, ...], *terms: Tensor) -> tuple[Tensor, ...]:  # terms each [N, H, W, m D]
-        ports, rest = [], list(terms)
-        for count in counts:
-            ports.append(rest[:count])
-            rest = rest[count:]
-        sums = [torch.empty_like(port[0]) if len(port) > 1 else None for port in ports]
-        size, channels = ports[0][0].shape[:3], ports[0][0].shape[3] // next(iter(cell.ports.values()))
-        states = [ports[0][0].new_empty((*size, channels)) for _ in cell.states]
-        _launch.gate_step(gate_scalars(cell), ports, [], sums, states, [], backward=False)
-        ctx.cell, ctx.counts = cell, counts
-        ctx.save_for_backward(*(port[0] if total is None else total for port, total in zip(ports, sums, strict=True)))
-        return tuple(states)
+        key = _values(cell)
+        outputs = torch.ops.rnndyn.gate_step(list(terms), list(counts), *key)
+        _keep(ctx, terms, counts, key, outputs)
+        return tuple(outputs[: ctx.states])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what follows would be a constant to autograd, and second derivatives wrong
-            raise RuntimeError('gate_step cannot be differentiated twice; use backend="reference" for second derivatives')
-        ports = ctx.saved_tensors
-        grad_ports = [torch.empty_like(port) for port in ports]
-        states = [g.contiguous() for g in grads]
-        _launch.gate_step(gate_scalars(ctx.cell), [[p] for p in ports], [], [], states, grad_ports, backward=True)
-        return None, None, *(grad for grad, count in zip(grad_ports, ctx.counts, strict=True) for _ in range(count))
+            _refuse_double_backward()
+        return None, None, *_grads_of_terms(ctx, grads)
+
+
+# ---------------------------------------------------------------- the public function
 
 
 def gate_step(
@@ -116,5 +200,9 @@ def gate_step(
     if len({t.dtype for terms in full for t in terms}) > 1:  # under autocast convolutions are in half precision, other maps may not be
         dtype = reduce(torch.promote_types, (t.dtype for terms in full for t in terms))
         full = [[t.to(dtype) for t in terms] for terms in full]
-    states = _GateStep.apply(cell, tuple(len(terms) for terms in full), *(t for terms in full for t in terms))
+    counts, flat = [len(terms) for terms in full], [t for terms in full for t in terms]
+    if torch.compiler.is_compiling():
+        states = torch.ops.rnndyn.gate_step(flat, counts, *_values(cell))[: len(cell.states)]
+    else:
+        states = _GateStep.apply(cell, tuple(counts), *flat)
     return tuple(s.permute(0, 3, 1, 2) for s in states)
