@@ -208,7 +208,8 @@ void recurrent_conv_weight_grad(const std::string& dtype, const Queue& queue, in
 void gate_step(const std::string& dtype, const Queue& queue, int rule, int64_t pixels, int channels, float forget_bias,
                const std::array<float, 3>& tau, const std::array<float, 3>& gate, int activation,
                const std::vector<std::vector<Address>>& ports, const std::vector<Address>& biases,
-               const std::vector<Address>& sums, const std::vector<Address>& states, const std::vector<Address>& grad_ports, bool backward) {
+               const std::vector<Address>& sums, const std::vector<Address>& states,
+               const std::vector<Address>& grad_ports, bool backward) {
   if (ports.empty() || ports.size() > kMaxPorts || states.empty() || states.size() > kMaxStates)
     throw std::invalid_argument("ports, states: expected at most " + std::to_string(kMaxPorts) + " and " +
                                 std::to_string(kMaxStates) + ", and some");

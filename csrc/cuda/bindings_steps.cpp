@@ -92,7 +92,8 @@ DepthwiseShape depthwise_shape(const DepthwiseSizes& n) {
     throw std::invalid_argument("depthwise_conv: kernels of 1 to " + std::to_string(kMaxDepthwiseKernel) +
                                 " rows and columns, got " + std::to_string(n[6]) + " x " + std::to_string(n[7]));
   for (int k = 2; k < 6; ++k)
-    if (n[k] >= int64_t(1) << 24) throw std::invalid_argument("depthwise_conv: maps of fewer than 2^24 rows and columns");
+    if (n[k] >= int64_t(1) << 24)
+      throw std::invalid_argument("depthwise_conv: maps of fewer than 2^24 rows and columns");
   return {n[0], n[1], n[2], n[3], n[4], n[5], int(n[6]), int(n[7]), int(n[8]), int(n[9]), int(n[10]), int(n[11]), 0};
 }
 
@@ -112,9 +113,9 @@ void depthwise_weight_grad(const std::string& dtype, const Queue& queue, const D
   const DeviceGuard guard(queue.first);
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const DepthwiseWeightGradParams<T> p{
-        depthwise_shape(sizes), pointer<const T>(x), pointer<const T>(grad), splits, pointer<float>(partial),
-        pointer<float>(grad_weight)};
+    const DepthwiseWeightGradParams<T> p{depthwise_shape(sizes),  pointer<const T>(x),
+                                         pointer<const T>(grad),  splits,
+                                         pointer<float>(partial), pointer<float>(grad_weight)};
     if (p.shape.dilation != 1) throw std::invalid_argument("depthwise_weight_grad: expected dilation 1");
     launch_depthwise_weight_grad(p, pointer<void>(queue.second));
   });
@@ -123,9 +124,8 @@ void depthwise_weight_grad(const std::string& dtype, const Queue& queue, const D
 }  // namespace
 
 void bind_steps(py::module_& m) {
-  m.def("norm_step_workspace", [](const Shape& shape, const NormScalars& scalars) {
-    return norm_step_workspace(norm_rule(shape, scalars));
-  });
+  m.def("norm_step_workspace",
+        [](const Shape& shape, const NormScalars& scalars) { return norm_step_workspace(norm_rule(shape, scalars)); });
   m.def("norm_step_forward", &norm_step_forward);
   m.def("norm_step_backward", &norm_step_backward);
   m.def("depthwise_conv", &depthwise_conv);

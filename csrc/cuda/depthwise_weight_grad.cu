@@ -37,7 +37,7 @@ int columns_of(int64_t vectors) {
 template <typename T, int N, int kKernel>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_weight_grad_kernel(Launch<T> l) {
   constexpr int kTaps = kKernel == 0 ? 1 : kKernel, kSize = kTaps * N;
-  RNNDYN_SHARED(float, shared, kThreads * kSize);
+  RNNDYN_SHARED(float, shared, kThreads* kSize);
   const DepthwiseShape& s = l.p.shape;
   const int rows_of_taps = kKernel == 0 ? s.kernel_height * s.kernel_width : kKernel;
   const int block = int(blockIdx.x), tap_row = block / l.column_blocks % rows_of_taps;

@@ -159,7 +159,8 @@ void launch_vectors(const NormStepBackwardParams<T>& p, Stream stream) {
     float* means = totals + 2 * g.samples * channels;
     launch(norm_step_backward_sums_kernel<T, N>, "norm_step_backward_sums_kernel",
            blocks(count, "norm_step_backward_sums_kernel"), kNormThreads, 0, stream, l);
-    launch_totals({l.sums, nullptr, 1, 1, g.samples * channels, channels, int(g.chunks), 1, totals, totals + 1, 2}, stream);
+    launch_totals({l.sums, nullptr, 1, 1, g.samples * channels, channels, int(g.chunks), 1, totals, totals + 1, 2},
+                  stream);
     launch_totals({totals, nullptr, 1, 1, channels, channels, int(g.samples), 1, p.grad_beta, p.grad_gamma, 1}, stream);
     if (r.norm != NormKind::kFixed) {
       const int groups = r.norm == NormKind::kGroup ? r.groups : r.channels, width = r.channels / groups;

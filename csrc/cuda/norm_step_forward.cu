@@ -26,8 +26,8 @@ template <typename Real>
 struct NormStatisticsLaunch {
   NormStepRule rule;
   NormStepGrid grid;
-  int groups;             // each a sample's, with channels / groups channels
-  const float* moments;   // [samples, chunks, C, 2] mean, sum of squared deviations
+  int groups;            // each a sample's, with channels / groups channels
+  const float* moments;  // [samples, chunks, C, 2] mean, sum of squared deviations
   float *mean, *rstd, *variance;
 };
 
@@ -69,7 +69,8 @@ struct NormBiases {
   }
 
   // z of N channels.
-  __device__ __forceinline__ void values(const NormStepForwardParams<T>& p, int64_t at, bool done, float (&z)[N]) const {
+  __device__ __forceinline__ void values(const NormStepForwardParams<T>& p, int64_t at, bool done,
+                                         float (&z)[N]) const {
     load_sum(p.drive, p.num_drive, drive, p.drive_sum, done, at, z);
     if (p.rule.squash) {
       float m[N];
@@ -147,7 +148,8 @@ template <typename Real>
 __global__ void __launch_bounds__(kStatisticsThreads) norm_step_statistics_kernel(NormStatisticsLaunch<Real> l) {
   RNNDYN_SHARED(float, shared, kStatisticsThreads * 3);
   const int64_t sample = int64_t(blockIdx.x) / l.groups;
-  const int group = int(int64_t(blockIdx.x) - sample * l.groups), channels = l.rule.channels, width = channels / l.groups;
+  const int group = int(int64_t(blockIdx.x) - sample * l.groups), channels = l.rule.channels,
+            width = channels / l.groups;
   Moments m{0, 0, 0};
   for (int64_t entry = int(threadIdx.x); entry < l.grid.chunks * width; entry += kStatisticsThreads) {
     const int64_t chunk = entry / width, left = l.grid.pixels - chunk * l.grid.chunk;
@@ -185,8 +187,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) norm_step_finish_kernel(NormF
     float z[N];
     biases.values(l.p, element, summed, z);
     RNNDYN_UNROLL
-    for (int j = 0; j < N; ++j)
-      z[j] = activated(l.p.rule.activation, row.normed(j, z[j]) * row.gamma[j] + row.beta[j]);
+    for (int j = 0; j < N; ++j) z[j] = activated(l.p.rule.activation, row.normed(j, z[j]) * row.gamma[j] + row.beta[j]);
     store(l.p.state + element, z);
   }
 }

@@ -7,9 +7,9 @@
 namespace rnndyn::cuda {
 
 constexpr int kNormThreads = 256;
-constexpr int kNormVector = 4;             // 16 bytes of float, 8 of halves
-constexpr int kNormPixelsPerThread = 8;    // at least, where there are so many
-constexpr int kNormMostPerThread = 256;    // a sum of more of them in float32 would lose what matters
+constexpr int kNormVector = 4;              // 16 bytes of float, 8 of halves
+constexpr int kNormPixelsPerThread = 8;     // at least, where there are so many
+constexpr int kNormMostPerThread = 256;     // a sum of more of them in float32 would lose what matters
 constexpr int64_t kNormWantedChunks = 512;  // from which on chunks grow instead
 
 inline NormStepGrid norm_step_grid(const NormStepRule& r, int vector) {
