@@ -93,8 +93,8 @@ PYTHON
 }
 
 op_tests="tests/test_area_step_cuda.py tests/test_readout_zones_cuda.py tests/test_recurrent_conv_cuda.py tests/test_gate_step_cuda.py
-  tests/test_ctrnn_cuda.py"
-small="n1c33h5w7 or n2c8h5w3 or 2-9-48-40 or 2x24x6x4 or splits or lstm or partial"
+  tests/test_norm_step_cuda.py tests/test_depthwise_conv_cuda.py tests/test_ctrnn_cuda.py"
+small="n1c33h5w7 or n2c8h5w3 or 2-9-48-40 or 2x24x6x4 or splits or lstm or partial or buffers_in_place or threads_changes_no_bit"
 if [ -z "$dry" ]; then
   capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
   # For this device alone: the others' code would take the time that the tests need.
@@ -123,7 +123,8 @@ if [ "${RNNDYN_GPU_CHECK:-all}" = compiled ]; then
 fi
 
 # shellcheck disable=SC2086  # words of the lists are arguments
-step tests 150 $pytest $op_tests tests/test_rollout_cuda.py tests/test_rollout_device.py -k "$chosen"
+step tests 150 $pytest $op_tests tests/test_rollout_cuda.py tests/test_rollout_device.py \
+  tests/test_scheduled_cuda.py tests/test_train_device.py -k "$chosen"
 tools="memcheck racecheck initcheck synccheck"
 if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
   for tool in $tools; do

@@ -57,11 +57,11 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
     x = torch.zeros(1, 2, 2, 8)
     scalars, states = gate_scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
     with pytest.raises(ValueError, match=r"ports\[1\]\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
-        _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [None, None], states, [], backward=False)
+        _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [], [None, None], states, [], backward=False)
     with pytest.raises(ValueError, match="sums: needed where a port has several terms"):
-        _launch_cells_cuda.gate_step(scalars, [[x, x], [states[0]]], [None, None], states, [], backward=False)
+        _launch_cells_cuda.gate_step(scalars, [[x, x], [states[0]]], [], [None, None], states, [], backward=False)
     with pytest.raises(ValueError, match="ports: expected 1 to 6 terms"):
-        _launch_cells_cuda.gate_step(scalars, [[x] * 7, [states[0]]], [x, None], states, [], backward=False)
+        _launch_cells_cuda.gate_step(scalars, [[x] * 7, [states[0]]], [], [x, None], states, [], backward=False)
 
 
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")

@@ -23,26 +23,7 @@ using namespace rnndyn::cuda;
 
 namespace {
 
-using Address = uintptr_t;
-// The device and its stream.
-using Queue = std::pair<int, Address>;
-using Shape = std::array<int64_t, 4>;  // samples, height, width, channels
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Calls f with a value of the storage type that the name says.
-template <typename F>
-auto by_dtype(const std::string& dtype, F f) {
-  if (dtype == "float32") return f(float{});
-  if (dtype == "float16") return f(Half{});
-  if (dtype == "bfloat16") return f(BFloat16{});
-  throw std::invalid_argument("dtype: expected float32, float16 or bfloat16, got " + dtype);
-}
-
-// As above, for kernels on tensor cores.
+// As by_dtype, for kernels on tensor cores.
 template <typename F>
 auto by_half_dtype(const std::string& dtype, F f) {
   if (dtype == "float16") return f(Half{});
@@ -223,16 +204,17 @@ void recurrent_conv_weight_grad(const std::string& dtype, const Queue& queue, in
   });
 }
 
-// tau, gate: constant, factor and slope. Lists of ports and states are in the order of the cell; sums that are absent are 0.
+// tau, gate: constant, factor and slope. Lists of ports and states are in the order of the cell; biases and sums that are absent are 0.
 void gate_step(const std::string& dtype, const Queue& queue, int rule, int64_t pixels, int channels, float forget_bias,
                const std::array<float, 3>& tau, const std::array<float, 3>& gate, int activation,
-               const std::vector<std::vector<Address>>& ports, const std::vector<Address>& sums,
-               const std::vector<Address>& states, const std::vector<Address>& grad_ports, bool backward) {
+               const std::vector<std::vector<Address>>& ports, const std::vector<Address>& biases,
+               const std::vector<Address>& sums, const std::vector<Address>& states,
+               const std::vector<Address>& grad_ports, bool backward) {
   if (ports.empty() || ports.size() > kMaxPorts || states.empty() || states.size() > kMaxStates)
     throw std::invalid_argument("ports, states: expected at most " + std::to_string(kMaxPorts) + " and " +
                                 std::to_string(kMaxStates) + ", and some");
-  if (backward ? grad_ports.size() != ports.size() : sums.size() != ports.size())
-    throw std::invalid_argument("sums, grad_ports: expected one per port");
+  if (backward ? grad_ports.size() != ports.size() : sums.size() != ports.size() || biases.size() != ports.size())
+    throw std::invalid_argument("biases, sums, grad_ports: expected one per port");
   const DeviceGuard guard(queue.first);
   by_dtype(dtype, [&](auto t) {
     using T = decltype(t);
@@ -248,9 +230,9 @@ void gate_step(const std::string& dtype, const Queue& queue, int rule, int64_t p
       if (backward) {
         p.grad_port[k] = pointer<T>(grad_ports[k]);
       } else {
-        p.sum[k] = pointer<T>(sums[k]);
-        if (ports[k].size() > 1 && sums[k] == 0)
-          throw std::invalid_argument("sums: needed where a port has several terms");
+        p.bias[k] = pointer<const float>(biases[k]), p.sum[k] = pointer<T>(sums[k]);
+        if ((ports[k].size() > 1 || biases[k] != 0) && sums[k] == 0)
+          throw std::invalid_argument("sums: needed where a port has several terms or a bias");
       }
     }
     for (size_t k = 0; k < states.size(); ++k) {
@@ -316,5 +298,6 @@ PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
   m.def("ctrnn_max_units", &ctrnn_max_units);
   m.def("ctrnn_forward", &ctrnn_forward);
   m.def("ctrnn_backward", &ctrnn_backward);
+  bind_steps(m);
   bind_environment(m);
 }

@@ -1,9 +1,9 @@
 // gate_step on CUDA: gate arithmetic of a cell, forward and backward. Equations are in rnndyn_fast/ops/cells.py.
 //
 // Maths: s is the logistic sigmoid. Backward computes the gates again from the ports: nothing but ports is kept.
-// Precision: storage T, arithmetic float32. The sum of a port's terms is rounded to T before it is used, so that backward, which reads the
+// Precision: storage T, arithmetic float32. The sum of a port's terms and bias is rounded to T before it is used, so that backward, which reads the
 //   stored one, computes the same gates again.
-// Traffic: forward reads every term once and writes states (and, of several terms, their sum) once; backward reads ports and gradients
+// Traffic: forward reads every term once and writes states (and, of several terms or with a bias, their sum) once; backward reads ports and gradients
 //   once and writes the gradients of the ports once. Bound by memory bandwidth.
 // Launch shape: a thread per pixel and vector of channels, for all gates of those channels.
 // Sync: none.
@@ -12,6 +12,7 @@
 // Limits: kMaxPortTerms terms of a port; the caller checks shapes.
 #include "cuda/gate_step.h"
 
+#include "cuda/activations.h"
 #include "cuda/device.h"
 
 namespace rnndyn::cuda {
@@ -19,36 +20,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 4;  // 16 bytes of float, 8 of halves: six gates and their gradients stay in registers
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float rectified(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays NaN
-
-__device__ __forceinline__ float activated(GateActivation activation, float x) {
-  switch (activation) {
-    case GateActivation::kRelu:
-      return rectified(x);
-    case GateActivation::kElu:
-      return x > 0.0f ? x : expm1f(x);
-    case GateActivation::kTanh:
-      return tanhf(x);
-    default:
-      return x;
-  }
-}
-
-// At x, where the activation is y.
-__device__ __forceinline__ float activation_slope(GateActivation activation, float x, float y) {
-  switch (activation) {
-    case GateActivation::kRelu:
-      return x > 0.0f ? 1.0f : 0.0f;
-    case GateActivation::kElu:
-      return x > 0.0f ? 1.0f : y + 1.0f;
-    case GateActivation::kTanh:
-      return 1.0f - y * y;
-    default:
-      return 1.0f;
-  }
-}
 
 // Ports of a rule: multiples of D, in the order of the ports; gates are numbered through all of them.
 template <int kPorts_, int kStates_, int kFirst, int kOthers = 1>
@@ -189,12 +160,16 @@ __device__ __forceinline__ void load_gates(const GateStepParams<T>& p, int64_t p
       const int64_t offset = (pixel * R::multiple(port) + gate) * p.channels + channel;
       float (&row)[N] = x[R::first_gate(port) + gate];
       load(p.terms[port][0] + offset, row);
-      if (p.num_terms[port] == 1) continue;
+      if (p.sum[port] == nullptr) continue;
       for (int k = 1; k < p.num_terms[port]; ++k) {
         float y[N];
         load(p.terms[port][k] + offset, y);
         RNNDYN_UNROLL
         for (int j = 0; j < N; ++j) row[j] += y[j];
+      }
+      if (p.bias[port] != nullptr) {
+        RNNDYN_UNROLL
+        for (int j = 0; j < N; ++j) row[j] += p.bias[port][gate * p.channels + channel + j];
       }
       store(p.sum[port] + offset, row);
       RNNDYN_UNROLL

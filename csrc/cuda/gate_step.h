@@ -1,6 +1,6 @@
 // Parameters of the gate_step op on CUDA: the pointwise arithmetic of one gated cell at one time step.
 //
-// As csrc/gate_step.h (rules, order of ports and states), except that maps are stored as T (float, Half, BFloat16). They are channels-last
+// As csrc/gate_step.h (rules, order of ports and states), except that maps are stored as T (float, Half, BFloat16), and biases are float32. Maps are channels-last
 // and contiguous. The caller owns every buffer, on one device; a null pointer means "absent". No output may alias an input, except that
 // `sum[p]` may be the buffer of a port's first term.
 #pragma once
@@ -30,7 +30,8 @@ struct GateStepParams {
   // Forward: terms of each port, summed into `sum` where there are several. Backward: num_terms is 1 everywhere.
   int num_terms[kMaxPorts];
   const T* terms[kMaxPorts][kMaxPortTerms];  // [pixels, m * D] each
-  T* sum[kMaxPorts];                         // [pixels, m * D], required with several terms
+  const float* bias[kMaxPorts];              // [m * D] or null, forward
+  T* sum[kMaxPorts];                         // [pixels, m * D], required with several terms or a bias
   T* state[kMaxStates];                      // [pixels, D] forward: outputs
   const T* grad_state[kMaxStates];           // [pixels, D] backward
   T* grad_port[kMaxPorts];                   // [pixels, m * D] backward: outputs

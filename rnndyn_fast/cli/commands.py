@@ -34,6 +34,7 @@ def plan(
     import torch
 
     from rnndyn_fast import models
+    from rnndyn_fast.devices import named_device
     from rnndyn_fast.graph.plan import describe
     from rnndyn_fast.ops._launch_cuda import check_device
     from rnndyn_fast.train import TrainConfig, read_checkpoint
@@ -49,10 +50,9 @@ def plan(
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
-    if torch.device(device).type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
-        check_device(torch.device(device))
+        check_device(where)
     print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rnndyn_fast.ops._launch_cuda import check_device
+from rnndyn_fast.devices import choose_device
 
 
 def choose_backend() -> str:
@@ -19,17 +19,6 @@ def choose_backend() -> str:
     if torch.cuda.is_available() and dist.is_nccl_available() and torch.cuda.device_count() >= local:
         return "nccl"
     return "gloo"
-
-
-def choose_device(device: str | None = None) -> torch.device:
-    """The device of that name; None: this process's GPU where there is one, else the CPU. ``ValueError``: it is not there."""
-    if device is not None:
-        where = torch.device(device)
-        check_device(where)
-        return where
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
 
 
 class Processes:

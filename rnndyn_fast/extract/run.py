@@ -23,11 +23,12 @@ from rnndyn_fast.analysis import (
     RepresentationChangeReducer,
 )
 from rnndyn_fast.data import SPLITS, normalise
-from rnndyn_fast.extract.distributed import choose_device
+from rnndyn_fast.devices import check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
 from rnndyn_fast.extract.sources import Source, open_source
 from rnndyn_fast.extract.trajectories import DTYPES
-from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.nn import GraphedNetwork, RecurrentNetwork
+from rnndyn_fast.nn.cuda_graphs import Graphs
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.loop import INITIAL
 from rnndyn_fast.train.progress import Reporter
@@ -59,6 +60,7 @@ def extract(
     untrained: bool = False,
     resize: bool = False,
     device: str | None = None,
+    precision: str = "float32",
     backend: str | None = None,
     engine: str = "auto",
     overwrite: bool = False,
@@ -93,7 +95,8 @@ def extract(
         keep_samples: keep every sample's group and scalars in the readout-zone result.
         untrained: use the network as it was before training (``initial.pt`` beside `checkpoint`).
         resize: scale and crop image files of other sizes.
-        device: "cpu", "cuda", ...; None: a GPU where there is one.
+        device: "cpu", "cuda", ...; None: a GPU where there is one. There the network is replayed as CUDA graphs.
+        precision: of maps, "float32", "float16" (on a GPU) or "bfloat16".
         backend: "native", "reference" or None.
         engine: how the native backend convolves: "auto", "direct" or "winograd".
         overwrite: replace files that exist.
@@ -105,7 +108,7 @@ def extract(
     Raises:
         TypeError: a list of names is a single string, or a number is not an int.
         ValueError: unknown split, area, reducer or dtype; `out` is the checkpoint or the data; image size or classes of `data` are not
-            those of the network; an image or activation with NaN; damaged files; another unfinished extraction.
+            those of the network; an image or activation with NaN; damaged files; another unfinished extraction; no such device, and why.
         FileNotFoundError: no checkpoint, data, or (with `untrained`) no initial checkpoint.
         FileExistsError: an output exists and `overwrite` is False.
         OSError: an image cannot be read, or a file not be written (a full disk); run the same again to go on.
@@ -151,15 +154,19 @@ def extract(
     patterns = [makers[name]() for name in dict.fromkeys(reducers)]
     needed = tuple(dict.fromkeys((*(area for reducer in patterns for area in reducer.requires), *chosen["save"])))
     where = choose_device(device)
+    check_precision(precision, where)
     first_step = {name: net.schedule(needed).first_step[name] for name in (*needed, representations)}
     first_step[representations] = begins
-    forward = network_forward(net.to(where), needed, *(np.asarray(trained[name]) for name in ("mean", "std")))
+    mean, std = np.asarray(trained["mean"]), np.asarray(trained["std"])
+    forward = network_forward(net.to(where), needed, mean, std, precision)
     options: dict[str, Any] = {
         "split": split, "reducers": [r.name for r in patterns], "areas": list(measured), "pooled": list(compared),
         "save": list(chosen["save"]), "dtype": dtype, "batch_size": batch_size, "timesteps": net.timesteps,
         "limit": limit, "shards": shards, "untrained": untrained,
     }  # fmt: skip
     made_with = {"options": options, "backend": backend, "engine": engine, "device": where.type, "versions": versions()}
+    if precision != "float32":
+        made_with["precision"] = precision
     sha = sha256(used)
     with open_source(data, split, trained["image_size"], trained["categories"], resize=resize) as source:
         descriptors = {
@@ -177,18 +184,27 @@ def extract(
         )  # fmt: skip
 
 
-def network_forward(net: RecurrentNetwork, areas: Sequence[str], mean: np.ndarray, std: np.ndarray) -> Callable[[Tensor], Activations]:
-    """The forward function of a network with a readout for `stream`: images [N, 3, H, W] (uint8 or 0-1) -> activations of `areas`."""
+def network_forward(
+    net: RecurrentNetwork, areas: Sequence[str], mean: np.ndarray, std: np.ndarray, precision: str = "float32", graphs: Graphs | None = None
+) -> Callable[[Tensor], Activations]:
+    """The forward function of a network with a readout for `stream`: images [N, 3, H, W] (uint8 or 0-1) -> activations of `areas`.
+
+    On a GPU as CUDA graphs (`graphs`: what captures, for tests). Activations are float32 at least.
+    """
     assert net.network.readout is not None
     source = net.network.readout.source
     recorded = tuple(area for area in areas if area != source)
     place = next(net.parameters())
+    run: Callable[..., Any] = net.run
+    if place.is_cuda or graphs is not None:
+        run = GraphedNetwork(net, call=net.run, graphs=graphs)
 
     def forward(images: Tensor) -> Activations:
-        x = normalise(images.to(place.device), mean, std).to(place.dtype)
-        log_probs, representations, *rest = net.run(x, return_representations=True, **({"record": recorded} if recorded else {}))
+        x = normalise(to_device(images, place.device), mean, std).to(place.dtype)
+        with in_precision(precision, place.device):
+            log_probs, representations, *rest = run(x, return_representations=True, **({"record": recorded} if recorded else {}))
         states = {source: representations, **(rest[0] if rest else {})}
-        return Activations({area: states[area] for area in dict.fromkeys((source, *areas))}, log_probs)
+        return Activations({area: states[area].to(place.dtype) for area in dict.fromkeys((source, *areas))}, log_probs)
 
     return forward
 

@@ -16,7 +16,7 @@ from rnndyn_fast.graph.operands import at_most
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Network, Norm, Operator
 from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_run_gate_step, gate_scalars
 from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_backward
 from rnndyn_fast.reference.rollout import Statistics, update_area
@@ -134,7 +134,7 @@ class Rules:
         """A port's gradient goes to each of its terms, and its sum over samples and pixels to each of its biases."""
         biases = [name for name in port.biases if name in self.tape.wanted]
         if biases:
-            row = grad.flatten(0, 2).sum(0)  # (first: what owns the gradient may add to it)
+            row = grad.flatten(0, 2).sum(0, dtype=sums_dtype(grad.dtype))  # (first: what owns the gradient may add to it)
             for name in biases:
                 self.tape.add_parameter(name, row)
         for keys in port.keys:
@@ -336,5 +336,5 @@ class Rules:
         results = [key for state in states for key in at.keys(state)]
         prefixes = [str(p) for p in (area.norm_parameter, area.cell_parameter) if p is not None]
         biases = [name for port in ports.values() for name in port.biases]
-        values = self.tape.by_torch(function, sources, results, [*prefixes, *biases])
+        values = self.tape.by_torch(function, sources, results, [*prefixes, *biases], exact=True)
         return {state: torch.cat(values[k * count : (k + 1) * count]) for k, state in enumerate(states)}

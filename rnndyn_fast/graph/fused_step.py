@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rnndyn_fast.graph.operands import AreaOperands, area_step_forward, at_most, sums_dtype
+from rnndyn_fast.graph.operands import AreaOperands, area_step_forward, at_most
 from rnndyn_fast.ops import _launch_cuda
 from rnndyn_fast.ops._launch_cuda import ConvTerm
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.fused_conv import MAX_ADDED
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.graph.spec import Connection, Network, Operator
-from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.ops.convolution import Geometry, Weight, choose_engine, convolve, convolve_backward
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.buffers import empty, sums_dtype
+from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Weight, choose_engine, convolve, convolve_backward
 from rnndyn_fast.ops.depthwise_conv import (
     MAX_KERNEL,
     depthwise_conv,
@@ -24,6 +25,7 @@ from rnndyn_fast.ops.depthwise_conv import (
     pack_depthwise,
     unpack_depthwise,
 )
+from rnndyn_fast.ops.device_engine import choose_device_engine
 
 Grads = list[tuple[str, Tensor]]  # of parameters, by name; those of one name add up
 
@@ -161,9 +163,17 @@ class SeparableMap:
         grad_middle, grads = self.second.backward(middle, grad, need_x=True, need_weight=need_weight)
         assert grad_middle is not None
         if need_weight and self.bias is not None:
-            grads.append((self.bias, grad_middle.flatten(0, 2).sum(0)))
+            grads.append((self.bias, grad_middle.flatten(0, 2).sum(0, dtype=sums_dtype(grad.dtype))))
         grad_x, own = self.first.backward(x, grad_middle, need_x=need_x, need_weight=need_weight)
         return grad_x, grads + own
+
+
+def _choose(geometry: Geometry, weight: Tensor, height: int, width: int, engine: str, samples: int) -> EngineChoice:
+    """The engine, where the weight is."""
+    shape = tuple(weight.shape)
+    if _launch.on_device(weight):
+        return choose_device_engine(geometry, shape, height, width, weight.dtype, engine, samples, weight.device)
+    return choose_engine(geometry, shape, height, width, weight.dtype, engine, samples)
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -196,7 +206,7 @@ def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], en
         geometry, weight = Geometry(Operator.CONV, 1, window.kernel[0] - 1 - padding), _turned(weight)
     if c.operator is Operator.LINEAR:
         geometry = Geometry(c.operator)
-    choice = choose_engine(geometry, tuple(weight.shape), height, width, weight.dtype, engine, samples)
+    choice = _choose(geometry, weight, height, width, engine, samples)
     keep = keep and weight is parameters[name]  # (others are made anew in every rollout)
     return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border, turned)
 
@@ -228,10 +238,10 @@ def linear_map(
         first = DepthwiseMap(pack_depthwise(weight), name, c.stride, window.before, (height, width), value)
     else:
         layout = weight.contiguous(memory_format=torch.channels_last)
-        first = GroupedMap(layout, name, c.stride, border, c.groups, value)
+        first = GroupedMap(layout, name, c.stride, border, c.groups, None if value is None else value.to(weight.dtype))
     if c.middle_channels is None:
         return first
     pointwise = parameters[c.weights[1]]
     geometry = Geometry(Operator.CONV)
-    choice = choose_engine(geometry, tuple(pointwise.shape), height, width, pointwise.dtype, engine, samples)
+    choice = _choose(geometry, pointwise, height, width, engine, samples)
     return SeparableMap(first, bias, DenseMap(Weight(geometry, pointwise, choice, keep=keep), c.weights[1]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
 from rnndyn_fast.ops.device_engine import choose_device_engine
 
@@ -24,11 +24,6 @@ class AreaOperands:
     beta: Tensor | None  # [H, W, C]
     eps: float
     rectify: bool
-
-
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics, parameters and sums over time, where maps have this dtype: at least float32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class Operands:

@@ -373,10 +373,10 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels
-            on the CPU in float32 and float64, else in PyTorch's operations), "reference" (nothing is scheduled), or None: native where it
-            can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
-        engine: how the native backend computes convolutions: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
+        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels;
+            in other dtypes and in functional transforms in PyTorch's operations), "reference" (nothing is scheduled), or None: native
+            where it can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
+        engine: how convolutions are computed: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.convolution.choose_engine`), on CUDA devices "fused" (see
             :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
@@ -417,7 +417,7 @@ def rollout(
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
     used = {name: parameters[name] for name in shapes}
-    if backend in (None, "native"):
+    if backend != "reference":
         inputs = autocast_inputs(inputs)
     if backend is None:
         try:

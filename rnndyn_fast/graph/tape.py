@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops.buffers import empty, share_storage
+from rnndyn_fast.ops.buffers import empty, share_storage, sums_dtype
 
 Key = tuple[Any, ...] | None
 
@@ -73,10 +73,12 @@ class Tape:
         parameters: by name.
         wanted: names of those parameters (and inputs) whose gradients are wanted.
         recording: whether anything is to be walked back at all.
+        dtype: of maps. Gradients of parameters are summed in float32 at least.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], wanted: set[str], recording: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], wanted: set[str], recording: bool, dtype: torch.dtype) -> None:
         self.parameters = parameters
+        self.dtype = dtype
         self.wanted = wanted
         self.recording = recording
         self.kept = False  # while walking back: whether the tape is to be walked again, so that no buffer of it may be written
@@ -103,6 +105,7 @@ class Tape:
     def add_parameter(self, name: str, grad: Tensor) -> None:
         """One summand of a parameter's gradient, if that is wanted."""
         if name in self.wanted:
+            grad = grad.to(sums_dtype(grad.dtype))
             self.parameter_grads[name] = self.parameter_grads[name] + grad if name in self.parameter_grads else grad
 
     def by_torch(
@@ -111,6 +114,8 @@ class Tape:
         sources: Sequence[tuple[Key, Tensor]],
         results: Sequence[Key],
         prefixes: Sequence[str] = (),
+        *,
+        exact: bool = False,
     ) -> list[Tensor]:
         """Values of a function of maps and parameters, both [N, H, W, C], whose gradient PyTorch takes.
 
@@ -118,16 +123,24 @@ class Tape:
             sources: keys and values of its arguments.
             results: keys of its values.
             prefixes: of the names of the parameters that it uses.
+            exact: computed in float32 at least, whatever the maps are.
         """
+        inner = sums_dtype(self.dtype) if exact else self.dtype
+        used = [name for name in self.parameters if any(name.startswith(p) for p in prefixes)]
+
+        def values(xs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+            cast = {**parameters, **{name: parameters[name].to(inner) for name in used}}
+            return [y.to(self.dtype) for y in function([x.to(inner) for x in xs], cast)]
+
         if not self.recording:
-            return [y.contiguous() for y in function([x for _, x in sources], self.parameters)]
+            return [y.contiguous() for y in values([x for _, x in sources], self.parameters)]
         for name in self.wanted & set(self.parameters):
             if name not in self._leaves:
                 self._leaves[name] = self.parameters[name].detach().requires_grad_(True)
         names = [name for name in self._leaves if any(name.startswith(p) for p in prefixes)]
         xs = [x.detach().requires_grad_(True) for _, x in sources]
         with torch.enable_grad():
-            ys = function(xs, {**self.parameters, **self._leaves})
+            ys = values(xs, {**self.parameters, **self._leaves})
         self.record(self._by_torch_back, list(ys), xs, [key for key, _ in sources], list(results), names)
         return [y.detach().contiguous() for y in ys]
 

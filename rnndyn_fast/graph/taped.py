@@ -1,4 +1,6 @@
-"""A schedule run by our own engines and kernels, as one autograd node: every word of a spec, on the CPU, float32 and float64.
+"""A schedule run by our own engines and kernels, as one autograd node: every word of a spec.
+
+float32 and float64 on the CPU; float32, float16 and bfloat16 on CUDA devices, with parameters, statistics and sums in float32.
 
 Forward notes on a tape (:mod:`rnndyn_fast.graph.tape`) what backward walks back. Where gradients are wanted, components run one after
 another: drives into a component are one call over all their slots, and so are the gradients of weights. Without gradients it goes time
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.area_rules import Slots
+from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key
 from rnndyn_fast.graph.taped_terms import Terms
-from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty, same_place
+from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops.buffers import empty, same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.reference.rollout import Statistics
@@ -148,9 +151,10 @@ class TapedRun(Terms):
 class _Taped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: TapedRun, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", enabled=False):
+        with on_its_device(run.example):
             outputs = run.outputs()
         ctx.run, ctx.names = run, names
+        ctx.dtypes = {name: t.dtype for name, t in zip(names, tensors, strict=True)}
         ctx.set_materialize_grads(False)
         results = tuple(out.permute(0, 1, 4, 2, 3) for out in outputs)
         ctx.save_for_backward(*tensors, *results)  # (so that a change in place between forward and backward raises)
@@ -162,7 +166,7 @@ class _Taped(torch.autograd.Function):
             raise RuntimeError('the scheduled rollout cannot be differentiated twice; use backend="reference" for second derivatives')
         _ = ctx.saved_tensors
         run: TapedRun = ctx.run
-        with torch.autocast("cpu", enabled=False):
+        with on_its_device(run.example):
             run.walk_back(grads, torch._C._autograd._get_current_graph_task_keep_graph())
         found: list[Tensor | None] = []
         for name, needed in zip(ctx.names, ctx.needs_input_grad[2:], strict=True):
@@ -170,18 +174,24 @@ class _Taped(torch.autograd.Function):
             if needed:
                 grad = run.input_grad(name) if name in run.inputs else run.tape.parameter_grads.get(name)
                 if grad is not None and name not in run.inputs:
-                    grad = grad.reshape(run.tape.parameters[name].shape)
+                    grad = grad.reshape(run.tape.parameters[name].shape).to(ctx.dtypes[name])
             found.append(grad)
         run.tape.parameter_grads = {}
         return None, None, *found
 
 
 def can_run_taped(tensors: Sequence[Tensor]) -> bool:
-    """Whether :func:`rollout_taped` takes these inputs and parameters, here: on the CPU, float32 or float64, in no functional transform."""
-    known = all(t.device.type == "cpu" and t.dtype == tensors[0].dtype for t in tensors) and tensors[0].dtype in (
-        torch.float32,
-        torch.float64,
-    )
+    """Whether :func:`rollout_taped` takes these inputs and parameters, here, in no functional transform. The first is an input.
+
+    On the CPU float32 or float64; on CUDA devices float32, float16 or bfloat16, where parameters of half-precision maps may be float32.
+    """
+    example = tensors[0]
+    if _launch.on_device(example):
+        parameters = (example.dtype, sums_dtype(example.dtype))
+        known = _launch_cuda.why_not(example) is None and all(t.device == example.device and t.dtype in parameters for t in tensors)
+    else:
+        known = example.dtype in (torch.float32, torch.float64)
+        known = known and all(t.device.type == "cpu" and t.dtype == example.dtype for t in tensors)
     return _launch.unavailable is None and known and not in_transform() and not in_forward_mode(tensors)
 
 
@@ -192,16 +202,16 @@ def rollout_taped(
     statistics: Statistics | None,
     engine: str,
 ) -> list[Tensor]:
-    """Run a schedule on CPU tensors of float32 or float64. Returns, for each recorded area, its states [T', N, C, H, W].
+    """Run a schedule on tensors that :func:`can_run_taped` takes. Returns, for each recorded area, its states [T', N, C, H, W].
 
-    ``engine``: as :func:`rnndyn_fast.ops.convolution.choose_engine` takes it. Differentiable once, in reverse mode.
+    ``engine``: as :func:`rnndyn_fast.ops.convolution.choose_engine` takes it, or on a device
+    :func:`rnndyn_fast.ops.device_engine.choose_device_engine`. Differentiable once, in reverse mode.
     """
     names = (*(node.name for node in schedule.network.inputs), *parameters)
     tensors = (*inputs, *parameters.values())
     wanted = {name for name, t in zip(names, tensors, strict=True) if t.requires_grad} if torch.is_grad_enabled() else set()
-    with torch.no_grad():
+    with torch.no_grad(), on_its_device(inputs[0]):
         run = TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
         if not wanted:
-            with torch.autocast("cpu", enabled=False):
-                return [out.permute(0, 1, 4, 2, 3) for out in run.outputs()]
+            return [out.permute(0, 1, 4, 2, 3) for out in run.outputs()]
     return list(_Taped.apply(run, names, *tensors))

@@ -15,15 +15,21 @@ from rnndyn_fast.graph.area_rules import Port, Rules
 from rnndyn_fast.graph.linear import DenseMap, LinearMap, linear_map
 from rnndyn_fast.graph.operands import area_step_forward, empty_form
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term
-from rnndyn_fast.graph.spec import Connection, Operator, Pool
+from rnndyn_fast.graph.spec import Connection, Network, Operator, Pool
 from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked, term_key
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
 
 _WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
 Reading = Tensor | int  # what backward reads: a map that is kept, or the slot of an input, whose map is made again
+
+
+def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters as the kernels take them: weights of the maps' dtype, all others of that of sums."""
+    weights = {name for c in network.connections for name in c.weights}
+    return {name: p.to(dtype if name in weights else sums_dtype(dtype)) for name, p in parameters.items()}
 
 
 class Terms:
@@ -43,7 +49,7 @@ class Terms:
         self.inputs = {name: (nodes[name], x) for name, x in zip(nodes, inputs, strict=True)}
         self.example = inputs[0]
         self.samples = inputs[0].shape[1 if self.network.inputs[0].frames else 0]
-        self.tape = Tape(parameters, wanted, bool(wanted))
+        self.tape = Tape(prepared(self.network, parameters, self.example.dtype), wanted, bool(wanted), self.example.dtype)
         self.rules = Rules(self.network, self.tape, statistics, self.example)
         self.maps: dict[Key, Tensor] = {}
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
@@ -362,7 +368,7 @@ class Terms:
             return False
         drive = self.schedule.drives[t.drive]
         linear = self.linear_of(drive)
-        return isinstance(linear, DenseMap) and linear.border is None and linear.weight.choice.map is not None
+        return isinstance(linear, DenseMap) and linear.border is None and can_sum([linear.weight])
 
     def _value(self, drive: int, position: int) -> Tensor:
         if (drive, position) not in self.terms:

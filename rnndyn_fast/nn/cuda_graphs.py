@@ -161,6 +161,7 @@ class GraphedNetwork:
         copy: whether calls return copies; without, the next call of the same shape overwrites what this one returned.
         calls_before: calls of a shape that run as ever before it is captured.
         max_graphs: that many shapes are kept, those used last.
+        call: a method of the network that is called in its place.
 
     Deterministic: as the network. Memory: a graph keeps the memory of one rollout without gradients; graphs share it.
 
@@ -169,9 +170,17 @@ class GraphedNetwork:
     """
 
     def __init__(
-        self, network: nn.Module, *, copy: bool = True, calls_before: int = 1, max_graphs: int = 8, graphs: Graphs | None = None
+        self,
+        network: nn.Module,
+        *,
+        copy: bool = True,
+        calls_before: int = 1,
+        max_graphs: int = 8,
+        call: Callable[..., Any] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.network = network
+        self._call: Callable[..., Any] = network if call is None else call
         self.copy = copy
         self._graphs: Graphs = graphs if graphs is not None else CudaGraphs()
         self._cache = _Cache(calls_before, max_graphs)
@@ -192,9 +201,9 @@ class GraphedNetwork:
             found = self._cache.get(key)
             if found is None:
                 if not self._cache.due(key):
-                    return self._graphs.aside(lambda: self.network(*inputs, **options))
+                    return self._graphs.aside(lambda: self._call(*inputs, **options))
                 own = _own(inputs)
-                replay, result = self._graphs.capture(lambda: self.network(*own, **options))
+                replay, result = self._graphs.capture(lambda: self._call(*own, **options))
                 found = _Captured(replay, own, result)
                 self._cache.put(key, found)
             _fill(found.arguments, inputs)
@@ -217,6 +226,7 @@ class GraphedTrainingStep:
         autocast: dtype of CUDA autocast around ``loss``; None: none.
         calls_before: steps of a shape that run as ever before it is captured; they are steps like all others.
         max_graphs: that many shapes are kept, those used last.
+        before_update: what is done to the gradients, which are whole and unscaled then; it is captured with an optimiser that is.
 
     Deterministic: as the network and the optimiser. Memory: a graph keeps the memory of one step; graphs share it.
 
@@ -235,11 +245,13 @@ class GraphedTrainingStep:
         autocast: torch.dtype | None = None,
         calls_before: int = 3,
         max_graphs: int = 4,
+        before_update: Callable[[], None] | None = None,
         graphs: Graphs | None = None,
     ) -> None:
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.float16, torch.bfloat16 or None, got {autocast}")
         self.network, self.loss, self.optimizer, self.scaler, self.autocast = network, loss, optimizer, scaler, autocast
+        self.before_update = before_update
         self._graphs: Graphs = graphs if graphs is not None else CudaGraphs()
         self._cache = _Cache(calls_before, max_graphs)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -288,11 +300,20 @@ class GraphedTrainingStep:
         return tree_map_only(Tensor, Tensor.detach, result)
 
     def _update(self) -> None:
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        update(self.optimizer, self.scaler, self.before_update)
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, before: Callable[[], None] | None = None) -> None:
+    """The optimiser's step, with a gradient scaler unless that finds infinite gradients; ``before`` meets whole, unscaled gradients."""
+    if before is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        before()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def can_capture(optimizer: torch.optim.Optimizer, *, scaled: bool) -> bool:

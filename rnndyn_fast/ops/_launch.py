@@ -127,7 +127,7 @@ def gate_step(
     if on_device(states[0]):
         from rnndyn_fast.ops import _launch_cells_cuda
 
-        return _launch_cells_cuda.gate_step(scalars, ports, sums, states, grad_ports, backward=backward)
+        return _launch_cells_cuda.gate_step(scalars, ports, biases, sums, states, grad_ports, backward=backward)
     n, h, w, channels = shape = tuple(states[0].shape)
     dtype = states[0].dtype
     rule, forget_bias, tau, gate, activation = scalars

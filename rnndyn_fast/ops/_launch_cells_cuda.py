@@ -15,7 +15,8 @@ from rnndyn_fast.ops._launch_cuda import DTYPES, Launch
 def gate_step(
     scalars: tuple[int, float, list[float], list[float], int],  # rule, forget bias, gains (constant, factor, slope), activation
     ports: Sequence[Sequence[Tensor]],  # terms of each port, [N, H, W, m * D]
-    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms
+    biases: Sequence[Tensor | None],  # [m * D] float32 of each port, or none at all
+    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms or a bias
     states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
     grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
     *,
@@ -29,6 +30,7 @@ def gate_step(
     _launch_cuda.module().gate_step(
         DTYPES[launch.dtype], launch.queue, rule, n * h * w, channels, forget_bias, tau, gate, activation,
         [launch.terms(terms, f"ports[{k}]", size) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
+        [launch.read(bias, f"biases[{k}]", sizes[k][3:], torch.float32) for k, bias in enumerate(biases or [None] * len(ports))],
         [launch.write(total, f"sums[{k}]", sizes[k]) for k, total in enumerate(sums)],
         [(launch.read if backward else launch.write)(s, f"states[{k}]", shape) for k, s in enumerate(states)],
         [launch.write(grad, f"grad_ports[{k}]", sizes[k]) for k, grad in enumerate(grad_ports)],

@@ -7,6 +7,7 @@ synchronises, and nothing is allocated but scratch, from torch's allocator.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,25 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ``ValueError`` for a CUDA device that is not there."""
+    """Raise ``ValueError`` for a CUDA device that is not there, with the reason where there is none at all."""
     if device.type != "cuda":
         return
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "none that torch can use"
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else f"none that torch can use ({_why_none()})"
         raise ValueError(f"device: this machine's CUDA devices are {there}, got {device}")
+
+
+def _why_none() -> str:
+    """Why torch sees no CUDA device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, or one that is too old: torch says which
+        return str(error).strip().splitlines()[0].split(". ")[0]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "the driver shows none" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r} shows none"
 
 
 def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> str | None:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_steps_cuda
 from rnndyn_fast.ops._launch import address_of
-
-NormScalars = tuple[int, int, int, bool, bool, float]  # groups, norm, activation, rectify the drive, squash, eps
+from rnndyn_fast.ops._launch_steps_cuda import NormScalars
 
 
 def _workspace(sizes: Sequence[int]) -> tuple[Tensor, int]:
@@ -37,6 +36,10 @@ def norm_step_forward(
     variance: Tensor | None,  # [C]
 ) -> None:
     """Launch ``norm_step`` forward; every output is written into the tensor given for it."""
+    if _launch.on_device(state):
+        return _launch_steps_cuda.norm_step_forward(
+            scalars, drives, modulators, drive_bias, modulator_bias, gamma, beta, drive_sum, modulator_sum, state, mean, rstd, variance
+        )
     n, h, w, c = full = tuple(state.shape)
     dtype, statistics = state.dtype, _statistics_size(n, c, scalars)
     groups, norm, activation, rectify, squash, eps = scalars
@@ -77,6 +80,10 @@ def norm_step_backward(
     grad_beta: Tensor | None,  # [C]
 ) -> None:
     """Launch ``norm_step`` backward; every gradient is written."""
+    if _launch.on_device(grad_state):
+        return _launch_steps_cuda.norm_step_backward(
+            scalars, grad_state, drive, modulator, gamma, beta, mean, rstd, grad_drive, grad_modulator, grad_gamma, grad_beta
+        )
     n, h, w, c = full = tuple(grad_state.shape)
     dtype, statistics = grad_state.dtype, _statistics_size(n, c, scalars)
     groups, norm, activation, rectify, squash, eps = scalars
@@ -111,6 +118,8 @@ def depthwise_conv(
     before: tuple[int, int],
 ) -> None:
     """Launch ``depthwise_conv``: out is written."""
+    if _launch.on_device(x):
+        return _launch_steps_cuda.depthwise_conv(x, weight, bias, out, step, dilation, before)
     c = x.shape[3]
     launch = _launch._core.depthwise_conv_float32 if x.dtype == torch.float32 else _launch._core.depthwise_conv_float64
     launch(
@@ -131,6 +140,8 @@ def depthwise_weight_grad(
     before: tuple[int, int],
 ) -> None:
     """Launch ``depthwise_weight_grad``: grad_weight is written."""
+    if _launch.on_device(x):
+        return _launch_steps_cuda.depthwise_weight_grad(x, grad, grad_weight, step, before)
     c, kernel = x.shape[3], grad_weight.shape[:2]
     core = _launch._core
     launch = core.depthwise_weight_grad_float32 if x.dtype == torch.float32 else core.depthwise_weight_grad_float64

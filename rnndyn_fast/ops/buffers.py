@@ -62,6 +62,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(_take(nbytes), 0, size, _strides(size))
 
 
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics, parameters and sums over time, where maps have this dtype: at least float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 class Arena:
     """Room for tensors that are needed together and given up together, taken once and used for one group after another."""
 

@@ -30,14 +30,14 @@ from rnndyn_fast.ops.amx_conv import (
 )
 from rnndyn_fast.ops.buffers import empty, release_buffers
 from rnndyn_fast.ops.epilogue import Epilogue
-from rnndyn_fast.ops.fused_conv import PASSES, FusedWeight
+from rnndyn_fast.ops.fused_conv import PASSES, FusedWeight, fused_sum
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
 ENGINES = ("auto", "direct", "winograd", "amx", "fused")
 DEVICE_ENGINES = ("auto", "direct", "fused")
 # torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
-MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h; the core checks it
+MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h and cuda/recurrent_conv.h; the core checks it
 
 
 class Operator(enum.Enum):
@@ -348,9 +348,9 @@ def convolve(
     out: Tensor | None = None,  # [M, H', W', C']
 ) -> Tensor:
     """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out``, if given, holds it then."""
-    if weight.choice.map is not None:
+    if weight.choice.map is not None or "forward" in weight.choice.fused:
         return _sum([weight], [x], out)
-    y = weight.fused.convolve(x) if "forward" in weight.choice.fused else _direct(weight, x)
+    y = _direct(weight, x)
     return y if out is None else out.copy_(y)
 
 
@@ -375,6 +375,8 @@ def _direct(weight: Weight, x: Tensor) -> Tensor:
 def can_sum(weights: Sequence[Weight]) -> bool:
     """Whether one call can compute the sum of these maps: :func:`convolve_sum`."""
     maps = {w.choice.map for w in weights}
+    if all("forward" in w.choice.fused for w in weights):
+        return True
     return all(isinstance(m, AmxMap) for m in maps) or (len(maps) == 1 and None not in maps)
 
 
@@ -386,7 +388,7 @@ def convolve_sum(
     *,
     accumulate: bool = False,
 ) -> Tensor:
-    """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, or one added to the other.
+    """The sum of several maps, [M, H', W', C']: accumulated in the Winograd domain, in one fused launch, or one added to the other.
 
     Args:
         out: where it is written; a new map if None.
@@ -414,6 +416,8 @@ def _sum(
     epilogue: Epilogue | None = None,
     accumulate: bool = False,
 ) -> Tensor:
+    if weights[0].choice.map is None:  # a GPU's fused convolution
+        return fused_sum([w.fused for w in weights], xs, out)
     packed = [w.packed for w in weights]
     if all(isinstance(w, PackedWeight) for w in packed):
         return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)], out, epilogue, accumulate=accumulate)

@@ -1,7 +1,8 @@
-"""``depthwise_conv``: a convolution of every channel with a kernel of its own, float32 and float64, on the CPU.
+"""``depthwise_conv``: a convolution of every channel with a kernel of its own: float32 and float64 on the CPU; float32, float16
+and bfloat16 on CUDA devices, where the bias and the weight's gradient are float32.
 
-Equations, precision and traffic: ``csrc/cpu/depthwise_conv_kernel.h``. Maps are channels-last and contiguous, [N, H, W, C]; kernels
-[KH, KW, C]. Its reference is PyTorch's convolution with as many groups as channels.
+Equations, precision and traffic: ``csrc/cpu/depthwise_conv_kernel.h``, ``csrc/cuda/depthwise_conv.cu``. Maps are channels-last and
+contiguous, [N, H, W, C]; kernels [KH, KW, C]. Its reference is PyTorch's convolution with as many groups as channels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch_steps
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import empty, sums_dtype
 
 MAX_KERNEL = 16  # kMaxDepthwiseKernel of depthwise_conv.h; the core checks it
 
@@ -65,6 +66,6 @@ def depthwise_weight_grad(
     before: tuple[int, int],
 ) -> Tensor:
     """Gradient of the weight over all samples: [KH, KW, C]."""
-    out = torch.empty((*kernel, x.shape[3]), dtype=x.dtype)
+    out = torch.empty((*kernel, x.shape[3]), dtype=sums_dtype(x.dtype), device=x.device)
     _launch_steps.depthwise_weight_grad(x, grad, out, stride, before)
     return out

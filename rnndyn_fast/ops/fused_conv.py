@@ -74,15 +74,6 @@ class FusedWeight:
 
         return n, size(shape[1]), size(shape[2]), self.channels
 
-    def convolve(
-        self,
-        x: Tensor,  # [N, H, W, C_in]
-    ) -> Tensor:
-        """The map, [N, H', W', C_out]."""
-        value = empty(self.output_shape(x.shape), x.dtype)
-        _launch_cuda.recurrent_conv([self.term(x)], None, [], None, value)
-        return value
-
     def data_grad(
         self,
         grad: Tensor,  # [N, H', W', C_out]
@@ -105,3 +96,14 @@ class FusedWeight:
         grad_weight = empty((first, kernel, kernel, second), torch.float32)
         _launch_cuda.recurrent_conv_weight_grad(rows, gathered, grad_weight, self.stride, self.padding)
         return grad_weight.permute(0, 3, 1, 2).contiguous()
+
+
+def fused_sum(
+    weights: Sequence[FusedWeight],  # at most MAX_TERMS
+    xs: Sequence[Tensor],  # each [N, H, W, C_in]
+    out: Tensor | None = None,  # [N, H', W', C_out]
+) -> Tensor:
+    """The sum of the maps, [N, H', W', C_out], in one launch."""
+    value = empty(weights[0].output_shape(xs[0].shape), xs[0].dtype) if out is None else out
+    _launch_cuda.recurrent_conv([w.term(x) for w, x in zip(weights, xs, strict=True)], None, [], None, value)
+    return value

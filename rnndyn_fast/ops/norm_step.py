@@ -7,7 +7,8 @@ relu, and f the activation::
     h = f((z - mean) * rstd * gamma + beta)
 
 ``mean`` and ``rstd`` are over the map and a group of channels of each sample (GROUP), per channel over samples and map (BATCH), or given
-(FIXED: the running statistics of a batch norm). Maps are channels-last and contiguous, [N, H, W, C].
+(FIXED: the running statistics of a batch norm). Maps are channels-last and contiguous, [N, H, W, C]: float32 and float64 on the CPU;
+float32, float16 and bfloat16 on CUDA devices, where biases, affine values and statistics are float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch_steps
 from rnndyn_fast.ops.activations import Activation
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS
 
 MAX_NORM_TERMS = 6  # kMaxNormTerms of norm_step.h; the core checks it
@@ -85,9 +86,10 @@ def norm_step(
         found = NormStatistics(fixed[0].contiguous(), torch.rsqrt(fixed[1] + rule.eps))
     elif rule.kind is not NormKind.NONE:
         size = (n, rule.groups) if rule.kind is NormKind.GROUP else (c,)
-        found = NormStatistics(empty(size, state.dtype), empty(size, state.dtype))
+        dtype = sums_dtype(state.dtype)
+        found = NormStatistics(*(torch.empty(size, dtype=dtype, device=state.device) for _ in range(2)))
         if rule.kind is NormKind.BATCH:
-            found.variance = empty((c,), state.dtype)
+            found.variance = torch.empty((c,), dtype=dtype, device=state.device)
     driven = bool(drives) or drive_bias is not None
     squash = driven and (bool(modulators) or modulator_bias is not None)
     _launch_steps.norm_step_forward(

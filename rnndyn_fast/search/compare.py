@@ -30,7 +30,7 @@ CONFIG, RESULTS, REPORT = "compare.yaml", "results.json", "report.html"
 SPLITS = ("test", "testplus")
 UNGATED = "rgc_ungated"  # the reciprocal gated cell, its halves not gating each other
 NETWORKS = (*CELLS, UNGATED)
-FREE_ON_RESUME = ("data", "out", "threads", "backend", "engine", "resume", "overwrite")
+FREE_ON_RESUME = ("data", "out", "threads", "device", "backend", "engine", "resume", "overwrite")
 Say = Callable[[str], None]
 
 
@@ -60,6 +60,7 @@ class CompareConfig:
     max_val_images: int | None = option(1000, "validate on that many images, evenly spaced over the split")
     augment: Literal["trivialaugmentwide", "none", "flip"] = option("none", "augmentation of training images")
     threads: int | None = option(None, "CPU threads; default: PyTorch's")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     backend: Literal["native", "scheduled", "reference"] | None = option(None, "as in rnndyn train")
     engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")
     resume: bool = option(False, "go on with the comparison in `out`: what is finished is not trained again")
@@ -86,7 +87,19 @@ class CompareConfig:
 
     def training(self, out: str, network: dict[str, Any], seed: int) -> TrainConfig:
         """The training run of one network."""
-        names = ("timesteps", "epochs", "batch_size", "lr", "max_train_images", "max_val_images", "augment", "threads", "backend", "engine")
+        names = (
+            "timesteps",
+            "epochs",
+            "batch_size",
+            "lr",
+            "max_train_images",
+            "max_val_images",
+            "augment",
+            "threads",
+            "device",
+            "backend",
+            "engine",
+        )
         options = {name: getattr(self, name) for name in names}
         return TrainConfig(data=self.data, out=out, model="network", network=network, loss="mean", seed=seed, **options)
 

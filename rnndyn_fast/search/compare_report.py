@@ -156,6 +156,7 @@ def figure_cost(networks: dict[str, list[Trained]]) -> Figure:
 def figure_time(networks: dict[str, list[Trained]]) -> Figure:
     """Accuracy over time steps: challenging images full, plain ones dashed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -165,6 +166,7 @@ def figure_time(networks: dict[str, list[Trained]]) -> Figure:
             label = name if split == "testplus" else None
             axes.plot(np.arange(len(curve)), curve, line, color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)], label=label)
     axes.set_xlabel("time step (dashed: plain images)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("correct (%)")
     axes.legend(fontsize=8)
     return figure

@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "trials",
     "workers",
     "threads",
+    "device",
     "storage",
     "heartbeat_s",
     "backend",
@@ -26,7 +27,19 @@ FREE_ON_RESUME = (
     "overwrite",
     "space",
 )
-OF_TRAINING = ("timesteps", "epochs", "batch_size", "max_train_images", "max_val_images", "augment", "seed", "threads", "backend", "engine")
+OF_TRAINING = (
+    "timesteps",
+    "epochs",
+    "batch_size",
+    "max_train_images",
+    "max_val_images",
+    "augment",
+    "seed",
+    "threads",
+    "device",
+    "backend",
+    "engine",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class SearchConfig:
     augment: Literal["trivialaugmentwide", "none"] = option("none", "augmentation of training images")
     seed: int = option(0, "of every trial's training, and of the sampler")
     threads: int | None = option(1, "CPU threads of a worker")
+    device: str | None = option(None, "of every worker: cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     heartbeat_s: int = option(60, "seconds between signs of life; a trial without one for five times as long is run again")
     backend: Literal["native", "scheduled", "reference"] | None = option(None, "as in rnndyn train")
     engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")

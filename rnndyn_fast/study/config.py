@@ -76,6 +76,7 @@ class StudyConfig:
     bootstrap: int = _option(1000, "replicates of the bootstrap over images")
     seed: int = _option(0, "of data, weights, order and bootstrap")
     threads: int | None = _option(None, "CPU threads in training; default: PyTorch's")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     backend: str | None = _option(None, "native, reference; default: whichever can run")
     quick: bool = _option(False, "tiny data and networks, to see that it runs; overrides sizes")
     overwrite: bool = _option(False, "start from nothing; otherwise an interrupted study goes on where it stopped")
@@ -118,6 +119,7 @@ class StudyConfig:
             augment="none",
             seed=self.seed,
             threads=self.threads,
+            device=self.device,
             backend=self.backend,  # type: ignore[arg-type]
             **NETWORKS[network],
         )

@@ -203,6 +203,7 @@ def _extracted(
         "split": "testplus",
         "reducers": ("readout_zones",),
         "keep_samples": True,
+        "device": config.device,
         "backend": config.backend,
     }
     with _step(record, shown, f"extract, {title}", "extract", given, [str(checkpoint), str(record.data_path)]) as reporter:

@@ -27,7 +27,20 @@ NETWORK_OPTIONS = (*BLT_NET_OPTIONS, *COMMON_OPTIONS)
 DEFAULT_TIMESTEPS = 10  # of blt_net and of a spec, which have no published number of their own
 LR_RULES = ("lr_patience", "lr_steps", "lr_trend")
 # What a resumed run may change: how and how long it runs, not what it computes.
-FREE_ON_RESUME = ("data", "out", "epochs", "patience", "keep", "threads", "backend", "engine", "resume", "overwrite")
+FREE_ON_RESUME = (
+    "data",
+    "out",
+    "epochs",
+    "patience",
+    "keep",
+    "threads",
+    "device",
+    "cuda_graphs",
+    "backend",
+    "engine",
+    "resume",
+    "overwrite",
+)
 
 
 def option(default: Any, text: str) -> Any:
@@ -116,6 +129,11 @@ class TrainConfig:
     keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
     seed: int = option(0, "of initial weights, order of images and augmentation")
     threads: int | None = option(None, "CPU threads; default: PyTorch's")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    precision: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "of maps, by autocast; parameters stay float32; float16, on a GPU, with a gradient scaler"
+    )
+    cuda_graphs: bool = option(True, "on a GPU, replay training steps and validation as CUDA graphs")
     resume: bool = option(False, "go on from the last checkpoint in `out`")
     overwrite: bool = option(False, "replace a run that is in `out`")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from rnndyn_fast import models
 from rnndyn_fast.data import BatchLoader, ImageFile, ImageSplit, augmentation, normalise
+from rnndyn_fast.devices import check_precision, choose_device, to_device
 from rnndyn_fast.files import write_text
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -23,6 +25,7 @@ from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_
 from rnndyn_fast.train.objective import clip_gradients, inverse_frequencies, kernels, loss_over_time, squared_norm
 from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent
 from rnndyn_fast.train.rates import epochs_since_best, learning_rate, validation_accuracy
+from rnndyn_fast.train.steps import Outcome, Steps, adam, load_adam
 
 INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
 _OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
@@ -87,17 +90,19 @@ def train(
     Raises:
         FileNotFoundError: no data file, or nothing to resume.
         FileExistsError: ``config.out`` is not empty and neither `resume` nor `overwrite` is set.
-        ValueError: the data is not of the layout; the run to resume has other options or other data.
+        ValueError: the data is not of the layout; the run to resume has other options or other data; no such device, and why.
         FloatingPointError: the loss is not finite; names epoch and batch. The last checkpoint stays.
 
-    Deterministic: on a CPU, for a fixed number of threads.
+    Deterministic: on a CPU, for a fixed number of threads; a run may go on on another device.
     Memory: batches are read from disk as they are needed.
     """
     out = Path(config.out)
+    device = choose_device(config.device)
+    check_precision(config.precision, device)
     resume_from = _resume_from(config, out)
     with ImageFile(config.data, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
         description = describe_data(data, config.normalise or "data")
-        run = _Run(config, data, description)
+        run = _Run(config, data, description, device)
         if resume_from is not None:
             run.restore(resume_from)
         else:
@@ -114,8 +119,8 @@ def train(
 class _Run:
     """A run's state: network, optimiser, generator of augmentations, metrics so far."""
 
-    def __init__(self, config: TrainConfig, data: ImageFile, description: dict[str, Any]) -> None:
-        self.config, self.description = config, description
+    def __init__(self, config: TrainConfig, data: ImageFile, description: dict[str, Any], device: torch.device) -> None:
+        self.config, self.description, self.device = config, description, device
         self.out = Path(config.out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -127,7 +132,8 @@ class _Run:
                 raise ValueError(f"{what}{error} ({images})") from error
             if config.init == "xavier":
                 initialise(self.net)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, eps=config.adam_eps)
+        self.net.to(device)
+        self.optimizer = adam(self.net, device, lr=config.lr, eps=config.adam_eps)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.augment = augmentation(config.augment, self.generator)
         self.rows: list[EpochMetrics] = []
@@ -135,9 +141,15 @@ class _Run:
         val_images = limited(data.split("val"), config.max_val_images)
         self.class_weights = None
         if config.class_weights == "inverse_frequency":
-            self.class_weights = inverse_frequencies(train_images.labels, data.num_classes)
+            self.class_weights = inverse_frequencies(train_images.labels, data.num_classes).to(device)
         self.train_loader = BatchLoader(train_images, config.batch_size, shuffle=True, seed=config.seed)
         self.val_loader = BatchLoader(val_images, config.val_batch_size)
+        self.steps = Steps(
+            self.net, self.optimizer, self.loss, device, config.precision,
+            penalty=(lambda: config.weight_decay * squared_norm(kernels(self.net))) if config.weight_decay else None,
+            before_update=None if (clip := config.clip) is None else lambda: clip_gradients(self.net.parameters(), clip),
+            graphed=config.cuda_graphs,
+        )  # fmt: skip
 
     def save(self, name: str) -> None:
         save_checkpoint(
@@ -147,6 +159,7 @@ class _Run:
                 "model": self.net.config,
                 "state_dict": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                **({} if self.steps.scaler is None else {"scaler": self.steps.scaler.state_dict()}),
                 "epoch": len(self.rows),
                 "rng": self.generator.get_state(),
                 "data": self.description,
@@ -168,7 +181,9 @@ class _Run:
                     f"{checkpoint['data']['path']}"
                 )
         load_weights(self.net, checkpoint["state_dict"], path)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_adam(self.optimizer, checkpoint["optimizer"], self.device)
+        if self.steps.scaler is not None and "scaler" in checkpoint:
+            self.steps.scaler.load_state_dict(checkpoint["scaler"])
         self.generator.set_state(checkpoint["rng"])
         self.rows = [EpochMetrics.from_dict(row) for row in checkpoint["metrics"]]
 
@@ -205,23 +220,18 @@ class _Run:
         self.net.train()
         total = _Totals()
         reporter.start(f"epoch {number}/{self.config.epochs}", len(self.train_loader.split))
-        for batch, (images, labels) in enumerate(self.train_loader, start=1):
-            log_probs, loss = self.forward(images if self.augment is None else self.augment(images), labels)
-            if not math.isfinite(loss.item()):
+        batches = (self.prepared(images if self.augment is None else self.augment(images), labels) for images, labels in self.train_loader)
+        for batch, (loss, correct, count) in enumerate(self.outcomes(self.steps.train, batches), start=1):
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"loss is {loss.item()} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller "
+                    f"loss is {loss} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller "
                     "lr than "
                     f"{self.config.lr} may help. The checkpoint of epoch {number - 1} is kept in {self.out}"
                 )
-            self.optimizer.zero_grad(set_to_none=True)
-            (loss + self.config.weight_decay * squared_norm(kernels(self.net)) if self.config.weight_decay else loss).backward()
-            if self.config.clip is not None:
-                clip_gradients(self.net.parameters(), self.config.clip)
-            self.optimizer.step()
-            total.add(log_probs.detach(), loss.item(), labels)
+            total.add(loss, correct, count)
             speed = total.images / (time.perf_counter() - start)
             text = f"loss {total.loss():.3f}  % {percent(total.accuracy())}  {speed:.0f} images/s"
-            reporter.advance(len(labels), text)
+            reporter.advance(count, text)
         train_seconds = time.perf_counter() - start
         val = self.validate(reporter, number)
         return EpochMetrics(
@@ -240,19 +250,36 @@ class _Run:
         total = _Totals()
         reporter.start(f"validation {number}/{self.config.epochs}", len(self.val_loader.split))
         with torch.inference_mode():
-            for images, labels in self.val_loader:
-                log_probs, loss = self.forward(images, labels)
-                total.add(log_probs, loss.item(), labels)
-                reporter.advance(len(labels), f"loss {total.loss():.3f}  % {percent(total.accuracy())}")
+            batches = (self.prepared(images, labels) for images, labels in self.val_loader)
+            for loss, correct, count in self.outcomes(self.steps.evaluate, batches):
+                total.add(loss, correct, count)
+                reporter.advance(count, f"loss {total.loss():.3f}  % {percent(total.accuracy())}")
         return total
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities [T, N, classes] and loss of raw or augmented images [N, 3, H, W]."""
+    def prepared(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw or augmented images, normalised, and labels, on the device."""
         mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
-        log_probs = self.net.run(normalise(images, mean, std))
+        return normalise(to_device(images, self.device), mean, std), to_device(labels, self.device)
+
+    def outcomes(
+        self, step: Callable[[torch.Tensor, torch.Tensor], Outcome], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[float, list[int], int]]:
+        """Loss, correct labels per time step, and images of each batch. A GPU is asked when it has been given the next one, so that it
+        never waits for work."""
+        late = 1 if self.device.type == "cuda" else 0
+        waiting: deque[Outcome] = deque()
+        for images, labels in batches:
+            waiting.append(step(images, labels))
+            if len(waiting) > late:
+                outcome = waiting.popleft()
+                yield *outcome.read(), outcome.images
+        for outcome in waiting:
+            yield *outcome.read(), outcome.images
+
+    def loss(self, log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of log-probabilities [T, N, classes]."""
         smoothing = self.config.label_smoothing
-        loss = loss_over_time(log_probs, labels, self.config.loss, label_smoothing=smoothing, class_weights=self.class_weights)
-        return log_probs, loss
+        return loss_over_time(log_probs, labels, self.config.loss, label_smoothing=smoothing, class_weights=self.class_weights)
 
 
 class _Totals:
@@ -261,19 +288,19 @@ class _Totals:
     def __init__(self) -> None:
         self.images = 0
         self._loss = 0.0
-        self._correct: torch.Tensor | int = 0
+        self._correct: list[int] = []
 
-    def add(self, log_probs: torch.Tensor, loss: float, labels: torch.Tensor) -> None:
-        self.images += len(labels)
-        self._loss += loss * len(labels)
+    def add(self, loss: float, correct: list[int], count: int) -> None:
+        self.images += count
+        self._loss += loss * count
         # In a biological unroll the first outputs come after some steps: fewer than `timesteps` of them.
-        self._correct = self._correct + (log_probs.argmax(2) == labels).sum(1)
+        self._correct = [before + now for before, now in zip(self._correct or [0] * len(correct), correct, strict=True)]
 
     def loss(self) -> float:
         return self._loss / self.images
 
     def accuracy(self) -> tuple[float, ...]:
-        return tuple((torch.as_tensor(self._correct) / self.images).tolist())
+        return tuple((torch.tensor(self._correct) / self.images).tolist())
 
 
 def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Where a job runs, in what precision, and how its batches get there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops._launch_cuda import check_device
+
+# Of maps; parameters, statistics and sums are float32.
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name; ``ValueError`` for what is none of cpu, cuda, cuda:1, ..."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:1, ..., got {name!r}")
+    return device
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of that name; None: this process's GPU where there is one, else the CPU. ``ValueError``: it is not there, and why."""
+    if name is not None:
+        device = named_device(name)
+        check_device(device)
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ``ValueError`` for a precision that is none, or that this device cannot train or run in."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(f"precision: float16 needs a CUDA device, got {device}; bfloat16 and float32 run on the CPU too")
+
+
+def in_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to a precision."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there. From the CPU to a GPU by pinned memory, so that nobody waits for the copy but what uses it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
