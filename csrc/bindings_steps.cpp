@@ -44,10 +44,6 @@ void norm_step_forward(const NormSizes& sizes, int norm, int activation, bool re
   p.state = pointer<Real>(state);
   p.mean = pointer<Real>(mean), p.rstd = pointer<Real>(rstd), p.variance = pointer<Real>(variance);
   p.workspace = pointer<double>(workspace);
-  if ((p.num_drive > 1 || p.drive_bias != nullptr) && p.drive_sum == nullptr)
-    throw std::invalid_argument("norm_step: several drives, or a bias, need drive_sum");
-  if ((p.num_modulator > 1 || p.modulator_bias != nullptr) && p.modulator_sum == nullptr)
-    throw std::invalid_argument("norm_step: several modulators, or a bias, need modulator_sum");
   if (squash && p.num_modulator == 0 && p.modulator_bias == nullptr)
     throw std::invalid_argument("norm_step: squash needs a modulator");
   py::gil_scoped_release release;

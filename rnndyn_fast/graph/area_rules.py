@@ -89,7 +89,7 @@ class Rules:
         return self._bias_rows[names]
 
     def _sum_room(self, at: Slots, name: str, port: Port, limit: int) -> tuple[list[Tensor], Tensor | None]:
-        """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum."""
+        """The terms as a kernel takes them, and where it is to put their sum; None: nobody asks for it, or one term is the sum."""
         values = at_most(port.values, limit)
         if len(values) == 1 and not port.biases:
             return values, None
@@ -199,8 +199,10 @@ class Rules:
             fixed = (parameters[f"{prefix}.running_mean"], parameters[f"{prefix}.running_var"])
         if not drive.values:
             drive, modulator = Port(), Port()  # zero, whatever modulates it
-        drives, drive_room = self._sum_room(at, "drive", drive, MAX_NORM_TERMS) if drive.values else ([], None)
-        modulators, modulator_room = self._sum_room(at, "modulator", modulator, MAX_NORM_TERMS) if modulator.values else ([], None)
+        (drives, drive_room), (modulators, modulator_room) = (
+            self._sum_room(at, name, port, MAX_NORM_TERMS) if self.tape.recording else (at_most(port.values, MAX_NORM_TERMS), None)
+            for name, port in (("drive", drive), ("modulator", modulator))
+        )
         state = at.room("state None", area.channels)
         found = norm_step(
             rule, drives, modulators, state, drive_bias=self._bias(drive), modulator_bias=self._bias(modulator), gamma=gamma,

@@ -43,15 +43,13 @@ class LinearMap(Protocol):
 @dataclass
 class DenseMap:
     """A convolution, transposed convolution or matrix product. ``border``: zeros added around the map before a convolution
-    without padding (where an odd total of padding puts the larger half after the map). ``turned``: the parameter is that of a
-    transposed convolution of stride 1, which is the convolution with the turned kernel."""
+    without padding (where an odd total of padding puts the larger half after the map)."""
 
     weight: Weight
     name: str
     channels: tuple[int, int] | None = None  # of the parameter's input channels, those that it uses
     total: int = 0
     border: tuple[int, int, int, int] | None = None  # left, right, top, bottom
-    turned: bool = False
     postponed = True
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,8 +69,6 @@ class DenseMap:
             grad_x = grad_x[:, top : top + height, left : left + width].contiguous()
         if grad_weight is None:
             return grad_x, []
-        if self.turned:
-            grad_weight = _turned(grad_weight)
         if self.channels is not None:
             first, last = self.channels
             whole = grad_weight.new_zeros((grad_weight.shape[0], self.total, *grad_weight.shape[2:]))
@@ -166,11 +162,6 @@ class SeparableMap:
         return grad_x, grads + own
 
 
-def _turned(weight: Tensor) -> Tensor:
-    """The weight of the convolution that a transposed one of stride 1 is, and the other way round."""
-    return weight.transpose(0, 1).flip(2, 3).contiguous()
-
-
 def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], engine: str, samples: int, keep: bool) -> DenseMap | None:
     window = network.window(c)
     height, width = network.read_size(c)
@@ -188,14 +179,11 @@ def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], en
         border, padding = (window.before[1], window.after[1], window.before[0], window.after[0]), 0
         height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
     geometry = Geometry(c.operator, c.stride, padding, window.output_padding[0])
-    turned = c.operator is Operator.CONV_TRANSPOSE and (c.stride, window.output_padding[0]) == (1, 0) and padding < window.kernel[0]
-    if turned:
-        geometry, weight = Geometry(Operator.CONV, 1, window.kernel[0] - 1 - padding), _turned(weight)
     if c.operator is Operator.LINEAR:
         geometry = Geometry(c.operator)
     choice = choose_engine(geometry, tuple(weight.shape), height, width, weight.dtype, engine, samples)
     keep = keep and weight is parameters[name]  # (others are made anew in every rollout)
-    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border, turned)
+    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border)
 
 
 def linear_map(
