@@ -78,13 +78,15 @@ void norm_step_backward(const NormSizes& sizes, int norm, int activation, bool r
 }
 
 // [N, C, H, W, H', W', KH, KW, step, dilation, top, left]
-using DepthwiseSizes = std::array<int64_t, 12>;
+using DepthwiseSizes = std::array<int64_t, 14>;
 DepthwiseShape depthwise_shape(const DepthwiseSizes& n, int num_threads) {
   if (n[6] < 1 || n[7] < 1 || n[6] > kMaxDepthwiseKernel || n[7] > kMaxDepthwiseKernel)
     throw std::invalid_argument("depthwise_conv: kernels of 1 to " + std::to_string(kMaxDepthwiseKernel) +
                                 " rows and columns");
-  return {n[0],      n[1],      n[2],      n[3],       n[4],       n[5],       int(n[6]),
-          int(n[7]), int(n[8]), int(n[9]), int(n[10]), int(n[11]), num_threads};
+  if (n[12] < 1 || n[13] < 1 || n[1] % n[13] != 0)
+    throw std::invalid_argument("depthwise_conv: expected whole groups of channels");
+  return {n[0],      n[1],      n[2],       n[3],       n[4],       n[5],       int(n[6]), int(n[7]),
+          int(n[8]), int(n[9]), int(n[10]), int(n[11]), int(n[12]), int(n[13]), num_threads};
 }
 
 template <typename Real>

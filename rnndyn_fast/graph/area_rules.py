@@ -200,7 +200,9 @@ class Rules:
         if not drive.values:
             drive, modulator = Port(), Port()  # zero, whatever modulates it
         (drives, drive_room), (modulators, modulator_room) = (
-            self._sum_room(at, name, port, MAX_NORM_TERMS) if self.tape.recording else (at_most(port.values, MAX_NORM_TERMS), None)
+            self._sum_room(at, name, port, MAX_NORM_TERMS)
+            if self.tape.recording and port.values
+            else (at_most(port.values, MAX_NORM_TERMS), None)
             for name, port in (("drive", drive), ("modulator", modulator))
         )
         state = at.room("state None", area.channels)

@@ -17,6 +17,7 @@ from rnndyn_fast.graph.spec import Connection, Network, Operator
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import Geometry, Weight, choose_engine, convolve, convolve_backward
 from rnndyn_fast.ops.depthwise_conv import (
+    MAX_GROUP,
     MAX_KERNEL,
     depthwise_conv,
     depthwise_data_grad,
@@ -32,6 +33,10 @@ class LinearMap(Protocol):
     """A linear map of maps. ``postponed``: its weight's gradient is best taken once, over all steps."""
 
     postponed: bool
+
+    @property
+    def dense(self) -> Weight | None:
+        """The weight that is packed, if any is."""
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The map's value, in ``out`` if that is given."""
@@ -51,6 +56,10 @@ class DenseMap:
     total: int = 0
     border: tuple[int, int, int, int] | None = None  # left, right, top, bottom
     postponed = True
+
+    @property
+    def dense(self) -> Weight:
+        return self.weight
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return convolve(self.weight, self.bordered(x), out)
@@ -79,31 +88,33 @@ class DenseMap:
 
 @dataclass
 class DepthwiseMap:
-    """A kernel per channel, by our own kernel."""
+    """Groups of one channel or few, by our own kernel."""
 
-    packed: Tensor  # [KH, KW, C]
+    packed: Tensor  # [KH, KW, I, C']
     name: str
     stride: int
     before: tuple[int, int]
     size: tuple[int, int]
     bias: Tensor | None = None
     postponed = False
+    dense = None
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         y = depthwise_conv(x, self.packed, self.bias, self.stride, self.before, self.size)
         return y if out is None else out.copy_(y)
 
     def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
-        grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (x.shape[1], x.shape[2])) if need_x else None
+        _, h, w, c = x.shape
+        grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (h, w, c)) if need_x else None
         if not need_weight:
             return grad_x, []
-        kernel = (self.packed.shape[0], self.packed.shape[1])
+        kernel = (self.packed.shape[0], self.packed.shape[1], self.packed.shape[2])
         return grad_x, [(self.name, unpack_depthwise(depthwise_weight_grad(x, grad, kernel, self.stride, self.before)))]
 
 
 @dataclass
 class GroupedMap:
-    """Groups of several channels, by PyTorch."""
+    """Groups of many channels, by PyTorch."""
 
     weight: Tensor
     name: str
@@ -112,6 +123,7 @@ class GroupedMap:
     groups: int
     bias: Tensor | None = None
     postponed = False
+    dense = None
 
     def _bordered(self, x: Tensor) -> tuple[Tensor, list[int]]:
         left, right, top, bottom = self.border
@@ -147,6 +159,10 @@ class SeparableMap:
     bias: str | None  # name of the bias in between
     second: DenseMap
     postponed = False
+
+    @property
+    def dense(self) -> Weight:
+        return self.second.weight
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self.second.forward(self.first.forward(x), out)
@@ -209,7 +225,7 @@ def linear_map(
     value = parameters[bias] if bias is not None else None
     border = (window.before[1], window.after[1], window.before[0], window.after[0])
     first: DepthwiseMap | GroupedMap
-    if c.groups == weight.shape[0] == network.shapes[c.source][0] and max(window.kernel) <= MAX_KERNEL:
+    if max(weight.shape[1], weight.shape[0] // c.groups) <= MAX_GROUP and max(window.kernel) <= MAX_KERNEL:
         first = DepthwiseMap(pack_depthwise(weight), name, c.stride, window.before, (height, width), value)
     else:
         layout = weight.contiguous(memory_format=torch.channels_last)

@@ -108,7 +108,14 @@ class TapedRun(Terms):
                 self._drop(area, slot)
         self.maps, self.forms, self.terms = {}, {}, {}
         self.blocks = {}
+        self._drop_packed(forward=True)
         return [{**found, **missing}[name] for name in schedule.record]
+
+    def _drop_packed(self, *, forward: bool) -> None:
+        """Give up the packed weights of one direction: many times as large as maps, and not read any more."""
+        for linear in self._packed.values():
+            if linear is not None and linear.dense is not None:
+                linear.dense.drop_packed_forward() if forward else linear.dense.drop_packed()
 
     def _output_shape(self, name: str) -> tuple[int, ...]:
         channels, height, width = self.network.shapes[self.network.recorded(name)[0]]
@@ -139,6 +146,7 @@ class TapedRun(Terms):
                     self.tape.grads.add(self._recorded_key(name, slot), grad[t].permute(0, 2, 3, 1), own=False)
         self.tape.walk_back(keep)
         self.blocks = {}
+        self._drop_packed(forward=False)
 
     def input_grad(self, name: str) -> Tensor | None:
         """[N, C, H, W], or [T, N, C, H, W] of frames."""

@@ -111,6 +111,7 @@ class Terms:
         else:
             kind = Pool.MEAN if pool is Pool.MEAN else Pool.MAX
             y, argmax = empty_form(x.shape, kind, x.dtype)
+            argmax = argmax if self.tape.recording else None
             mean, maximum = (y, None) if kind is Pool.MEAN else (None, y)
             area_step_forward([x], rectify=False, max_pooled=maximum, argmax=argmax, mean_pooled=mean)
             self.tape.record(self._pooled_back, tuple(x.shape), source, key, argmax)
@@ -223,6 +224,10 @@ class Terms:
 
     def _weights_back(self, drives: Sequence[int]) -> None:
         """The gradients of weights within a component, over all its steps at once."""
+        for index in drives:
+            linear = self.linear.get(index)
+            if linear is not None and linear.dense is not None:
+                linear.dense.drop_packed()  # (all steps have been walked back)
         for index in drives:
             pairs = self.collected.pop(index, [])[::-1]
             if pairs:

@@ -103,7 +103,7 @@ def with_precision(engine: str) -> str:
 
 def has_matrix_units() -> bool:
     """Whether the native core runs on matrix units here (elsewhere their engine is emulated, for tests)."""
-    return _launch.unavailable is None and _launch.build_info()["isa"] == "amx"
+    return _launch.unavailable is None and _launch.isa() == "amx"
 
 
 def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
@@ -289,6 +289,10 @@ class Weight:
     def drop_packed(self) -> None:
         """Give up what was packed for the gradient of the data; it is packed anew when it is wanted again."""
         self.__dict__.pop("packed_backward", None)
+
+    def drop_packed_forward(self) -> None:
+        """Give up what was packed for the forward convolution; it is packed anew when it is wanted again."""
+        self.__dict__.pop("packed", None)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Of a map of that size."""
