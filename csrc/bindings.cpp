@@ -280,6 +280,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of rnndyn_fast over raw addresses; see rnndyn_fast/ops/_launch.py.";
   m.attr("MAX_TERMS") = kMaxTerms;
   m.def("build_info", &build_info);
+  m.def("isa", [] { return std::string(kernels().isa); });  // (build_info asks the processor, which costs a while)
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); });
   m.def("num_chunks", &num_chunks);
   m.attr("MAX_CONV_TERMS") = kMaxConvTerms;

@@ -44,10 +44,6 @@ void norm_step_forward(const NormSizes& sizes, int norm, int activation, bool re
   p.state = pointer<Real>(state);
   p.mean = pointer<Real>(mean), p.rstd = pointer<Real>(rstd), p.variance = pointer<Real>(variance);
   p.workspace = pointer<double>(workspace);
-  if ((p.num_drive > 1 || p.drive_bias != nullptr) && p.drive_sum == nullptr)
-    throw std::invalid_argument("norm_step: several drives, or a bias, need drive_sum");
-  if ((p.num_modulator > 1 || p.modulator_bias != nullptr) && p.modulator_sum == nullptr)
-    throw std::invalid_argument("norm_step: several modulators, or a bias, need modulator_sum");
   if (squash && p.num_modulator == 0 && p.modulator_bias == nullptr)
     throw std::invalid_argument("norm_step: squash needs a modulator");
   py::gil_scoped_release release;
@@ -82,13 +78,15 @@ void norm_step_backward(const NormSizes& sizes, int norm, int activation, bool r
 }
 
 // [N, C, H, W, H', W', KH, KW, step, dilation, top, left]
-using DepthwiseSizes = std::array<int64_t, 12>;
+using DepthwiseSizes = std::array<int64_t, 14>;
 DepthwiseShape depthwise_shape(const DepthwiseSizes& n, int num_threads) {
   if (n[6] < 1 || n[7] < 1 || n[6] > kMaxDepthwiseKernel || n[7] > kMaxDepthwiseKernel)
     throw std::invalid_argument("depthwise_conv: kernels of 1 to " + std::to_string(kMaxDepthwiseKernel) +
                                 " rows and columns");
-  return {n[0],      n[1],      n[2],      n[3],       n[4],       n[5],       int(n[6]),
-          int(n[7]), int(n[8]), int(n[9]), int(n[10]), int(n[11]), num_threads};
+  if (n[12] < 1 || n[13] < 1 || n[1] % n[13] != 0)
+    throw std::invalid_argument("depthwise_conv: expected whole groups of channels");
+  return {n[0],      n[1],      n[2],       n[3],       n[4],       n[5],       int(n[6]), int(n[7]),
+          int(n[8]), int(n[9]), int(n[10]), int(n[11]), int(n[12]), int(n[13]), num_threads};
 }
 
 template <typename Real>

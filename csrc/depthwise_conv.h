@@ -1,5 +1,5 @@
-// Parameters of the depthwise_conv op: every channel by a kernel of its own; forward, gradient of the data (the same loop on a dilated map) and
-// gradient of the weight.
+// Parameters of the depthwise_conv op: every channel of the result from the few channels of its group, one with a depthwise convolution; forward,
+// gradient of the data (the same loop on a dilated map) and gradient of the weight.
 //
 // Maps are channels-last and contiguous. Output pixel (i, j) sums over taps (u, v) the pixel (step i + u - top, step j + v - left) of the input
 // dilated by `dilation` (its pixel (i, j) at (dilation i, dilation j), zeros between and outside). Every buffer is the caller's.
@@ -11,19 +11,21 @@ namespace rnndyn {
 constexpr int kMaxDepthwiseKernel = 16;
 
 struct DepthwiseShape {
-  int64_t samples, channels;
+  int64_t samples, channels;  // of the result
   int64_t in_height, in_width, out_height, out_width;
   int kernel_height, kernel_width;
   int step, dilation;
   int top, left;  // zeros before the first row and column
+  int group_in, group_out;  // channels of a group in the map (I) and in the result
   int num_threads;
+  int64_t in_channels() const { return channels / group_out * group_in; }
 };
 
 template <typename Real>
 struct DepthwiseConvParams {
   DepthwiseShape shape;
-  const Real* x;       // [N, H, W, C]
-  const Real* weight;  // [KH, KW, C]
+  const Real* x;       // [N, H, W, C_in]
+  const Real* weight;  // [KH, KW, I, C]
   const Real* bias;    // [C] or null
   Real* y;             // [N, H', W', C] written
 };
@@ -31,9 +33,9 @@ struct DepthwiseConvParams {
 template <typename Real>
 struct DepthwiseWeightGradParams {
   DepthwiseShape shape;  // dilation 1
-  const Real* x;         // [N, H, W, C]
+  const Real* x;         // [N, H, W, C_in]
   const Real* grad;      // [N, H', W', C]
-  Real* grad_weight;     // [KH, KW, C] written
+  Real* grad_weight;     // [KH, KW, I, C] written
 };
 
 }  // namespace rnndyn

@@ -34,7 +34,7 @@ struct NormStepForwardParams {
   const Real* modulator[kMaxNormTerms];     // [N, P, C] each; with squash at least one, or a bias
   const Real *drive_bias, *modulator_bias;  // [C] or null
   const Real *gamma, *beta;                 // [C], with a norm
-  Real *drive_sum, *modulator_sum;          // [N, P, C], required with several terms or a bias
+  Real *drive_sum, *modulator_sum;          // [N, P, C] or null: the sums, with biases, for the backward pass
   Real* state;                              // [N, P, C]
   Real *mean, *rstd;                        // [N, groups] or [C] written; kFixed: [C] read
   Real* variance;                           // [C] biased, kBatch only, or null

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from rnndyn_fast.graph.taped import TapedRun
 from rnndyn_fast.models import build
 from rnndyn_fast.models.convrnn_nets import BASES
 from rnndyn_fast.nn import RecurrentNetwork
@@ -38,28 +39,48 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HEADER = ("network", "parameters", "T", "multiply-adds (G)", "of a further step (G)", "kept for backward (MiB)")
 NOTE = (
     "Multiply-adds and bytes are per image, of all T steps together; a term is counted once per value of its source. Kept for backward: "
-    "float32 tensors that a training step holds from its forward to its backward pass on the CPU, parameters and image apart; empty where "
-    "a rollout keeps them on a tape of its own, which is not counted. Made by `scripts/model_table.py`."
+    "float32 tensors that a training step holds from its forward to its backward pass on the CPU, parameters and image apart. "
+    "Made by `scripts/model_table.py`."
 )
 
 
 def kept_bytes(net: RecurrentNetwork) -> int:
-    """Bytes of the tensors that autograd keeps of a forward pass over one image, storages counted once, less parameters and the image."""
+    """Bytes of the tensors that autograd, and a rollout's own tape, keep of a forward pass over one image: storages counted once, less
+    parameters and the image."""
     image = net.network.inputs[0]
     x = torch.zeros(1, image.channels, image.height, image.width)
     own = {tensor.untyped_storage().data_ptr() for tensor in (x, *net.parameters(), *net.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    kept: dict[int, tuple[torch.Tensor, int, int]] = {}  # of each storage (held, so that no address is used twice) the bytes first .. last
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own and tensor.numel():
+            first = tensor.storage_offset() * tensor.itemsize
+            last = first + (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
+            _, low, high = kept.get(address, (tensor, first, last))
+            kept[address] = tensor, min(low, first), max(high, last)
         return tensor
 
     with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         warnings.filterwarnings("ignore", message="running backend")
-        net.train().run(x)
-    return sum(storage.nbytes() for storage in kept.values())
+        answers = net.train().run(x)
+    for tensor in taped(answers):
+        pack(tensor)
+    return sum(last - first for _, first, last in kept.values())
+
+
+def taped(answers: torch.Tensor) -> list[torch.Tensor]:
+    """What the tapes of rollouts hold that led to these values."""
+    found, seen, nodes = [], set(), [answers.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(before for before, _ in node.next_functions)
+        if isinstance(run := getattr(node, "run", None), TapedRun):
+            found.extend(run.tape.held())
+    return found
 
 
 def cells(name: str, options: Mapping[str, Any], run: float) -> list[str]:
@@ -70,7 +91,11 @@ def cells(name: str, options: Mapping[str, Any], run: float) -> list[str]:
     total = net.schedule().multiplications()[0]
     # (Before the first answer there is nothing to compute.)
     further = total - net.schedule(timesteps=steps - 1).multiplications()[0] if steps > 1 else None
-    held = kept_bytes(build(options)) if total <= run else 0
+    held = 0
+    if total <= run:
+        net = build(options)
+        net.engine = "direct"  # (the same on every processor)
+        held = kept_bytes(net)
     kept = f"{held / 2**20:,.0f}" if held else ""
     parameters = sum(p.numel() for p in net.parameters())
     return [name, f"{parameters:,}", str(steps), f"{total / 1e9:.3g}", "" if further is None else f"{further / 1e9:.3g}", kept]

@@ -15,7 +15,7 @@ from rnndyn_fast.ops.depthwise_conv import (
     unpack_depthwise,
 )
 
-# N, H, W, C, kernel, stride, zeros above, left, below, right
+# N, H, W, C (or groups, channels of one in the source, in the result), kernel, stride, zeros above, left, below, right
 CASES = [
     (2, 7, 9, 5, (3, 3), 1, (1, 1, 1, 1)),
     (1, 28, 28, 64, (7, 7), 1, (3, 3, 3, 3)),
@@ -26,6 +26,10 @@ CASES = [
     (1, 4, 6, 20, (4, 3), 3, (1, 0, 2, 2)),
     (1, 1, 1, 1, (3, 3), 1, (1, 1, 1, 1)),
     (1, 150, 40, 8, (5, 5), 1, (2, 2, 2, 2)),
+    (2, 6, 5, (11, 9, 4), (5, 5), 1, (2, 2, 2, 2)),
+    (1, 7, 9, (8, 4, 9), (3, 3), 1, (1, 1, 1, 1)),
+    (2, 5, 6, (13, 2, 3), (3, 2), 2, (1, 0, 1, 1)),
+    (1, 4, 3, (3, 16, 1), (3, 3), 1, (1, 1, 1, 1)),
 ]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -33,20 +37,23 @@ by_case = pytest.mark.parametrize("case", CASES, ids=str)
 def results(case: tuple, dtype: torch.dtype, native: bool) -> dict[str, Tensor]:
     """The convolution and the gradients of its source and weight."""
     n, h, w, c, kernel, stride, (top, left, bottom, right) = case
+    groups, ins, outs = c if isinstance(c, tuple) else (c, 1, 1)
+    c = groups * outs
     generator = torch.Generator().manual_seed(6)
-    x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in ((n, h, w, c), (c, 1, *kernel), (c,)))
+    shapes = ((n, h, w, groups * ins), (c, ins, *kernel), (c,))
+    x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
     size = ((h + top + bottom - kernel[0]) // stride + 1, (w + left + right - kernel[1]) // stride + 1)
     grad = torch.randn((n, *size, c), generator=generator, dtype=torch.float64).to(dtype)
     if native:
         packed = pack_depthwise(weight)
         y = depthwise_conv(x, packed, bias, stride, (top, left), size)
-        grad_x = depthwise_data_grad(grad, packed, stride, (top, left), (h, w))
-        grad_weight = unpack_depthwise(depthwise_weight_grad(x, grad, kernel, stride, (top, left)))
+        grad_x = depthwise_data_grad(grad, packed, stride, (top, left), (h, w, groups * ins))
+        grad_weight = unpack_depthwise(depthwise_weight_grad(x, grad, (*kernel, ins), stride, (top, left)))
         return {"y": y, "grad_x": grad_x, "grad_weight": grad_weight}
     x.requires_grad_(True)
     weight.requires_grad_(True)
     padded = functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom))
-    y = functional.conv2d(padded, weight, bias, stride, groups=c).permute(0, 2, 3, 1)
+    y = functional.conv2d(padded, weight, bias, stride, groups=groups).permute(0, 2, 3, 1)
     grads = torch.autograd.grad((y * grad).sum(), (x, weight))
     return {"y": y.detach(), "grad_x": grads[0], "grad_weight": grads[1]}
 
@@ -80,20 +87,22 @@ def test_threads_change_no_bit() -> None:
 
 
 def test_packing_is_undone() -> None:
-    weight = torch.randn(6, 1, 3, 5)
+    weight = torch.randn(6, 2, 3, 5)
     assert torch.equal(unpack_depthwise(pack_depthwise(weight)), weight)
 
 
 def test_nan_stays_where_it_is() -> None:
     x = torch.zeros(1, 9, 9, 20)
     x[0, 4, 4, 3] = torch.nan
-    y = depthwise_conv(x, torch.ones(3, 3, 20), None, 1, (1, 1), (9, 9))
+    y = depthwise_conv(x, torch.ones(3, 3, 1, 20), None, 1, (1, 1), (9, 9))
     assert y.isnan().sum() == 9
     assert y[0, 3:6, 3:6, 3].isnan().all()
 
 
 def test_the_core_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="kernels of 1 to 16 rows and columns"):
-        depthwise_conv(torch.zeros(1, 20, 20, 2), torch.zeros(17, 17, 2), None, 1, (8, 8), (20, 20))
-    with pytest.raises(ValueError, match=r"weight: expected a contiguous CPU tensor \[3, 3, 2\]"):
-        depthwise_conv(torch.zeros(1, 4, 4, 2), torch.zeros(3, 3, 4), None, 1, (1, 1), (4, 4))
+        depthwise_conv(torch.zeros(1, 20, 20, 2), torch.zeros(17, 17, 1, 2), None, 1, (8, 8), (20, 20))
+    with pytest.raises(ValueError, match="weight: expected whole groups of 2 of 3 channels, and of the result's 4"):
+        depthwise_conv(torch.zeros(1, 4, 4, 3), torch.zeros(3, 3, 2, 4), None, 1, (1, 1), (4, 4))
+    with pytest.raises(ValueError, match=r"weight: expected a contiguous CPU tensor \[3, 3, 1, 4\]"):
+        depthwise_conv(torch.zeros(1, 4, 4, 4), torch.zeros(3, 3, 1, 4, dtype=torch.float64), None, 1, (1, 1), (4, 4))

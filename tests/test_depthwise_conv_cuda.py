@@ -61,7 +61,7 @@ def results(case: tuple, held: torch.dtype, dtype: torch.dtype, native: bool) ->
         packed = pack_depthwise(weight)
         y = depthwise_conv(x, packed, bias.float(), stride, (top, left), size)
         grad_x = depthwise_data_grad(grad, packed, stride, (top, left), (h, w))
-        grad_weight = unpack_depthwise(depthwise_weight_grad(x, grad, kernel, stride, (top, left)))
+        grad_weight = unpack_depthwise(depthwise_weight_grad(x, grad, (*kernel, 1), stride, (top, left)))
         assert grad_weight.dtype == torch.float32
         return {"y": y, "grad_x": grad_x, "grad_weight": grad_weight}
     x.requires_grad_(True)
@@ -95,15 +95,15 @@ def test_the_order_of_threads_changes_no_bit(kernels: Any) -> None:
 def test_nan_stays_where_it_is(kernels: Any) -> None:
     x = torch.zeros(1, 9, 9, 20)
     x[0, 4, 4, 3] = torch.nan
-    y = depthwise_conv(x, torch.ones(3, 3, 20), None, 1, (1, 1), (9, 9))
+    y = depthwise_conv(x, torch.ones(3, 3, 1, 20), None, 1, (1, 1), (9, 9))
     assert y.isnan().sum() == 9
     assert y[0, 3:6, 3:6, 3].isnan().all()
 
 
 def test_what_it_cannot_do_is_refused(kernels: Any) -> None:
     with pytest.raises(ValueError, match="kernels of 1 to 16 rows and columns"):
-        depthwise_conv(torch.zeros(1, 20, 20, 2), torch.zeros(17, 17, 2), None, 1, (8, 8), (20, 20))
+        depthwise_conv(torch.zeros(1, 20, 20, 2), torch.zeros(17, 17, 1, 2), None, 1, (8, 8), (20, 20))
     with pytest.raises(ValueError, match=r"weight: expected a contiguous tensor \[3, 3, 2\]"):
-        depthwise_conv(torch.zeros(1, 4, 4, 2), torch.zeros(3, 3, 4), None, 1, (1, 1), (4, 4))
+        depthwise_conv(torch.zeros(1, 4, 4, 2), torch.zeros(3, 3, 1, 4), None, 1, (1, 1), (4, 4))
     with pytest.raises(ValueError, match=r"bias: expected a contiguous tensor \[2\] of torch.float32"):
-        depthwise_conv(torch.zeros(1, 4, 4, 2).half(), torch.zeros(3, 3, 2).half(), torch.zeros(2).half(), 1, (1, 1), (4, 4))
+        depthwise_conv(torch.zeros(1, 4, 4, 2).half(), torch.zeros(3, 3, 1, 2).half(), torch.zeros(2).half(), 1, (1, 1), (4, 4))

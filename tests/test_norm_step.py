@@ -156,11 +156,21 @@ def test_nan_goes_through(name: str, isa: str) -> None:
     assert state[1, ..., 1:].isfinite().all()
 
 
+def test_sums_need_not_be_kept() -> None:
+    terms, states = [torch.randn(2, 3, 5, 1040) for _ in range(4)], [torch.empty(2, 3, 5, 1040) for _ in range(2)]
+    rule = NormRule(NormKind.GROUP, 4, 1e-5, Activation.IDENTITY, True)
+    bias, options = torch.randn(1040), {"gamma": torch.randn(1040), "beta": torch.randn(1040)}
+    for state, kept in zip(states, (False, True), strict=True):
+        sums = [torch.empty_like(state) if kept else None for _ in range(2)]
+        norm_step(
+            rule, terms[:2], terms[2:], state, drive_bias=bias, modulator_bias=bias, drive_sum=sums[0], modulator_sum=sums[1], **options
+        )
+    assert torch.equal(*states)
+
+
 def test_the_core_refuses_what_it_cannot_do() -> None:
     x, state = [torch.randn(1, 2, 2, 4) for _ in range(7)], torch.empty(1, 2, 2, 4)
     with pytest.raises(ValueError, match="at most 6 drives and modulators"):
         norm_step(RULES["elu"], x, [], state, drive_sum=torch.empty_like(state))
-    with pytest.raises(ValueError, match="several drives, or a bias, need drive_sum"):
-        norm_step(RULES["elu"], x[:2], [], state)
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous CPU tensor \[1, 2, 2, 4\]"):
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)

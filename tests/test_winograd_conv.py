@@ -31,6 +31,8 @@ MAPS = [
     WinogradMap(WinogradForm(8, 5), 5),
     WinogradMap(WinogradForm(5, 2), 3, transposed=True),
     WinogradMap(WinogradForm(6, 3), 5, transposed=True),
+    WinogradMap(WinogradForm(6, 3), 3, turned=True),
+    WinogradMap(WinogradForm(8, 5), 5, turned=True),
 ]
 # M, H, W, C_source, C_target: one pixel, one channel, partial tiles and partial vectors in every direction, several blocks of tiles.
 SHAPES = [
@@ -48,14 +50,17 @@ TOLERANCE = 1e-5  # relative, in norm; the largest seen over these cases is 6e-6
 
 def _geometry(m: WinogradMap) -> Geometry:
     padding = (m.kernel_size - 1) // 2
+    if m.turned:
+        return Geometry(Operator.CONV_TRANSPOSE, 1, padding)
     return Geometry(Operator.CONV_TRANSPOSE, 2, padding, 1) if m.transposed else Geometry(Operator.CONV, 1, padding)
 
 
 def _reference(m: WinogradMap, x: Tensor, weight: Tensor) -> Tensor:
     """[M, C, H, W] in float64."""
     padding = (m.kernel_size - 1) // 2
-    if m.transposed:
-        return functional.conv_transpose2d(x, weight, stride=2, padding=padding, output_padding=1)
+    if m.transposed or m.turned:
+        scale = 2 if m.transposed else 1
+        return functional.conv_transpose2d(x, weight, stride=scale, padding=padding, output_padding=scale - 1)
     return functional.conv2d(x, weight, padding=padding)
 
 
@@ -64,7 +69,7 @@ def _case(m: WinogradMap, shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor
     samples, height, width, source, target = shape
     generator = torch.Generator().manual_seed(seed)
     scale = 2 if m.transposed else 1
-    channels = (source, target) if m.transposed else (target, source)
+    channels = (source, target) if m.transposed or m.turned else (target, source)
     x = torch.randn(samples, height, width, source, generator=generator)
     weight = torch.randn(*channels, m.kernel_size, m.kernel_size, generator=generator) / (source * m.kernel_size**2) ** 0.5
     return x, weight, torch.randn(samples, scale * height, scale * width, target, generator=generator)

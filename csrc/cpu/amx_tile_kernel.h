@@ -111,6 +111,37 @@ static inline void split_bf16(const float* x, int64_t lanes, int parts, char* ou
 
 #endif
 
+// A tile's 16 x 16 words of four bytes transposed: [pairs][channels] to [channels][pairs], rows `stride` bytes apart.
+static inline void amx_transpose(const uint16_t* tile, char* out, int64_t stride) {
+#ifdef RNNDYN_AMX
+  __m512i r[16], s[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + i * 32);
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+  }
+#else
+  for (int k = 0; k < 16; ++k)
+    for (int c = 0; c < 16; ++c) __builtin_memcpy(out + c * stride + k * 4, tile + k * 32 + c * 2, 4);
+#endif
+}
+
 // The tiles of a product of two by two: sums 0 to 3; 4 and 5 hold rows of A, 6 and 7 columns of B. One step is 32 products deep.
 // a0, a1: 16 rows of 64 bytes each, one part after another `a_part` bytes apart; b: both columns of the first part, then of the next, adjacent.
 // Loads stand between products, which hides them (measured: grouped, they double the time).

@@ -159,32 +159,32 @@ struct ForwardRows {
       const Real* c = lower + 2 * w * channels;
       const Real* d = c + channels;
       Real* out = p.max_pooled + offset + w * channels;
-      if (p.argmax != nullptr) {
-        uint8_t* where = p.argmax + offset + w * channels;
-#pragma omp simd
-        for (int64_t i = 0; i < channels; ++i) {
-          Real best = a[i];
-          uint8_t k = 0;
-          k = (b[i] > best || b[i] != b[i]) ? uint8_t(1) : k;
-          best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
-          k = (c[i] > best || c[i] != c[i]) ? uint8_t(2) : k;
-          best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
-          k = (d[i] > best || d[i] != d[i]) ? uint8_t(3) : k;
-          best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
-          out[i] = best;
-          where[i] = k;
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < channels; ++i) {
-          Real best = a[i];
-          best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
-          best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
-          best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
-          out[i] = best;
-        }
-      }
+      uint8_t* where = p.argmax != nullptr ? p.argmax + offset + w * channels : nullptr;
+      // Blocks of a constant length: with bytes among floats the compiler else leaves up to 63 channels to a scalar loop.
+      int64_t i = 0;
+      for (; i + 8 <= channels; i += 8) pool_block<8>(a + i, b + i, c + i, d + i, out + i, where ? where + i : nullptr);
+      for (; i < channels; ++i) pool_block<1>(a + i, b + i, c + i, d + i, out + i, where ? where + i : nullptr);
     }
+  }
+
+  template <int kCount>
+  static void pool_block(const Real* a, const Real* b, const Real* c, const Real* d, Real* out, uint8_t* where) {
+    int index[kCount];
+#pragma omp simd
+    for (int i = 0; i < kCount; ++i) {
+      Real best = a[i];
+      int k = 0;
+      k = (b[i] > best || b[i] != b[i]) ? 1 : k;
+      best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
+      k = (c[i] > best || c[i] != c[i]) ? 2 : k;
+      best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
+      k = (d[i] > best || d[i] != d[i]) ? 3 : k;
+      best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
+      out[i] = best;
+      index[i] = k;
+    }
+    if (where == nullptr) return;
+    for (int i = 0; i < kCount; ++i) where[i] = uint8_t(index[i]);
   }
 
   // Second pass over the rows of one chunk. scratch holds two rows and one more; pixel_sum [C] collects the mean over the map.

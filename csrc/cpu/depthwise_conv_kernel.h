@@ -1,45 +1,65 @@
 // depthwise_conv: forward, gradient of the data, gradient of the weight. Included by kernels.cpp inside namespace rnndyn::<isa>; parameters
 // are documented in depthwise_conv.h.
 //
-// Maths: y[i, j, c] = b[c] + sum over (u, v) of w[u, v, c] x[s i + u - p, s j + v - q, c];  dw[u, v, c] = sum over samples and pixels of
-//   dy[i, j, c] x[s i + u - p, s j + v - q, c];  dx is a convolution of dy, dilated by s, with the turned kernel.
-// Layout: a band of rows of one register of channels is copied into scratch with its zeros around it, so that no tap asks where the edge is.
+// Maths: y[i, j, c] = b[c] + sum over (u, v) and channels k of c's group of w[u, v, k, c] x[s i + u - p, s j + v - q, k];  dw[u, v, k, c] = sum over
+//   samples and pixels of dy[i, j, c] x[s i + u - p, s j + v - q, k];  dx is a convolution of dy, dilated by s, with the turned kernel.
+// Layout: a band of rows of one register of channels is copied into scratch with its zeros around it, so that no tap asks where the edge is; in
+//   groups, pixel by pixel a register for each k, whose lanes hold what their channel of the result reads: one permutation of the group's channels.
 // Precision: forward and data sums of K^2 products in Real; the weight's: a row of pixels in Real, rows in double.
-// Traffic: x once (and the bands' overlap) into L1 and L2, y once. With K = 3 bound by memory, from K = 5 on by loads from L1: one for each multiply-add.
+// Traffic: x once (and the bands' overlap) into L1 and L2, y once. What the next register of channels reads and writes, 64
+//   bytes further at every pixel, is asked for meanwhile: no prefetcher follows such steps. With K = 3 bound by memory, from K = 5 on by loads from L1: one for each multiply-add.
 // Threads: over samples and registers of channels; the weight's gradient over registers of channels. Determinism: each sum by one thread, in
 //   one order.
 // Limits: kernels up to kMaxDepthwiseKernel; the caller checks shapes.
+
+// Unsigned numbers as wide as a Real, for permutations.
+template <typename Real>
+struct DepthwiseIndex {
+  typedef uint32_t Type;
+};
+template <>
+struct DepthwiseIndex<double> {
+  typedef uint64_t Type;
+};
 
 template <typename Real>
 struct DepthwiseBand {
   typedef Real Vec __attribute__((vector_size(RNNDYN_VECTOR_BYTES)));
   typedef Real Loose __attribute__((vector_size(RNNDYN_VECTOR_BYTES), aligned(sizeof(Real))));
+  typedef typename DepthwiseIndex<Real>::Type Number;
+  typedef Number Numbers __attribute__((vector_size(RNNDYN_VECTOR_BYTES)));
   static constexpr int kLanes = RNNDYN_VECTOR_BYTES / sizeof(Real);
   static constexpr int kColumns =
       8;  // outputs of a row side by side: accumulators that hide the latency of multiply-adds
   static constexpr int64_t kBandBytes = 128 * 1024;
 
   const DepthwiseShape& s;
-  int64_t blocks, width, rows;  // registers of channels; columns of scratch; output rows of a band
+  int64_t blocks, width, pitch, rows, in_channels;  // registers of channels; columns and registers of a row of scratch;
+                                                    // output rows of a band; channels of the map
+  int inputs;                                       // channels that a channel of the result reads
+  bool grouped;
 
-  explicit DepthwiseBand(const DepthwiseShape& shape) : s(shape) {
+  explicit DepthwiseBand(const DepthwiseShape& shape)
+      : s(shape), in_channels(shape.in_channels()), inputs(shape.group_in), grouped(inputs * shape.group_out > 1) {
     blocks = (s.channels + kLanes - 1) / kLanes;
     // Outputs are made kColumns at a time, past the map's edge too.
     const int64_t columns = (s.out_width + kColumns - 1) / kColumns * kColumns;
     width = (columns - 1) * s.step + s.kernel_width;
-    rows = (kBandBytes / (width * RNNDYN_VECTOR_BYTES) - s.kernel_height) / s.step + 1;
+    pitch = width * inputs;
+    rows = (kBandBytes / (pitch * RNNDYN_VECTOR_BYTES) - s.kernel_height) / s.step + 1;
     rows = rows < 1 ? 1 : rows > s.out_height ? s.out_height : rows;
   }
 
   int64_t scratch_rows() const { return (rows - 1) * s.step + s.kernel_height; }
-  int64_t scratch_bytes() const { return scratch_rows() * width * RNNDYN_VECTOR_BYTES; }
+  int64_t scratch_bytes() const { return scratch_rows() * pitch * RNNDYN_VECTOR_BYTES; }
+  int64_t taps() const { return int64_t(s.kernel_height) * s.kernel_width * inputs; }
   int lanes(int64_t block) const {
     const int64_t left = s.channels - block * kLanes;
     return left < kLanes ? int(left) : kLanes;
   }
 
   static Vec read(const Real* p, int lanes) {
-    if (lanes == kLanes) return *reinterpret_cast<const Loose*>(p);
+    if (lanes >= kLanes) return *reinterpret_cast<const Loose*>(p);
     Vec v = {};
     for (int i = 0; i < lanes; ++i) v[i] = p[i];
     return v;
@@ -52,51 +72,99 @@ struct DepthwiseBand {
     }
   }
 
+  // What a register of channels of the result reads of a pixel: channels first .. first + span - 1, its lanes from `base` of those on.
+  struct Source {
+    int64_t first;
+    int span, lanes;
+    Numbers base;
+  };
+  Source source(int64_t block) const {
+    Source found{block * kLanes, lanes(block), lanes(block), {}};
+    if (!grouped) return found;
+    const int64_t group = block * kLanes / s.group_out;
+    found.first = group * inputs;
+    for (int i = 0; i < found.lanes; ++i)
+      found.base[i] = Number(((block * kLanes + i) / s.group_out - group) * inputs);
+    found.span = int(found.base[found.lanes - 1]) + inputs;
+    return found;
+  }
+  // One register for each of the `inputs` of a pixel.
+  void read_pixel(const Real* pixel, const Source& from, Vec* out) const {
+    const Real* p = pixel + from.first;
+    if (!grouped) {
+      __builtin_prefetch(p + kLanes);
+      *out = read(p, from.lanes);
+      return;
+    }
+    if (from.span > 3 * kLanes) {
+      for (int k = 0; k < inputs; ++k)
+        for (int i = 0; i < kLanes; ++i) out[k][i] = i < from.lanes ? p[from.base[i] + k] : Real(0);
+      return;
+    }
+    const Vec a = read(p, from.span), b = from.span > kLanes ? read(p + kLanes, from.span - kLanes) : a;
+    if (from.span <= 2 * kLanes) {
+      for (int k = 0; k < inputs; ++k) out[k] = __builtin_shuffle(a, b, from.base + Number(k));
+      return;
+    }
+    const Vec c = read(p + 2 * kLanes, from.span - 2 * kLanes);
+    for (int k = 0; k < inputs; ++k) {
+      const Numbers at = from.base + Number(k);
+      out[k] = at < Number(2 * kLanes) ? __builtin_shuffle(a, b, at) : __builtin_shuffle(c, at);
+    }
+  }
+
   // The input rows that output rows first .. first + count read, with zeros around and between.
-  void fill(const Real* x, int64_t n, int64_t block, int64_t first, int64_t count, Vec* band) const {
+  void fill(const Real* x, int64_t n, const Source& from, int64_t first, int64_t count, Vec* band) const {
     const int64_t needed = (count - 1) * s.step + s.kernel_height;
-    const int channels = lanes(block);
     for (int64_t r = 0; r < needed; ++r) {
-      Vec* row = band + r * width;
+      Vec* row = band + r * pitch;
       const int64_t at = first * s.step + r - s.top;
-      const int64_t source = at >= 0 && at % s.dilation == 0 ? at / s.dilation : s.in_height;
-      if (source >= s.in_height || s.dilation > 1) {
-        for (int64_t j = 0; j < width; ++j) row[j] = Vec{};
-        if (source >= s.in_height) continue;
+      const int64_t line = at >= 0 && at % s.dilation == 0 ? at / s.dilation : s.in_height;
+      if (line >= s.in_height || s.dilation > 1) {
+        for (int64_t j = 0; j < pitch; ++j) row[j] = Vec{};
+        if (line >= s.in_height) continue;
       }
-      const Real* in = x + ((n * s.in_height + source) * s.in_width) * s.channels + block * kLanes;
+      const Real* in = x + ((n * s.in_height + line) * s.in_width) * in_channels;
       if (s.dilation > 1) {
         for (int64_t j = 0; j < s.in_width; ++j) {
           const int64_t column = j * s.dilation + s.left;
-          if (column >= 0 && column < width) row[column] = read(in + j * s.channels, channels);
+          if (column >= 0 && column < width) read_pixel(in + j * in_channels, from, row + column * inputs);
         }
         continue;
       }
       for (int64_t j = 0; j < width; ++j) {
         const int64_t column = j - s.left;
-        row[j] = column >= 0 && column < s.in_width ? read(in + column * s.channels, channels) : Vec{};
+        if (column >= 0 && column < s.in_width) {
+          read_pixel(in + column * in_channels, from, row + j * inputs);
+        } else {
+          for (int k = 0; k < inputs; ++k) row[j * inputs + k] = Vec{};
+        }
       }
     }
   }
 
-  // kStep 0: any.
-  template <int kStep>
+  // kStep 0: any; kInputs 0: any.
+  template <int kStep, int kInputs>
   void outputs(const DepthwiseConvParams<Real>& p, const Vec* weight, Vec bias, int64_t n, int64_t block, int64_t first,
                int64_t count, const Vec* band) const {
-    const int64_t step = kStep ? kStep : s.step;
+    const int64_t step = kStep ? kStep : s.step, many = kInputs ? kInputs : inputs;
     const int channels = lanes(block);
     for (int64_t r = 0; r < count; ++r) {
       Real* out = p.y + ((n * s.out_height + first + r) * s.out_width) * s.channels + block * kLanes;
       for (int64_t j = 0; j < s.out_width; j += kColumns) {
         Vec acc[kColumns];
 #pragma GCC unroll 8
-        for (int k = 0; k < kColumns; ++k) acc[k] = bias;
+        for (int k = 0; k < kColumns; ++k) {
+          acc[k] = bias;
+          if (j + k < s.out_width) __builtin_prefetch(out + (j + k) * s.channels + kLanes, 1);
+        }
         for (int u = 0; u < s.kernel_height; ++u) {
-          const Vec* row = band + (r * step + u) * width + j * step;
-          for (int v = 0; v < s.kernel_width; ++v) {
-            const Vec w = weight[u * s.kernel_width + v];
+          const Vec* row = band + (r * step + u) * pitch + j * step * many;
+          const Vec* weights = weight + u * s.kernel_width * many;
+          for (int64_t v = 0; v < s.kernel_width * many; ++v) {
+            const Vec w = weights[v];
 #pragma GCC unroll 8
-            for (int k = 0; k < kColumns; ++k) acc[k] += w * row[v + k * step];
+            for (int k = 0; k < kColumns; ++k) acc[k] += w * row[v + k * step * many];
           }
         }
         const int64_t valid = s.out_width - j < kColumns ? s.out_width - j : kColumns;
@@ -105,7 +173,7 @@ struct DepthwiseBand {
     }
   }
 
-  // Adds a band's part of the weight's gradient to sums [KH, KW, lanes]. kWidth 0: any kernel.
+  // Adds a band's part of the weight's gradient to sums [KH, KW, I, lanes]. kWidth 0: any kernel.
   template <int kWidth>
   void products(const DepthwiseWeightGradParams<Real>& p, int64_t n, int64_t block, int64_t first, int64_t count,
                 const Vec* band, double* sums) const {
@@ -113,19 +181,21 @@ struct DepthwiseBand {
     const int channels = lanes(block);
     for (int64_t r = 0; r < count; ++r) {
       const Real* grad = p.grad + ((n * s.out_height + first + r) * s.out_width) * s.channels + block * kLanes;
-      for (int u = 0; u < s.kernel_height; ++u) {
-        const Vec* row = band + (r * s.step + u) * width;
-        Vec acc[kWidth ? kWidth : kMaxDepthwiseKernel] = {};
-        for (int64_t j = 0; j < s.out_width; ++j) {
-          const Vec g = read(grad + j * s.channels, channels);
+      for (int u = 0; u < s.kernel_height; ++u)
+        for (int k = 0; k < inputs; ++k) {
+          const Vec* row = band + (r * s.step + u) * pitch + k;
+          Vec acc[kWidth ? kWidth : kMaxDepthwiseKernel] = {};
+          for (int64_t j = 0; j < s.out_width; ++j) {
+            const Vec g = read(grad + j * s.channels, channels);
+            __builtin_prefetch(grad + j * s.channels + kLanes);
 #pragma GCC unroll 8
-          for (int v = 0; v < kernel; ++v) acc[v] += g * row[j * s.step + v];
+            for (int v = 0; v < kernel; ++v) acc[v] += g * row[(j * s.step + v) * inputs];
+          }
+          for (int v = 0; v < kernel; ++v) {
+            double* out = sums + ((u * kernel + v) * inputs + k) * kLanes;
+            for (int i = 0; i < kLanes; ++i) out[i] += double(acc[v][i]);
+          }
         }
-        for (int v = 0; v < kernel; ++v) {
-          double* out = sums + (u * kernel + v) * kLanes;
-          for (int i = 0; i < kLanes; ++i) out[i] += double(acc[v][i]);
-        }
-      }
     }
   }
 };
@@ -136,27 +206,28 @@ void depthwise_conv(const DepthwiseConvParams<Real>& p) {
   using Vec = typename Band::Vec;
   const Band b(p.shape);
   const DepthwiseShape& s = p.shape;
-  const int64_t tasks = s.samples * b.blocks, kernel = s.kernel_height * s.kernel_width;
+  const int64_t tasks = s.samples * b.blocks, taps = b.taps();
 #pragma omp parallel num_threads(s.num_threads)
   {
     void* room = nullptr;
-    if (posix_memalign(&room, 64, b.scratch_bytes() + kernel * RNNDYN_VECTOR_BYTES)) abort();
+    if (posix_memalign(&room, 64, b.scratch_bytes() + taps * RNNDYN_VECTOR_BYTES)) abort();
     Vec* weight = static_cast<Vec*>(room);
-    Vec* band = weight + kernel;
+    Vec* band = weight + taps;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t n = task / b.blocks, block = task % b.blocks;
       const int channels = b.lanes(block);
-      for (int64_t k = 0; k < kernel; ++k)
+      const typename Band::Source from = b.source(block);
+      for (int64_t k = 0; k < taps; ++k)
         weight[k] = Band::read(p.weight + k * s.channels + block * Band::kLanes, channels);
       const Vec bias = p.bias != nullptr ? Band::read(p.bias + block * Band::kLanes, channels) : Vec{};
       for (int64_t first = 0; first < s.out_height; first += b.rows) {
         const int64_t count = s.out_height - first < b.rows ? s.out_height - first : b.rows;
-        b.fill(p.x, n, block, first, count, band);
-        if (s.step == 1) {
-          b.template outputs<1>(p, weight, bias, n, block, first, count, band);
+        b.fill(p.x, n, from, first, count, band);
+        if (s.step == 1 && b.inputs == 1) {
+          b.template outputs<1, 1>(p, weight, bias, n, block, first, count, band);
         } else {
-          b.template outputs<0>(p, weight, bias, n, block, first, count, band);
+          b.template outputs<0, 0>(p, weight, bias, n, block, first, count, band);
         }
       }
     }
@@ -170,20 +241,21 @@ void depthwise_weight_grad(const DepthwiseWeightGradParams<Real>& p) {
   using Vec = typename Band::Vec;
   const Band b(p.shape);
   const DepthwiseShape& s = p.shape;
-  const int64_t kernel = s.kernel_height * s.kernel_width;
+  const int64_t taps = b.taps();
 #pragma omp parallel num_threads(s.num_threads)
   {
     void* room = nullptr;
     if (posix_memalign(&room, 64, b.scratch_bytes())) abort();
     Vec* band = static_cast<Vec*>(room);
-    double* sums = static_cast<double*>(malloc(sizeof(double) * kernel * Band::kLanes));
+    double* sums = static_cast<double*>(malloc(sizeof(double) * taps * Band::kLanes));
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < b.blocks; ++block) {
-      for (int64_t k = 0; k < kernel * Band::kLanes; ++k) sums[k] = 0;
+      const typename Band::Source from = b.source(block);
+      for (int64_t k = 0; k < taps * Band::kLanes; ++k) sums[k] = 0;
       for (int64_t n = 0; n < s.samples; ++n) {
         for (int64_t first = 0; first < s.out_height; first += b.rows) {
           const int64_t count = s.out_height - first < b.rows ? s.out_height - first : b.rows;
-          b.fill(p.x, n, block, first, count, band);
+          b.fill(p.x, n, from, first, count, band);
           switch (s.kernel_width) {
             case 3:
               b.template products<3>(p, n, block, first, count, band, sums);
@@ -200,7 +272,7 @@ void depthwise_weight_grad(const DepthwiseWeightGradParams<Real>& p) {
         }
       }
       const int channels = b.lanes(block);
-      for (int64_t k = 0; k < kernel; ++k) {
+      for (int64_t k = 0; k < taps; ++k) {
         for (int i = 0; i < channels; ++i)
           p.grad_weight[k * s.channels + block * Band::kLanes + i] = Real(sums[k * Band::kLanes + i]);
       }

@@ -29,13 +29,18 @@ static inline int64_t norm_step_workspace(const NormStepShape& s) {
   return 2 * s.channels * s.samples * (norm_chunks(s) + 1);
 }
 
-// Sum of terms and bias of n pixels at `offset`, where it lies or into `sum`.
+// Pixels that go through the first pass together: their sums and values stay in L1.
+static inline int64_t few_pixels(const NormStepShape& s) { return s.channels >= 2048 ? 1 : 2048 / s.channels; }
+constexpr int kMaxFewGroups = 8;
+
+// Sum of terms and bias of n pixels at `offset`: where it lies, in `kept`, or in `scratch`, if it is not kept.
 template <typename Real>
-inline const Real* norm_sum(const Real* const* terms, int num_terms, const Real* bias, Real* sum, int64_t offset,
-                            int64_t pixels, int64_t channels) {
-  if (num_terms == 1 && bias == nullptr && sum == nullptr) return terms[0] + offset;
-  row_sum_terms(sum + offset, terms, num_terms, bias, Real(0), offset, pixels, channels);
-  return sum + offset;
+inline const Real* norm_sum(const Real* const* terms, int num_terms, const Real* bias, Real* kept, Real* scratch,
+                            int64_t offset, int64_t pixels, int64_t channels) {
+  if (num_terms == 1 && bias == nullptr && kept == nullptr) return terms[0] + offset;
+  Real* sum = kept != nullptr ? kept + offset : scratch;
+  row_sum_terms(sum, terms, num_terms, bias, Real(0), offset, pixels, channels);
+  return sum;
 }
 
 template <typename Real, bool kSquash>
@@ -69,38 +74,52 @@ struct NormForward {
   double* moments(int64_t n, int64_t k) const { return p.workspace + (n * chunks + k) * 2 * s.channels; }
   int64_t count(int64_t k) const { return (k + 1) * chunk < s.pixels ? chunk : s.pixels - k * chunk; }
 
-  // z of one chunk, parked in the state, and its moments: per channel (batch) or per group.
+  // z of one chunk, parked in the state, and its moments: per channel (batch) or per group. Pixels go a few at a time, which stay in L1
+  // from the sums to the moments. scratch: the rest of it, after 3 rows, for sums that are not kept.
   void first_pass(int64_t n, int64_t k, Real* scratch) const {
-    const int64_t pixels = count(k), offset = (n * s.pixels + k * chunk) * s.channels, size = pixels * s.channels;
-    Real* z = p.state + offset;
-    const bool rectify = s.rectify_drive;
-    const bool driven = p.num_drive > 0 || p.drive_bias != nullptr;
-    const Real* d =
-        driven ? norm_sum(p.drive, p.num_drive, p.drive_bias, p.drive_sum, offset, pixels, s.channels) : nullptr;
-    const Real* m =
-        kSquash ? norm_sum(p.modulator, p.num_modulator, p.modulator_bias, p.modulator_sum, offset, pixels, s.channels)
-                : nullptr;
-    if (!driven) {
-      row_zero(z, size);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) z[i] = norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify);
+    const int64_t pixels = count(k), start = (n * s.pixels + k * chunk) * s.channels, few = few_pixels(s);
+    Moments total[kMaxFewGroups] = {};
+    const bool one_by_one = s.norm == NormKind::kGroup && s.groups <= kMaxFewGroups;
+    for (int64_t first = 0; first < pixels; first += few) {
+      const int64_t now = pixels - first < few ? pixels - first : few, offset = start + first * s.channels;
+      value(offset, now, scratch + 3 * s.channels);
+      if (one_by_one) group_moments(p.state + offset, now, 0, s.groups, total);
     }
     double* out = moments(n, k);
     if (s.norm == NormKind::kBatch) {
-      channel_moments(z, pixels, scratch, out);
+      channel_moments(p.state + start, pixels, scratch, out);
     } else if (s.norm == NormKind::kGroup) {
-      const int64_t width = s.channels / s.groups;
       for (int64_t g = 0; g < s.groups; ++g) {
-        Moments total{0, 0, 0};
-        if (s.groups == 1) {
-          for (int64_t i = 0; i < size; i += 1024) row_moments(z + i, size - i < 1024 ? size - i : 1024, &total);
-        } else {
-          for (int64_t i = 0; i < pixels; ++i) row_moments(z + i * s.channels + g * width, width, &total);
-        }
-        out[2 * g] = total.mean, out[2 * g + 1] = total.m2;
+        Moments* of_group = one_by_one ? total + g : total;
+        if (!one_by_one) *of_group = Moments{0, 0, 0}, group_moments(p.state + start, pixels, g, g + 1, of_group);
+        out[2 * g] = of_group->mean, out[2 * g + 1] = of_group->m2;
       }
     }
+  }
+
+  // z of some pixels into the state.
+  void value(int64_t offset, int64_t pixels, Real* scratch) const {
+    const int64_t size = pixels * s.channels;
+    Real* z = p.state + offset;
+    const bool rectify = s.rectify_drive;
+    if (p.num_drive == 0 && p.drive_bias == nullptr) return row_zero(z, size);
+    const Real* d = norm_sum(p.drive, p.num_drive, p.drive_bias, p.drive_sum, scratch, offset, pixels, s.channels);
+    const Real* m = kSquash ? norm_sum(p.modulator, p.num_modulator, p.modulator_bias, p.modulator_sum, scratch + size,
+                                       offset, pixels, s.channels)
+                            : nullptr;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) z[i] = norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify);
+  }
+
+  // Moments of groups first .. last - 1 over some pixels are added to those before.
+  void group_moments(const Real* z, int64_t pixels, int64_t first, int64_t last, Moments* out) const {
+    const int64_t width = s.channels / s.groups, size = pixels * s.channels;
+    if (s.groups == 1) {
+      for (int64_t i = 0; i < size; i += 1024) row_moments(z + i, size - i < 1024 ? size - i : 1024, out);
+      return;
+    }
+    for (int64_t g = first; g < last; ++g)
+      for (int64_t i = 0; i < pixels; ++i) row_moments(z + i * s.channels + g * width, width, out + g - first);
   }
 
   // Mean and sum of squared deviations of each channel over the pixels of a chunk. scratch: 3 rows.
@@ -175,7 +194,7 @@ struct NormForward {
     const bool by_sample = s.samples >= s.num_threads && s.norm != NormKind::kBatch;
 #pragma omp parallel num_threads(s.num_threads)
     {
-      Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 3 * s.channels));
+      Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * (3 + 2 * few_pixels(s)) * s.channels));
       if (by_sample) {
         // A whole sample per thread: its second pass finds in L2 what its first pass wrote.
 #pragma omp for schedule(static)

@@ -289,34 +289,39 @@ static int64_t winograd_conv_workspace_form(const WinogradConvParams& p) {
 
 template <int Patch, int Kernel>
 static void winograd_pack_weight_form(const WinogradPackParams& p) {
+  constexpr int64_t kTogether = 8;  // input channels: a few lines of memory of one output channel are read in a row
   const int64_t phase_panels = round_up(p.out_channels, kGemmCols) / kGemmCols, panels = phase_panels * p.num_phases;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads)
   for (int64_t panel = 0; panel < panels; ++panel) {
-    for (int64_t i = 0; i < p.in_channels; ++i) {
+    for (int64_t block = 0; block < p.in_channels; block += kTogether) {
       // The kernels of a panel's output channels, one lane each.
-      float lanes[Kernel * Kernel][kGemmCols] = {};
+      float lanes[kTogether][Kernel * Kernel][kGemmCols] = {};
       const int* tap = p.tap[panel / phase_panels];
       const int64_t first = panel % phase_panels * kGemmCols, count = smaller(kGemmCols, p.out_channels - first);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const float* kernel = p.weight + (first + lane) * p.out_stride + i * p.in_stride;
-        for (int k = 0; k < Kernel * Kernel; ++k)
-          if (tap[k] >= 0) lanes[k][lane] = kernel[tap[k]];
-      }
-      for (int part = 0; part < kGemmCols; part += kVectorFloats) {
-        vec half[Kernel][Patch];
-        for (int kw = 0; kw < Kernel; ++kw) {
-          vec column[Kernel], out[Patch];
-          for (int kh = 0; kh < Kernel; ++kh) column[kh] = load(&lanes[kh * Kernel + kw][part]);
-          kernel_1d<Patch, Kernel>(column, 1, out, 1);
-          for (int a = 0; a < Patch; ++a) half[kw][a] = out[a];
+      const int64_t ins = smaller(kTogether, p.in_channels - block);
+      for (int64_t lane = 0; lane < count; ++lane)
+        for (int64_t i = 0; i < ins; ++i) {
+          const float* kernel = p.weight + (first + lane) * p.out_stride + (block + i) * p.in_stride;
+          for (int k = 0; k < Kernel * Kernel; ++k)
+            if (tap[k] >= 0) lanes[i][k][lane] = kernel[tap[k]];
         }
-        for (int a = 0; a < Patch; ++a) {
-          vec out[Patch];
-          kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
-          for (int b = 0; b < Patch; ++b)
-            store(p.packed + (((a * Patch + b) * panels + panel) * p.in_channels + i) * kGemmCols + part, out[b]);
+      for (int64_t i = 0; i < ins; ++i)
+        for (int part = 0; part < kGemmCols; part += kVectorFloats) {
+          vec half[Kernel][Patch];
+          for (int kw = 0; kw < Kernel; ++kw) {
+            vec column[Kernel], out[Patch];
+            for (int kh = 0; kh < Kernel; ++kh) column[kh] = load(&lanes[i][kh * Kernel + kw][part]);
+            kernel_1d<Patch, Kernel>(column, 1, out, 1);
+            for (int a = 0; a < Patch; ++a) half[kw][a] = out[a];
+          }
+          float* to = p.packed + (panel * p.in_channels + block + i) * kGemmCols + part;
+          for (int a = 0; a < Patch; ++a) {
+            vec out[Patch];
+            kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
+            for (int b = 0; b < Patch; ++b)
+              store(to + (a * Patch + b) * panels * p.in_channels * kGemmCols, out[b]);
+          }
         }
-      }
     }
   }
 }

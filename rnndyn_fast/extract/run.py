@@ -204,7 +204,9 @@ def network_forward(
         with in_precision(precision, place.device):
             log_probs, representations, *rest = run(x, return_representations=True, **({"record": recorded} if recorded else {}))
         states = {source: representations, **(rest[0] if rest else {})}
-        return Activations({area: states[area].to(place.dtype) for area in dict.fromkeys((source, *areas))}, log_probs)
+        # (One answer for all steps is no step's: predictions are then those of each step's logits.)
+        answers = log_probs if len(log_probs) == len(representations) else None
+        return Activations({area: states[area].to(place.dtype) for area in dict.fromkeys((source, *areas))}, answers)
 
     return forward
 

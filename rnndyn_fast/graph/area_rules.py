@@ -226,8 +226,12 @@ class Rules:
             fixed = (parameters[f"{prefix}.running_mean"], parameters[f"{prefix}.running_var"])
         if not drive.values:
             drive, modulator = Port(), Port()  # zero, whatever modulates it
-        drives, drive_room = self._sum_room(at, "drive", drive, MAX_NORM_TERMS) if drive.values else ([], None)
-        modulators, modulator_room = self._sum_room(at, "modulator", modulator, MAX_NORM_TERMS) if modulator.values else ([], None)
+        (drives, drive_room), (modulators, modulator_room) = (
+            self._sum_room(at, name, port, MAX_NORM_TERMS)
+            if self.tape.recording and port.values
+            else (at_most(port.values, MAX_NORM_TERMS), None)
+            for name, port in (("drive", drive), ("modulator", modulator))
+        )
         state = at.room("state None", area.channels)
         found = norm_step(
             rule, drives, modulators, state, drive_bias=self._bias(drive), modulator_bias=self._bias(modulator), gamma=gamma,

@@ -18,6 +18,7 @@ from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Weight, choose_engine, convolve, convolve_backward
 from rnndyn_fast.ops.depthwise_conv import (
+    MAX_GROUP,
     MAX_KERNEL,
     depthwise_conv,
     depthwise_data_grad,
@@ -35,6 +36,10 @@ class LinearMap(Protocol):
 
     postponed: bool
 
+    @property
+    def dense(self) -> Weight | None:
+        """The weight that is packed, if any is."""
+
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The map's value, in ``out`` if that is given."""
 
@@ -45,16 +50,18 @@ class LinearMap(Protocol):
 @dataclass
 class DenseMap:
     """A convolution, transposed convolution or matrix product. ``border``: zeros added around the map before a convolution
-    without padding (where an odd total of padding puts the larger half after the map). ``turned``: the parameter is that of a
-    transposed convolution of stride 1, which is the convolution with the turned kernel."""
+    without padding (where an odd total of padding puts the larger half after the map)."""
 
     weight: Weight
     name: str
     channels: tuple[int, int] | None = None  # of the parameter's input channels, those that it uses
     total: int = 0
     border: tuple[int, int, int, int] | None = None  # left, right, top, bottom
-    turned: bool = False
     postponed = True
+
+    @property
+    def dense(self) -> Weight:
+        return self.weight
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return convolve(self.weight, self.bordered(x), out)
@@ -73,8 +80,6 @@ class DenseMap:
             grad_x = grad_x[:, top : top + height, left : left + width].contiguous()
         if grad_weight is None:
             return grad_x, []
-        if self.turned:
-            grad_weight = _turned(grad_weight)
         if self.channels is not None:
             first, last = self.channels
             whole = grad_weight.new_zeros((grad_weight.shape[0], self.total, *grad_weight.shape[2:]))
@@ -85,31 +90,33 @@ class DenseMap:
 
 @dataclass
 class DepthwiseMap:
-    """A kernel per channel, by our own kernel."""
+    """Groups of one channel or few, by our own kernel."""
 
-    packed: Tensor  # [KH, KW, C]
+    packed: Tensor  # [KH, KW, I, C']
     name: str
     stride: int
     before: tuple[int, int]
     size: tuple[int, int]
     bias: Tensor | None = None
     postponed = False
+    dense = None
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         y = depthwise_conv(x, self.packed, self.bias, self.stride, self.before, self.size)
         return y if out is None else out.copy_(y)
 
     def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
-        grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (x.shape[1], x.shape[2])) if need_x else None
+        _, h, w, c = x.shape
+        grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (h, w, c)) if need_x else None
         if not need_weight:
             return grad_x, []
-        kernel = (self.packed.shape[0], self.packed.shape[1])
+        kernel = (self.packed.shape[0], self.packed.shape[1], self.packed.shape[2])
         return grad_x, [(self.name, unpack_depthwise(depthwise_weight_grad(x, grad, kernel, self.stride, self.before)))]
 
 
 @dataclass
 class GroupedMap:
-    """Groups of several channels, by PyTorch."""
+    """Groups of many channels, by PyTorch."""
 
     weight: Tensor
     name: str
@@ -118,6 +125,7 @@ class GroupedMap:
     groups: int
     bias: Tensor | None = None
     postponed = False
+    dense = None
 
     def _bordered(self, x: Tensor) -> tuple[Tensor, list[int]]:
         left, right, top, bottom = self.border
@@ -154,6 +162,10 @@ class SeparableMap:
     second: DenseMap
     postponed = False
 
+    @property
+    def dense(self) -> Weight:
+        return self.second.weight
+
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self.second.forward(self.first.forward(x), out)
 
@@ -176,11 +188,6 @@ def _choose(geometry: Geometry, weight: Tensor, height: int, width: int, engine:
     return choose_engine(geometry, shape, height, width, weight.dtype, engine, samples)
 
 
-def _turned(weight: Tensor) -> Tensor:
-    """The weight of the convolution that a transposed one of stride 1 is, and the other way round."""
-    return weight.transpose(0, 1).flip(2, 3).contiguous()
-
-
 def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], engine: str, samples: int, keep: bool) -> DenseMap | None:
     window = network.window(c)
     height, width = network.read_size(c)
@@ -197,18 +204,14 @@ def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], en
             return None
         geometry = Geometry(c.operator, c.stride, window.before[0], window.after[0] - window.before[0])
         uneven = window.before[0] == window.before[1] and window.after[0] == window.after[1]
-        if not uneven or choose_engine(geometry, tuple(weight.shape), height, width, weight.dtype, engine, samples).map is None:
+        if not uneven or _choose(geometry, weight, height, width, engine, samples).map is None:
             border, geometry = (window.before[1], window.after[1], window.before[0], window.after[0]), Geometry(c.operator, c.stride)
             height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
-    padding = geometry.padding
-    turned = c.operator is Operator.CONV_TRANSPOSE and (c.stride, window.output_padding[0]) == (1, 0) and padding < window.kernel[0]
-    if turned:
-        geometry, weight = Geometry(Operator.CONV, 1, window.kernel[0] - 1 - padding), _turned(weight)
     if c.operator is Operator.LINEAR:
         geometry = Geometry(c.operator)
     choice = _choose(geometry, weight, height, width, engine, samples)
     keep = keep and weight is parameters[name]  # (others are made anew in every rollout)
-    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border, turned)
+    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border)
 
 
 def linear_map(
@@ -234,7 +237,8 @@ def linear_map(
     value = parameters[bias] if bias is not None else None
     border = (window.before[1], window.after[1], window.before[0], window.after[0])
     first: DepthwiseMap | GroupedMap
-    if c.groups == weight.shape[0] == network.shapes[c.source][0] and max(window.kernel) <= MAX_KERNEL:
+    most = 1 if _launch.on_device(weight) else MAX_GROUP
+    if max(weight.shape[1], weight.shape[0] // c.groups) <= most and max(window.kernel) <= MAX_KERNEL:
         first = DepthwiseMap(pack_depthwise(weight), name, c.stride, window.before, (height, width), value)
     else:
         layout = weight.contiguous(memory_format=torch.channels_last)

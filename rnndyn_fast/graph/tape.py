@@ -6,6 +6,7 @@ Maps are channels-last, [N, H, W, C]. A gradient belongs to a key, whatever it i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -91,6 +92,20 @@ class Tape:
         """Note a step back."""
         if self.recording:
             self._steps.append(partial(step, *args))
+
+    def held(self) -> list[Tensor]:
+        """What is kept for the steps back, but for what PyTorch keeps of its own (:meth:`by_torch`)."""
+        found: list[Tensor] = []
+        stack: list[Any] = [step.args for step in self._steps if isinstance(step, partial)]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (list, tuple)):
+                stack.extend(item)
+            elif is_dataclass(item):
+                stack.extend(getattr(item, part.name) for part in fields(item))
+        return found
 
     def walk_back(self, keep: bool) -> None:
         """Take all steps back; unless ``keep``, what they held is freed on the way."""

@@ -82,7 +82,7 @@ class TapedRun(Terms):
             self.ahead = {d for d in component.drives_in if d not in deferred and not self.schedule.drives[d].static}
             together = tuple({*component.drives_within, *deferred})
             self.postponed |= set(together)
-            self.tape.record(self._weights_back, together)
+            self.tape.record(self.component_back, together)
             if component.batched and len(component.updates) > 1 and not self.schedule.zeros[component.updates[0]]:
                 for slots in self._windows(component.areas[0]):
                     self.update(component.areas[0], slots)
@@ -109,7 +109,14 @@ class TapedRun(Terms):
                 self._drop(area, slot)
         self.maps, self.forms, self.terms = {}, {}, {}
         self.blocks, self.whole = {}, {}
+        self._drop_packed(forward=True)
         return list(found.values())
+
+    def _drop_packed(self, *, forward: bool) -> None:
+        """Give up the packed weights of one direction: many times as large as maps, and not read any more."""
+        for linear in self._packed.values():
+            if linear is not None and linear.dense is not None:
+                linear.dense.drop_packed_forward() if forward else linear.dense.drop_packed()
 
     def _place_of(self, name: str) -> Tensor:
         """Of recorded states, [T', N, H, W, C]. Where every step has a slot of its own they are written there right away: autograd sees to
@@ -136,6 +143,7 @@ class TapedRun(Terms):
                     self.tape.grads.add(self._recorded_key(name, slot), grad[t].permute(0, 2, 3, 1), own=False)
         self.tape.walk_back(keep)
         self.blocks = {}
+        self._drop_packed(forward=False)
 
     def input_grad(self, name: str) -> Tensor | None:
         """[N, C, H, W], or [T, N, C, H, W] of frames."""

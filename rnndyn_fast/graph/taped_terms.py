@@ -102,7 +102,9 @@ class Terms:
     def shown(self, node: str, slots: Sequence[int]) -> Tensor:
         """Maps of an input, [len(slots) * N, H, W, C]."""
         spec, x = self.inputs[node]
-        frames = [x[slot] if spec.frames else torch.full_like(x, spec.off_value) if slot and spec.off_at is not None else x for slot in slots]
+        frames = [
+            x[slot] if spec.frames else torch.full_like(x, spec.off_value) if slot and spec.off_at is not None else x for slot in slots
+        ]
         maps = [frame.permute(0, 2, 3, 1) for frame in frames]
         if len(maps) == 1 and maps[0].is_contiguous():
             return maps[0]
@@ -130,6 +132,7 @@ class Terms:
         else:
             kind = Pool.MEAN if pool is Pool.MEAN else Pool.MAX
             y, argmax = empty_form(x.shape, kind, x.dtype)
+            argmax = argmax if self.tape.recording else None
             mean, maximum = (y, None) if kind is Pool.MEAN else (None, y)
             area_step_forward([x], rectify=False, max_pooled=maximum, argmax=argmax, mean_pooled=mean)
             self.tape.record(self._pooled_back, tuple(x.shape), source, key, argmax)
@@ -255,8 +258,16 @@ class Terms:
             return self.example.new_empty(1).expand(len(xs) * self.samples, height, width, channels)
         return self.shown(drive.source, xs)  # type: ignore[arg-type]
 
+    def component_back(self, drives: Sequence[int]) -> None:
+        """At the first step of a component: packed weights are not read any more, and the rest of the weights' gradients is taken."""
+        for index in drives:
+            linear = self.linear.get(index)
+            if linear is not None and linear.dense is not None:
+                linear.dense.drop_packed()
+        self._weights_back(drives)
+
     def _weights_back(self, drives: Sequence[int]) -> None:
-        """The gradients of weights within a component, over a window of its steps, or what is left at its first one."""
+        """The gradients of weights within a component, over a window of its steps, or what is left."""
         for index in drives:
             pairs = self.collected.pop(index, [])[::-1]
             if pairs:

@@ -34,6 +34,11 @@ def build_info() -> dict[str, Any]:
     return _core.build_info()
 
 
+def isa() -> str:
+    """The instruction set in use: "isa" of :func:`build_info`, at no cost."""
+    return _core.isa()
+
+
 def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     if tensor is None:
         return 0

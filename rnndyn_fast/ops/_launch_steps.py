@@ -110,45 +110,53 @@ def norm_step_backward(
 
 def depthwise_conv(
     x: Tensor,  # [N, H, W, C]
-    weight: Tensor,  # [KH, KW, C]
-    bias: Tensor | None,  # [C]
-    out: Tensor,  # [N, H', W', C]
+    weight: Tensor,  # [KH, KW, I, C']
+    bias: Tensor | None,  # [C']
+    out: Tensor,  # [N, H', W', C']
     step: int,
     dilation: int,
     before: tuple[int, int],
 ) -> None:
     """Launch ``depthwise_conv``: out is written."""
+    kh, kw, inputs, c = weight.shape
     if _launch.on_device(x):
-        return _launch_steps_cuda.depthwise_conv(x, weight, bias, out, step, dilation, before)
-    c = x.shape[3]
+        return _launch_steps_cuda.depthwise_conv(x, weight.flatten(2), bias, out, step, dilation, before)
     launch = _launch._core.depthwise_conv_float32 if x.dtype == torch.float32 else _launch._core.depthwise_conv_float64
     launch(
-        [x.shape[0], c, x.shape[1], x.shape[2], out.shape[1], out.shape[2], weight.shape[0], weight.shape[1], step, dilation, *before],
+        [x.shape[0], c, x.shape[1], x.shape[2], out.shape[1], out.shape[2], kh, kw, step, dilation, *before, *_group(x, inputs, c)],
         torch.get_num_threads(),
         address_of(x, "x", tuple(x.shape), x.dtype),
-        address_of(weight, "weight", (weight.shape[0], weight.shape[1], c), x.dtype),
+        address_of(weight, "weight", (kh, kw, inputs, c), x.dtype),
         address_of(bias, "bias", (c,), x.dtype),
         address_of(out, "out", (x.shape[0], out.shape[1], out.shape[2], c), x.dtype),
     )
 
 
+def _group(x: Tensor, inputs: int, channels: int) -> tuple[int, int]:
+    """Channels of a group in a map and in the result."""
+    groups = x.shape[3] // inputs
+    if groups * inputs != x.shape[3] or channels % groups:
+        raise ValueError(f"weight: expected whole groups of {inputs} of {x.shape[3]} channels, and of the result's {channels}")
+    return inputs, channels // groups
+
+
 def depthwise_weight_grad(
     x: Tensor,  # [N, H, W, C]
-    grad: Tensor,  # [N, H', W', C]
-    grad_weight: Tensor,  # [KH, KW, C]
+    grad: Tensor,  # [N, H', W', C']
+    grad_weight: Tensor,  # [KH, KW, I, C']
     step: int,
     before: tuple[int, int],
 ) -> None:
     """Launch ``depthwise_weight_grad``: grad_weight is written."""
+    kh, kw, inputs, c = grad_weight.shape
     if _launch.on_device(x):
-        return _launch_steps_cuda.depthwise_weight_grad(x, grad, grad_weight, step, before)
-    c, kernel = x.shape[3], grad_weight.shape[:2]
+        return _launch_steps_cuda.depthwise_weight_grad(x, grad, grad_weight.flatten(2), step, before)
     core = _launch._core
     launch = core.depthwise_weight_grad_float32 if x.dtype == torch.float32 else core.depthwise_weight_grad_float64
     launch(
-        [x.shape[0], c, x.shape[1], x.shape[2], grad.shape[1], grad.shape[2], *kernel, step, 1, *before],
+        [x.shape[0], c, x.shape[1], x.shape[2], grad.shape[1], grad.shape[2], kh, kw, step, 1, *before, *_group(x, inputs, c)],
         torch.get_num_threads(),
         address_of(x, "x", tuple(x.shape), x.dtype),
         address_of(grad, "grad", (x.shape[0], grad.shape[1], grad.shape[2], c), x.dtype),
-        address_of(grad_weight, "grad_weight", (kernel[0], kernel[1], c), x.dtype),
+        address_of(grad_weight, "grad_weight", (kh, kw, inputs, c), x.dtype),
     )

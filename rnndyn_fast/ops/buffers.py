@@ -23,6 +23,7 @@ _PATIENCE = 4096  # large buffers handed out, after which one that was not among
 @dataclass
 class _Kept:
     storage: torch.UntypedStorage
+    nbytes: int
     last_use: int
 
     @property
@@ -99,15 +100,15 @@ def _take(nbytes: int) -> torch.UntypedStorage:
     global _clock
     with _lock:
         _clock += 1
-        fitting = [k for k in _kept if nbytes <= k.storage.nbytes() <= 2 * nbytes and k.free]
+        fitting = [k for k in _kept if nbytes <= k.nbytes <= 2 * nbytes and k.free]
         if fitting:
-            best = min(fitting, key=lambda k: (k.storage.nbytes(), -k.last_use))
+            best = min(fitting, key=lambda k: (k.nbytes, -k.last_use))
             best.last_use = _clock
             return best.storage
         # Nothing fits: the moment to part with what has not been wanted for long.
         _kept[:] = [k for k in _kept if not k.free or _clock - k.last_use < _PATIENCE]
         storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-        _kept.append(_Kept(storage, _clock))
+        _kept.append(_Kept(storage, nbytes, _clock))
         return storage
 
 
@@ -115,7 +116,7 @@ def release_buffers() -> int:
     """Give the buffers that no tensor uses back to the system. Returns the bytes given back."""
     with _lock:
         free = [k for k in _kept if k.free]
-        released = sum(k.storage.nbytes() for k in free)
+        released = sum(k.nbytes for k in free)
         _kept[:] = [k for k in _kept if k not in free]
         return released
 

@@ -107,7 +107,7 @@ def with_precision(engine: str) -> str:
 
 def has_matrix_units() -> bool:
     """Whether the native core runs on matrix units here (elsewhere their engine is emulated, for tests)."""
-    return _launch.unavailable is None and _launch.build_info()["isa"] == "amx"
+    return _launch.unavailable is None and _launch.isa() == "amx"
 
 
 def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
@@ -141,7 +141,7 @@ def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: t
         reason = "a matrix product"
     elif reason is None:
         kernel = weight_shape[-1]
-        same = geometry.operator is Operator.CONV and geometry.stride == 1 and geometry.output_padding == 0
+        same = geometry.stride == 1 and geometry.output_padding == 0
         doubling = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 2 and geometry.output_padding == 1
         if dtype != torch.float32:
             reason = f"it computes in float32, not {dtype}"
@@ -157,10 +157,12 @@ def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: t
 
 def _best_map(geometry: Geometry, kernel: int, height: int, width: int) -> WinogradMap:
     """The form with the fewer products on a grid; the larger patch must save 10%, as its transforms cost more."""
-    if geometry.operator is Operator.CONV_TRANSPOSE:
+    turned = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 1
+    if geometry.operator is Operator.CONV_TRANSPOSE and not turned:
         return WinogradMap(WinogradForm(5, 2) if kernel == 3 else WinogradForm(6, 3), kernel, transposed=True)
     small, large = WinogradForm(6, kernel), WinogradForm(8, kernel)
-    return WinogradMap(large if large.products(height, width) < 0.9 * small.products(height, width) else small, kernel)
+    form = large if large.products(height, width) < 0.9 * small.products(height, width) else small
+    return WinogradMap(form, kernel, turned=turned)
 
 
 def choose_engine(
@@ -226,7 +228,7 @@ def _choose(
     choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples)
     if units is None:
         return choice
-    if choice.map is None or geometry.operator is Operator.CONV_TRANSPOSE:
+    if not isinstance(choice.map, WinogradMap) or choice.map.transposed:
         return EngineChoice.of(units, "this processor has matrix units")
     return EngineChoice(choice.map, f"{choice.reason}; gradients of the weight over few tiles on matrix units", units)
 
@@ -291,6 +293,10 @@ class Weight:
     def drop_packed(self) -> None:
         """Give up what was packed for the gradient of the data; it is packed anew when it is wanted again."""
         self.__dict__.pop("packed_backward", None)
+
+    def drop_packed_forward(self) -> None:
+        """Give up what was packed for the forward convolution; it is packed anew when it is wanted again."""
+        self.__dict__.pop("packed", None)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Of a map of that size."""
@@ -374,10 +380,10 @@ def _direct(weight: Weight, x: Tensor) -> Tensor:
 
 def can_sum(weights: Sequence[Weight]) -> bool:
     """Whether one call can compute the sum of these maps: :func:`convolve_sum`."""
-    maps = {w.choice.map for w in weights}
-    if all("forward" in w.choice.fused for w in weights):
+    maps = [w.choice.map for w in weights]
+    if all("forward" in w.choice.fused for w in weights) or all(isinstance(m, AmxMap) for m in maps):
         return True
-    return all(isinstance(m, AmxMap) for m in maps) or (len(maps) == 1 and None not in maps)
+    return all(isinstance(m, WinogradMap) for m in maps) and len({(m.form, m.transposed) for m in maps if isinstance(m, WinogradMap)}) == 1
 
 
 def convolve_sum(

@@ -71,7 +71,7 @@ def norm_step(
     modulator_bias: Tensor | None = None,  # [C]
     gamma: Tensor | None = None,  # [C], with a norm
     beta: Tensor | None = None,  # [C]
-    drive_sum: Tensor | None = None,  # [N, H, W, C], required with several drives or a bias; may be drives[0]
+    drive_sum: Tensor | None = None,  # [N, H, W, C], written, for the backward pass; may be drives[0]
     modulator_sum: Tensor | None = None,  # [N, H, W, C], likewise
     fixed: tuple[Tensor, Tensor] | None = None,  # running mean and variance [C], of FIXED
 ) -> NormStatistics:

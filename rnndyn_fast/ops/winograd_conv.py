@@ -4,7 +4,8 @@ Equations, precision and traffic: ``csrc/cpu/winograd_conv_kernel.h``. Maps are 
 
 A transposed convolution of stride 2 is four convolutions on its source's grid, one for each parity of the output's row and column. With
 K = 3 the even parity has one tap and the odd one two: kernels of 2, F(4x4,2x2). With K = 5 they have three and two: kernels of 3,
-F(4x4,3x3). Its gradient of the data sums the four parities' grids as four terms of one convolution.
+F(4x4,3x3). Its gradient of the data sums the four parities' grids as four terms of one convolution. A transposed convolution of stride 1 is
+the convolution with the turned kernel, source and target channels of the parameter exchanged.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ class WinogradForm:
 
 @dataclass(frozen=True)
 class WinogradMap:
-    """A linear map of connections in the Winograd domain: a 'same' convolution, or a doubling transposed one (``transposed``)."""
+    """A linear map of connections in the Winograd domain: a 'same' convolution, as such or given as a transposed one of stride 1
+    (``turned``), or a doubling transposed one (``transposed``)."""
 
     form: WinogradForm
     kernel_size: int
     transposed: bool = False
+    turned: bool = False
 
     @property
     def pad(self) -> int:
@@ -80,7 +83,7 @@ def taps(m: WinogradMap) -> Taps:
     """
     k, r, pad = m.kernel_size, m.form.kernel, m.pad
     if not m.transposed:
-        return (tuple(range(k * k)),)
+        return (tuple(range(k * k))[:: -1 if m.turned else 1],)
 
     def rows(parity: int) -> list[int]:
         wanted = [parity + (k - 1) // 2 + 2 * pad - 2 * u for u in range(r)]
@@ -133,7 +136,7 @@ def _sizes(m: WinogradMap, weight: Tensor) -> tuple[int, int, int, int]:
     first, second, k, _ = weight.shape
     area = k * k
     # CONV: [C_target, C_source, K, K]; CONV_TRANSPOSE: [C_source, C_target, K, K].
-    return (second, first, area, second * area) if m.transposed else (first, second, second * area, area)
+    return (second, first, area, second * area) if m.transposed or m.turned else (first, second, second * area, area)
 
 
 def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> PackedWeight:
