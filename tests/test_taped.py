@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph import rollout, taped_terms
+from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.tape import Gradients, stacked
+from rnndyn_fast.graph.taped import TapedRun
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import ConvCell
+from rnndyn_fast.ops import buffers
+from rnndyn_fast.ops.convolution import release_memory
 
 KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
 
@@ -83,6 +87,81 @@ def test_a_kept_graph_gives_the_same_again(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_windows_change_nothing(kind: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In windows of one and of up to three time steps: states and gradients, a kept graph's too, are those of all steps at once."""
+    net = cell_of(kind, 4, 5)
+    inputs = inputs_of(net, 2)
+    whole = results(net, inputs, "scheduled", torch.float64)
+    monkeypatch.setattr(taped_terms, "_WINDOW_BYTES", slots * 2 * 4 * 25 * 8)
+    for name, found in results(net, inputs, "scheduled", torch.float64).items():
+        torch.testing.assert_close(found, whole[name], rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    loss = sum(s.square().sum() for s in net.states(inputs, net.recorded))
+    parameters = list(net.parameters())
+    kept = [torch.autograd.grad(loss, parameters, retain_graph=keep) for keep in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "every second step"])
+def test_inputs_in_other_layouts(layout: str) -> None:
+    """Inputs that lie as the maps do are read where they are, and strided ones too; none of them is written."""
+    net = cell_of("intersectionrnn", 4, 5)
+    inputs = inputs_of(net, 2)
+    expected = results(net, inputs, "scheduled", torch.float64)
+    if layout == "channels_last":
+        inputs = [x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if x.dim() == 5 else x for x in inputs]
+    else:
+        inputs = [x.repeat_interleave(2, 0)[::2] if x.dim() == 5 else x for x in inputs]
+    before = [x.clone() for x in inputs]
+    net.backend = "scheduled"
+    states = net.states(inputs, net.recorded)
+    grads = torch.autograd.grad(sum((s * (1 + k)).square().sum() for k, s in enumerate(states)), list(net.parameters()))
+    for name, s in zip(net.recorded, states, strict=True):
+        torch.testing.assert_close(s, expected[f"state {name}"], rtol=1e-11, atol=1e-12)
+    for (name, _), grad in zip(net.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, expected[name], rtol=1e-11, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+# Maps per time step that a training step holds, the recorded states included (docs/networks.md).
+HELD = {"simplernn": 1, "gru": 6, "lstm": 6, "ugrnn": 3, "intersectionrnn": 6, "rgc_shallow": 7, "rgc_median": 9}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held(kind: str) -> None:
+    """Between forward and backward: the maps that are documented, and half a map for weights and rooms of single steps."""
+    torch.manual_seed(0)
+    extra = {"residual_channels": 64} if kind.startswith("rgc") else {}
+    net = ConvCell(kind, 64, 64, (28, 28), **extra, backend="scheduled")
+    net.timesteps = 16
+    inputs = [torch.randn(*((16, 4) if n.frames else (4,)), n.channels, n.height, n.width) for n in net.network.inputs]
+    release_memory()
+    before = sum(k.storage.nbytes() for k in buffers._kept if not k.free)
+    states = net.states(inputs, net.recorded)
+    held = sum(k.storage.nbytes() for k in buffers._kept if not k.free) - before
+    assert all(s.requires_grad for s in states)
+    assert held / inputs[0].nbytes < HELD[kind] + 0.5
+
+
+def test_uneven_padding_on_matrix_units() -> None:
+    """A 2 x 2 convolution with SAME padding reads the zeros past the map's edge without a padded copy."""
+    net = cell_of("rgc_median")
+    net.engine = "amx"
+    inputs = inputs_of(net)
+    truth = results(net, inputs, "reference", torch.float64)
+    ours = results(net, inputs, "scheduled", torch.float32)
+    schedule = net.schedule(net.recorded)
+    with torch.no_grad():
+        run = TapedRun(schedule, [x.float() for x in inputs], dict(net.named_parameters()), None, "amx", set())
+    drive = next(d for d in schedule.drives if (d.connection.target, d.connection.kernel_size) == ("cell.c", 2))
+    linear = run.linear_of(drive)
+    assert isinstance(linear, DenseMap)
+    assert linear.border is None
+    for name, expected in truth.items():
+        assert (ours[name].double() - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_second_derivatives_raise() -> None:

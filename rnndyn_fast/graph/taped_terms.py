@@ -102,9 +102,8 @@ class Terms:
     def shown(self, node: str, slots: Sequence[int]) -> Tensor:
         """Maps of an input, [len(slots) * N, H, W, C]."""
         spec, x = self.inputs[node]
-        frames = [
-            x[slot] if spec.frames else torch.full_like(x, spec.off_value) if slot and spec.off_at is not None else x for slot in slots
-        ]
+        off = spec.off_at is not None
+        frames = [x[slot] if spec.frames else torch.full_like(x, spec.off_value) if off and slot else x for slot in slots]
         maps = [frame.permute(0, 2, 3, 1) for frame in frames]
         if len(maps) == 1 and maps[0].is_contiguous():
             return maps[0]

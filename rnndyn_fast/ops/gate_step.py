@@ -133,7 +133,7 @@ def _grads_of_terms(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     terms, counts, *key = inputs
-    _keep(ctx, terms, counts, tuple(key), output)  # type: ignore[arg-type]
+    _keep(ctx, terms, counts, tuple(key), output)
 
 
 def _backward_registered(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
