@@ -138,5 +138,5 @@ if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer: not there, left out" | tee -a "$out/summary.txt"
 fi
-RNNDYN_BENCH_RESULTS="$out" step benchmarks 240 $pytest -s benchmarks/bench_rollout_cuda.py
+RNNDYN_BENCH_RESULTS="$out" step benchmarks 240 $pytest -s benchmarks/bench_rollout_cuda.py benchmarks/bench_networks_cuda.py
 finish

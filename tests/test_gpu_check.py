@@ -38,6 +38,7 @@ def test_dry_run(tmp_path: Path) -> None:
         assert set(train["contenders"]) == set(forward["contenders"]) == {"rnndyn", "eager", "channels_last"}
         assert {"matrix_peak_tflops", "share_of_matrix_peak", "batch", "device"} <= set(train)
         assert set(results[f"cuda_train_memory_{name}"]["peak_bytes"]) == {"rnndyn", "eager", "channels_last"}
+    assert {f"cuda_networks_{what}_lstm" for what in ("forward", "training", "memory")} <= set(results)
     assert "share_of_bandwidth" in results["cuda_readout_zones"]
     assert {name.rsplit("_", 1)[1] for name in results if name.startswith("cuda_conv")} == {"forward", "data", "weight"}
     assert json.loads((out / "machine.json").read_text(encoding="utf-8"))["torch"]

@@ -171,6 +171,8 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)
     with pytest.raises(ValueError, match=r"gamma: expected a contiguous tensor \[4\] of torch.float32"):
         norm_step(RULES["batch_relu"], [x[0].half()], [], state.half(), gamma=row.half(), beta=row)
+    with pytest.raises(ValueError, match=rf"drives\[1\]: expected .* on {state.device}, got .* on meta"):
+        norm_step(RULES["elu"], [x[0], x[1].to("meta")], [], state, drive_sum=torch.empty_like(state))
     with pytest.raises(ValueError, match="norm_step: expected groups that divide the channels"):
         norm_step(RULES["groups_elu"], x[:1], [], state, gamma=row, beta=row)
 

@@ -123,6 +123,22 @@ def test_too_old_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         net(x)
 
 
+@in_harness
+def test_doctor_names_devices_and_why_there_are_none(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert main(["doctor"]) == 0
+    assert "no device that torch can use (torch " in capfd.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("Tesla V100", "NVIDIA H100")[index])
+    monkeypatch.setattr(_launch_cuda, "capability", lambda device: ((7, 0), (9, 0))[device.index])
+    assert main(["doctor"]) == 0
+    said = capfd.readouterr().out
+    assert "Tesla V100, compute capability 7.0; too old for the kernels, which need 8.0" in said
+    assert "NVIDIA H100, compute capability 9.0\n" in said
+
+
 @pytest.mark.parametrize(
     ("precision", "device", "message"),
     [

@@ -88,19 +88,27 @@ def report() -> str:
     lines += _rows({f"convolutions, {engine}": f"{_attempt(convolutions, engine)}; {_CONVOLUTIONS[engine]}" for engine in ENGINES})
     lines += ["accelerators"]
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        lines += _rows({"CUDA": names})
+        lines += _rows({f"cuda:{index}": _device(index) for index in range(torch.cuda.device_count())})
     else:
-        lines += _rows({"CUDA": "no device that torch can use"})
+        lines += _rows({"CUDA": f"no device that torch can use ({_launch_cuda.why_no_device()})"})
     try:
         kernels = ", ".join(f"{name} {value}" for name, value in _launch_cuda.build_info().items())
     except ImportError as error:
-        kernels = f"{error}: networks run on the reference there"
+        kernels = f"{error}: networks run in PyTorch's operations there"
     lines += _rows({"CUDA kernels": kernels})
     lines += ["optional packages"]
     for package, purpose in _OPTIONAL.items():
         lines += _rows({package: _version(package, purpose)})
     return "\n".join(lines)
+
+
+def _device(index: int) -> str:
+    """A CUDA device, and whether it is too old."""
+    from rnndyn_fast.ops import _launch_cuda
+
+    major, minor = _launch_cuda.capability(torch.device("cuda", index))
+    old = "" if major >= 8 else "; too old for the kernels, which need 8.0: networks run in PyTorch's operations there"
+    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}{old}"
 
 
 def _rows(values: dict[str, Any]) -> list[str]:

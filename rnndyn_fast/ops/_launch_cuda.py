@@ -50,11 +50,11 @@ def check_device(device: torch.device) -> None:
         return
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else f"none that torch can use ({_why_none()})"
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else f"none that torch can use ({why_no_device()})"
         raise ValueError(f"device: this machine's CUDA devices are {there}, got {device}")
 
 
-def _why_none() -> str:
+def why_no_device() -> str:
     """Why torch sees no CUDA device."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
