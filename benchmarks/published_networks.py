@@ -1,8 +1,9 @@
 """BLT-VS (standard unrolling) and RCNN-SAT BL written the published way: plain eager PyTorch, one operation after another.
 
-The peers of bench_networks.py, from the descriptions of the networks. They use the modules of ours, so that both have the same parameters, and
-evaluate exactly what the published loops do: BLT-VS computes nearly every bottom-up and top-down term twice, once for each sweep (125.4 G
-multiply-adds at 224 px where 63.6 G suffice); RCNN-SAT computes the drive of its first layer once.
+The peers of bench_networks.py, from the descriptions of the networks. They use the modules of ours, so that both have the
+same parameters, and evaluate exactly what the published loops do: BLT-VS computes nearly every bottom-up and top-down term
+twice, once for each sweep (20.5 G multiply-adds at 128 px and T = 6 where 10.8 G suffice); RCNN-SAT computes the drive of its
+first layer once.
 """
 
 from __future__ import annotations
