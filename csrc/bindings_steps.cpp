@@ -85,7 +85,7 @@ DepthwiseShape depthwise_shape(const DepthwiseSizes& n, int num_threads) {
                                 " rows and columns");
   if (n[12] < 1 || n[13] < 1 || n[1] % n[13] != 0)
     throw std::invalid_argument("depthwise_conv: expected whole groups of channels");
-  return {n[0],      n[1],      n[2],       n[3],       n[4],       n[5],       int(n[6]), int(n[7]),
+  return {n[0],      n[1],      n[2],       n[3],       n[4],       n[5],       int(n[6]),  int(n[7]),
           int(n[8]), int(n[9]), int(n[10]), int(n[11]), int(n[12]), int(n[13]), num_threads};
 }
 

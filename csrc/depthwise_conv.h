@@ -15,10 +15,9 @@ struct DepthwiseShape {
   int64_t in_height, in_width, out_height, out_width;
   int kernel_height, kernel_width;
   int step, dilation;
-  int top, left;  // zeros before the first row and column
+  int top, left;            // zeros before the first row and column
   int group_in, group_out;  // channels of a group in the map (I) and in the result
   int num_threads;
-  int64_t in_channels() const { return channels / group_out * group_in; }
 };
 
 template <typename Real>

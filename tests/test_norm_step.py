@@ -162,9 +162,8 @@ def test_sums_need_not_be_kept() -> None:
     bias, options = torch.randn(1040), {"gamma": torch.randn(1040), "beta": torch.randn(1040)}
     for state, kept in zip(states, (False, True), strict=True):
         sums = [torch.empty_like(state) if kept else None for _ in range(2)]
-        norm_step(
-            rule, terms[:2], terms[2:], state, drive_bias=bias, modulator_bias=bias, drive_sum=sums[0], modulator_sum=sums[1], **options
-        )
+        options |= {"drive_bias": bias, "modulator_bias": bias, "drive_sum": sums[0], "modulator_sum": sums[1]}
+        norm_step(rule, terms[:2], terms[2:], state, **options)
     assert torch.equal(*states)
 
 

@@ -40,7 +40,10 @@ struct DepthwiseBand {
   bool grouped;
 
   explicit DepthwiseBand(const DepthwiseShape& shape)
-      : s(shape), in_channels(shape.in_channels()), inputs(shape.group_in), grouped(inputs * shape.group_out > 1) {
+      : s(shape),
+        in_channels(shape.channels / shape.group_out * shape.group_in),
+        inputs(shape.group_in),
+        grouped(inputs * shape.group_out > 1) {
     blocks = (s.channels + kLanes - 1) / kLanes;
     // Outputs are made kColumns at a time, past the map's edge too.
     const int64_t columns = (s.out_width + kColumns - 1) / kColumns * kColumns;
@@ -83,8 +86,7 @@ struct DepthwiseBand {
     if (!grouped) return found;
     const int64_t group = block * kLanes / s.group_out;
     found.first = group * inputs;
-    for (int i = 0; i < found.lanes; ++i)
-      found.base[i] = Number(((block * kLanes + i) / s.group_out - group) * inputs);
+    for (int i = 0; i < found.lanes; ++i) found.base[i] = Number(((block * kLanes + i) / s.group_out - group) * inputs);
     found.span = int(found.base[found.lanes - 1]) + inputs;
     return found;
   }

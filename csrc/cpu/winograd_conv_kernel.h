@@ -318,8 +318,7 @@ static void winograd_pack_weight_form(const WinogradPackParams& p) {
           for (int a = 0; a < Patch; ++a) {
             vec out[Patch];
             kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
-            for (int b = 0; b < Patch; ++b)
-              store(to + (a * Patch + b) * panels * p.in_channels * kGemmCols, out[b]);
+            for (int b = 0; b < Patch; ++b) store(to + (a * Patch + b) * panels * p.in_channels * kGemmCols, out[b]);
           }
         }
     }

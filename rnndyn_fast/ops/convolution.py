@@ -487,7 +487,7 @@ def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size) -> Tensor:
     return amx_conv(grad, packed, empty(shape, torch.float32))
 
 
-_MANY_TILES = 192  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
+_MANY_TILES = 96  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
 
 
 def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
