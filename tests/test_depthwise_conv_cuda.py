@@ -60,7 +60,7 @@ def results(case: tuple, held: torch.dtype, dtype: torch.dtype, native: bool) ->
     if native:
         packed = pack_depthwise(weight)
         y = depthwise_conv(x, packed, bias.float(), stride, (top, left), size)
-        grad_x = depthwise_data_grad(grad, packed, stride, (top, left), (h, w))
+        grad_x = depthwise_data_grad(grad, packed, stride, (top, left), (h, w, c))
         grad_weight = unpack_depthwise(depthwise_weight_grad(x, grad, (*kernel, 1), stride, (top, left)))
         assert grad_weight.dtype == torch.float32
         return {"y": y, "grad_x": grad_x, "grad_weight": grad_weight}
