@@ -30,6 +30,10 @@ struct ExpConstants<double> {
                           kLn2Low = 1.90821492927058770002e-10;
 };
 
+constexpr double kInverseFactorial[14] = {
+    1,         1,          1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+    1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+
 // exp(x) - 1, clamped where exp would leave the range of Real; NaN stays NaN.
 template <typename Real>
 inline Real expm1_of(Real x) {
@@ -40,9 +44,9 @@ inline Real expm1_of(Real x) {
   const Real shifted = x * K::kLog2e + K::kMagic;
   const Real n = shifted - K::kMagic;
   const Real r = (x - n * K::kLn2High) - n * K::kLn2Low;
-  Real poly = Real(1) / Real(K::kDegree);
+  Real poly = Real(kInverseFactorial[K::kDegree]);
 #pragma GCC unroll 16
-  for (int k = K::kDegree - 1; k >= 1; --k) poly = Real(1) / Real(k) * (Real(1) + r * poly);  // (1 + r (...)/(k+1)) / k
+  for (int k = K::kDegree - 1; k >= 1; --k) poly = Real(kInverseFactorial[k]) + r * poly;
   // poly * r is the sum of r^k / k!, without the constant term.
   Bits bits, magic_bits;
   const Real magic = K::kMagic;

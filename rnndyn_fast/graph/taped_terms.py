@@ -216,6 +216,8 @@ class Terms:
         (self.terms[position],) = self.tape.by_torch(function, [source], [term_key(*position)], [*c.weights, *c.biases])
 
     def _record_linear(self, index: int, first: int, forms: list[tuple[Tensor, Key]]) -> None:
+        if not self.tape.recording:
+            return
         drive = self.schedule.drives[index]
         weights = self.tape.wanted.intersection((*drive.connection.weights, *drive.connection.biases))
         if weights or drive.source in self.reaches:
