@@ -58,10 +58,17 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
     scalars, states = gate_scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
     with pytest.raises(ValueError, match=r"ports\[1\]\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
         _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [], [None, None], states, [], backward=False)
-    with pytest.raises(ValueError, match="sums: needed where a port has several terms"):
-        _launch_cells_cuda.gate_step(scalars, [[x, x], [states[0]]], [], [None, None], states, [], backward=False)
     with pytest.raises(ValueError, match="ports: expected 1 to 6 terms"):
         _launch_cells_cuda.gate_step(scalars, [[x] * 7, [states[0]]], [], [x, None], states, [], backward=False)
+
+
+def test_sums_need_not_be_wanted(kernels: Any) -> None:
+    x, h, total = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 4), torch.empty(1, 2, 2, 8)
+    found = [[torch.empty_like(h), torch.empty_like(h)] for _ in range(2)]
+    for sums, states in zip(([total, None], []), found, strict=True):
+        _launch_cells_cuda.gate_step(gate_scalars(GRUGates()), [[x, 2 * x], [h]], [], sums, states, [], backward=False)
+    assert torch.equal(total, 3 * x)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")

@@ -165,8 +165,6 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
     row = torch.randn(4)
     with pytest.raises(ValueError, match="at most 6 drives and modulators"):
         norm_step(RULES["elu"], x, [], state, drive_sum=torch.empty_like(state))
-    with pytest.raises(ValueError, match="several drives, or a bias, need drive_sum"):
-        norm_step(RULES["elu"], x[:2], [], state)
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)
     with pytest.raises(ValueError, match=r"gamma: expected a contiguous tensor \[4\] of torch.float32"):
@@ -175,6 +173,14 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
         norm_step(RULES["elu"], [x[0], x[1].to("meta")], [], state, drive_sum=torch.empty_like(state))
     with pytest.raises(ValueError, match="norm_step: expected groups that divide the channels"):
         norm_step(RULES["groups_elu"], x[:1], [], state, gamma=row, beta=row)
+
+
+def test_sums_need_not_be_wanted(kernels: Any) -> None:
+    x, total, states = torch.randn(2, 1, 2, 2, 4), torch.empty(1, 2, 2, 4), [torch.empty(1, 2, 2, 4) for _ in range(2)]
+    for wanted, state in zip((total, None), states, strict=True):
+        norm_step(RULES["elu"], list(x), [], state, drive_sum=wanted)
+    assert torch.equal(total, x[0] + x[1])
+    assert torch.equal(*states)
 
 
 @on_a_device

@@ -16,7 +16,7 @@ def gate_step(
     scalars: tuple[int, float, list[float], list[float], int],  # rule, forget bias, gains (constant, factor, slope), activation
     ports: Sequence[Sequence[Tensor]],  # terms of each port, [N, H, W, m * D]
     biases: Sequence[Tensor | None],  # [m * D] float32 of each port, or none at all
-    sums: Sequence[Tensor | None],  # [N, H, W, m * D] where a port has several terms or a bias
+    sums: Sequence[Tensor | None],  # [N, H, W, m * D], where the sum of a port's terms and bias is wanted; or none at all
     states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
     grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
     *,
@@ -27,11 +27,15 @@ def gate_step(
     launch = Launch(states[0])
     rule, forget_bias, tau, gate, activation = scalars
     sizes = [(n, h, w, terms[0].shape[3]) for terms in ports]
+    rows = biases or [None] * len(ports)
+    totals = list(sums)
+    if not backward:
+        totals = [launch.room_of_sum(*one) for one in zip(sums or [None] * len(ports), ports, rows, strict=True)]
     _launch_cuda.module().gate_step(
         DTYPES[launch.dtype], launch.queue, rule, n * h * w, channels, forget_bias, tau, gate, activation,
         [launch.terms(terms, f"ports[{k}]", size) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
-        [launch.read(bias, f"biases[{k}]", sizes[k][3:], torch.float32) for k, bias in enumerate(biases or [None] * len(ports))],
-        [launch.write(total, f"sums[{k}]", sizes[k]) for k, total in enumerate(sums)],
+        [launch.read(bias, f"biases[{k}]", sizes[k][3:], torch.float32) for k, bias in enumerate(rows)],
+        [launch.write(total, f"sums[{k}]", sizes[k]) for k, total in enumerate(totals)],
         [(launch.read if backward else launch.write)(s, f"states[{k}]", shape) for k, s in enumerate(states)],
         [launch.write(grad, f"grad_ports[{k}]", sizes[k]) for k, grad in enumerate(grad_ports)],
         backward,

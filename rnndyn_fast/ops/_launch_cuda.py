@@ -105,8 +105,14 @@ class Launch:
         """A float32 sum that is added to."""
         return device_address(tensor, name, shape, torch.float32, self.device, Use.UPDATE)
 
-    def scratch(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def room_of_sum(self, total: Tensor | None, terms: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
+        """Where the kernel sums terms and bias: where the caller wants it, else in scratch; None: one term is the sum."""
+        if total is not None or (bias is None and len(terms) < 2):
+            return total
+        return self.scratch(*terms[0].shape, dtype=self.dtype) if terms else None
 
 
 def area_step_forward(

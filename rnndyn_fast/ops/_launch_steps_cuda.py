@@ -40,6 +40,8 @@ def norm_step_forward(
     statistics = (full[0], scalars[0]) if scalars[1] == 1 else row
     take = launch.read if scalars[1] == 3 else launch.write  # (of FIXED they are given)
     workspace = _workspace(launch, full, scalars)
+    drive_sum = launch.room_of_sum(drive_sum, drives, drive_bias)
+    modulator_sum = launch.room_of_sum(modulator_sum, modulators, modulator_bias)
     _launch_cuda.module().norm_step_forward(
         DTYPES[launch.dtype], launch.queue, list(full), scalars,
         launch.terms(drives, "drives", full),
