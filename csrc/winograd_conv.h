@@ -83,7 +83,7 @@ struct WinogradWeightGradParams {
   int tap[kMaxPhases][kMaxTaps];
   Vanishing vanishing[kMaxPhases];
   float* workspace;  // winograd_weight_grad_workspace(...) floats, scratch, 64-byte aligned
-  float* sums;       // winograd_weight_grad_sums(...) floats, scratch, 64-byte aligned; as many as a packed weight has
+  float* sums;       // winograd_weight_grad_sums(...) floats, scratch, 64-byte aligned
 };
 
 }  // namespace rnndyn

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
 import torch
+from torch import Tensor
 
 from rnndyn_fast import release_memory
 from rnndyn_fast.models import blt_net_64
@@ -12,7 +18,7 @@ from rnndyn_fast.ops.buffers import empty, release_buffers
 LARGE = (1 << 20,)  # 4 MiB of float32
 
 
-def test_a_free_storage_is_handed_out_again() -> None:
+def test_room_that_nothing_uses_is_handed_out_again() -> None:
     release_buffers()
     first = empty(LARGE, torch.float32)
     address = first.data_ptr()
@@ -41,8 +47,7 @@ def test_release_gives_all_free_ones_back() -> None:
     empty((2 << 20,), torch.float32)
     assert release_buffers() >= 8 << 20
     assert kept.fill_(1).sum() == LARGE[0]
-    assert kept.untyped_storage().data_ptr() in [k.storage.data_ptr() for k in buffers._kept]
-    assert not any(k.free for k in buffers._kept)
+    assert release_buffers() == 0
 
 
 def test_memory_of_rollouts_can_be_released() -> None:
@@ -53,19 +58,91 @@ def test_memory_of_rollouts_can_be_released() -> None:
         assert convolution._kept
         assert release_memory() > 1 << 20
         assert not convolution._kept
-        assert not any(k.free for k in buffers._kept)
+        assert release_buffers() == 0
         torch.testing.assert_close(net(x), before, rtol=0, atol=0)
 
 
-def test_buffers_unused_for_long_are_given_back() -> None:
-    release_buffers()
-    tensor = empty(LARGE, torch.float32)
-    entry = next(k for k in buffers._kept if k.storage.data_ptr() == tensor.data_ptr())
-    del tensor
-    entry.last_use -= buffers._PATIENCE
-    empty((64 << 20,), torch.float32)  # larger than anything kept: nothing fits
-    assert all(k is not entry for k in buffers._kept)
-    release_buffers()
+def test_gaps_are_joined() -> None:
+    """Whatever the order in which buffers are given up, their room is one gap, and a larger buffer fits there."""
+    region = buffers.Region(64 << 20)
+
+    def take(nbytes: int) -> Tensor:
+        gap = region.smallest_gap(nbytes)
+        assert gap is not None
+        return region.take(gap, nbytes)
+
+    for order in itertools.permutations(range(4)):
+        tensors = [take(4 << 20) for _ in range(5)]
+        first = tensors[0].data_ptr()
+        for i in order:
+            tensors[i] = torch.empty(0)
+        assert take(16 << 20).data_ptr() == first
+        del tensors
+        assert region.smallest_gap(64 << 20) == 0
+    assert region.smallest_gap(65 << 20) is None
+
+
+def test_the_smallest_gap_is_taken() -> None:
+    region = buffers.Region(64 << 20)
+    tensors = [region.take(region.smallest_gap(n << 20) or 0, n << 20) for n in (5, 1, 2, 1)]
+    address = tensors[2].data_ptr()
+    tensors[0] = tensors[2] = torch.empty(0)
+    gap = region.smallest_gap(2 << 20)
+    assert gap == 1
+    assert region.take(gap, 2 << 20).data_ptr() == address
+
+
+def test_a_buffer_keeps_its_bytes_while_others_come_and_go() -> None:
+    generator = torch.Generator().manual_seed(0)
+    live: list[tuple[Tensor, int]] = []
+    for i in range(300):
+        size = int(torch.randint(1 << 20, 5 << 20, (1,), generator=generator))
+        live.append((empty((size,), torch.uint8).fill_(i % 251), i % 251))
+        if len(live) > 12:
+            tensor, value = live.pop(int(torch.randint(12, (1,), generator=generator)))
+            assert bool((tensor == value).all())
+    assert all(bool((tensor == value).all()) for tensor, value in live)
+
+
+def test_buffers_are_given_up_by_any_thread() -> None:
+    def fill(value: int) -> bool:
+        tensors = [empty(LARGE, torch.float32).fill_(value + k) for k in range(3)]
+        return all(bool((t == value + k).all()) for k, t in enumerate(tensors))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(fill, range(0, 60, 3)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the resident size")
+def test_what_was_not_reached_for_long_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    monkeypatch.setattr(buffers, "_PATIENCE", 8)
+    release_memory()
+    before = resident()
+    empty((64 << 20,), torch.uint8).fill_(1)
+    assert resident() > before + (60 << 20)
+    for _ in range(16):  # twice its patience
+        empty((1 << 20,), torch.uint8)
+    assert resident() < before + (8 << 20)
+
+
+def test_without_address_space_regions_are_as_large_as_they_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(buffers.Region):
+        def __init__(self, nbytes: int) -> None:
+            if nbytes > 1 << 30:
+                raise OSError("no address space")
+            super().__init__(nbytes)
+
+    monkeypatch.setattr(buffers, "Region", Refused)
+    monkeypatch.setattr(buffers, "_regions", [])
+    tensors = [empty((40 << 20,), torch.uint8).fill_(i) for i in range(3)]
+    assert len(buffers._regions) == 3
+    assert all(int(t[-1]) == i for i, t in enumerate(tensors))
+    address = tensors[1].data_ptr()
+    tensors[1] = torch.empty(0)
+    assert empty((64 << 20,), torch.uint8).data_ptr() == address
 
 
 def test_results_of_two_rollouts_stay_apart() -> None:

@@ -13,6 +13,7 @@ from rnndyn_fast.graph import Area, Network, Operator, compile_schedule, rollout
 from rnndyn_fast.graph import backward as backward_module
 from rnndyn_fast.graph import forward as forward_module
 from rnndyn_fast.graph import update as update_module
+from rnndyn_fast.graph.saved import computed_again
 from rnndyn_fast.graph.schedule import Drive, Schedule
 from rnndyn_fast.models import blt_net_64
 
@@ -172,10 +173,12 @@ def small_blt(topdown: bool) -> RolloutCase:
 def test_training_calls_each_convolution_as_often_as_it_must(topdown: bool, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """retina, V1 and V2's bottom-up once. Lateral: T - 1 steps in V2, V4, IT, GAP. Bottom-up of V4 and IT: one call
     over T * N each where
-    the areas are components of their own; T each, and T - 1 for each top-down term, where they step together."""
+    the areas are components of their own; T each, and T - 1 for each top-down term, where they step together. Backward runs the
+    retina again."""
     count = Calls(monkeypatch)
     run(small_blt(topdown), training=True)
-    assert len(count.forward) == calls
+    assert [c.areas for c in computed_again(compile_schedule(small_blt(topdown).network, T, ("gap",)))] == [("retina",)]
+    assert len(count.forward) == calls + 1
     assert count.forward.count(2 * T) == (0 if topdown else 2)
     # One weight-gradient call per connection, whatever its number of steps.
     connections = [c for c in small_blt(topdown).network.connections if c.operator is not Operator.IDENTITY]

@@ -14,7 +14,6 @@
 
 constexpr int64_t kAmxBandBytes = 896 * 1024;  // of the 2 MB L2; the rest is for a panel of weights
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -35,15 +35,16 @@ struct AmxWeightGradSizes {
     x_cell = steps * p.parts * kTileBytes;
     grad_row = 2 * x_cell;
     const int64_t x_row = layout.step * layout.step * shifts * x_cell * in_tiles, both = x_row + grad_row * out_pairs;
-    const int64_t fit =
-        larger(kAmxBandBytes / both - (layout.last_row - layout.first_row) / layout.step, ceil_div(32, steps));
+    // (Of three parts, which are six products a step, half as many are enough.)
+    const int64_t fit = larger(kAmxBandBytes / both - (layout.last_row - layout.first_row) / layout.step,
+                               ceil_div(p.parts == 3 ? 16 : 32, steps));
     bands = ceil_div(p.height, smaller(fit, p.height));
     band = ceil_div(p.height, bands);
     bands = ceil_div(p.height, band);
     x_tile = layout.rows(band) * layout.step * shifts * x_cell;
     sums = p.num_taps * in_pairs * out_pairs * 1024;
     chunks = 8;
-    while (chunks > 1 && (chunks > groups * bands || chunks * sums * 4 > 32 * 1024 * 1024)) chunks /= 2;
+    while (chunks > 1 && (chunks > groups * bands || chunks * sums * 4 > 16 * 1024 * 1024)) chunks /= 2;
     split = smaller(out_pairs, ceil_div(p.num_threads, chunks));
   }
   // One row of 16 channels of x before it is shifted: a multiple of 32 pixels.

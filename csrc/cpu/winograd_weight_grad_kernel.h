@@ -3,7 +3,8 @@
 //
 // Maths: dW = G^T [sum over tiles (B^T d B) . (A dy A^T)] G.
 // Traffic: a block of tiles is transformed into V (a^2 B C_in) and Q (a^2 B C_out), which all threads read; sums of a^2 C_in C_out floats are
-//   loaded and stored once per block, in the order in which they lie, and transformed once, at the end.
+//   loaded and stored once per block, in the order in which they lie, and transformed once, at the end. Where they are larger than 12 MiB, the
+//   channels of the gradient are taken in parts, one after another, and x is transformed once for each.
 // Determinism: each frequency and panel is accumulated by one thread in one order, whatever the number of threads.
 
 template <int Patch, int Kernel>
@@ -31,7 +32,7 @@ struct WinogradWeightGradSizes {
 
 // Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
 template <int Patch, int Kernel>
-static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
+static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
   const WinogradWeightGradSizes<Patch, Kernel> s(p);
   constexpr int kFrequencies = Patch * Patch;
   float* v = p.workspace;
@@ -89,14 +90,35 @@ static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
   }
 }
 
+// The channels of the gradient from `first` on, as many as make a part.
+template <int Patch, int Kernel>
+static WinogradWeightGradParams winograd_weight_grad_part_of(const WinogradWeightGradParams& p, int64_t first) {
+  constexpr int64_t kMaxSums = 12 * 1024 * 1024 / sizeof(float);
+  const int64_t parts = ceil_div(WinogradWeightGradSizes<Patch, Kernel>(p).sums_size, kMaxSums);
+  WinogradWeightGradParams part = p;
+  part.out_channels = smaller(round_up(ceil_div(p.out_channels, parts), kGemmCols), p.out_channels - first);
+  for (int phase = 0; phase < p.num_phases; ++phase) part.grad[phase] += first;
+  part.grad_weight += first * p.out_stride;
+  return part;
+}
+
+template <int Patch, int Kernel>
+static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
+  for (int64_t first = 0; first < p.out_channels;) {
+    const WinogradWeightGradParams part = winograd_weight_grad_part_of<Patch, Kernel>(p, first);
+    winograd_weight_grad_part<Patch, Kernel>(part);
+    first += part.out_channels;
+  }
+}
+
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
-  const WinogradWeightGradSizes<Patch, Kernel> s(p);
+  const WinogradWeightGradSizes<Patch, Kernel> s(winograd_weight_grad_part_of<Patch, Kernel>(p, 0));
   return s.v_size + s.q_size;
 }
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_sums_form(const WinogradWeightGradParams& p) {
-  return WinogradWeightGradSizes<Patch, Kernel>(p).sums_size;
+  return WinogradWeightGradSizes<Patch, Kernel>(winograd_weight_grad_part_of<Patch, Kernel>(p, 0)).sums_size;
 }
 
 // ---------------------------------------------------------------- by form

@@ -8,25 +8,24 @@ its gradient in a sum of its own, and returns it when its last reader is done.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.forward import stacked
+from rnndyn_fast.graph.forward import Training, stacked
 from rnndyn_fast.graph.operands import Operands, area_step_forward, at_most
-from rnndyn_fast.graph.saved import POOL_KIND, saved_buffers
-from rnndyn_fast.graph.schedule import Component, Schedule, Term, is_drive_term
+from rnndyn_fast.graph.saved import POOL_KIND, computed_again, modulated_slots, needed_buffers, saved_buffers
+from rnndyn_fast.graph.schedule import Component, FormSlot, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import Arena, empty
+from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import convolve_backward
 
-FormSlot = tuple[str, Pool, int]
-
 # Bytes of a window: several time steps of an area, so that a call over it is worth its start, and few enough that not all of them are held.
-_WINDOW_BYTES = 20 * 1024 * 1024
+_WINDOW_BYTES = 6 * 1024 * 1024
 
 
 class _GradientOf:
@@ -50,7 +49,8 @@ class _Backward:
         self.operands = operands
         self.schedule = operands.schedule
         self.needs = needs
-        self.saved = {b.key: t for b, t in zip(saved_buffers(self.schedule), saved, strict=True)}
+        self._saved = {b.key: t for b, t in zip(saved_buffers(self.schedule), saved, strict=True)}
+        self._made = {b.key for b in needed_buffers(self.schedule)} - self._saved.keys()  # when they are first asked for
         self.grads: dict[str, Tensor] = {}  # of parameters
         self.forms: defaultdict[FormSlot, list[Tensor]] = defaultdict(list)  # gradients of maps, [N, H, W, C] each
         self.area_grads: dict[tuple[str, str], Tensor] = {}  # (area, drive | modulator) -> its window, [slots, N, H, W, C]
@@ -90,31 +90,43 @@ class _Backward:
 
     # ---------------------------------------------------------------- saved values
 
+    def _kept(self, owner: str, kind: str) -> Tensor | None:
+        """A buffer of :func:`needed_buffers`, if there is such a one."""
+        if (owner, kind) in self._made and (owner, kind) not in self._saved:
+            self._saved |= Training(self.operands, computed_again(self.schedule), needed_buffers(self.schedule)).run()
+        return self._saved.get((owner, kind))
+
+    def _slot(self, owner: str, kind: str, slot: int) -> Tensor | None:
+        stack = self._kept(owner, kind)
+        return None if stack is None else stack[slot]
+
     def _form(self, name: str, pool: Pool, slots: Sequence[int]) -> Tensor:
         """Some slots of a form of a map: [slots, N, H, W, C]."""
-        key = (name, POOL_KIND[pool])
-        if key not in self.saved and name not in self.inputs:
+        kept = self._kept(name, POOL_KIND[pool])
+        if kept is not None:
+            return stacked(kept, slots)
+        if name not in self.inputs:
             return self._again(name, pool, slots)
-        if key not in self.saved:  # an input's own map
-            node = self.inputs[name]
-            return torch.stack([self.operands.ingest(node, pool, slot)[0] for slot in slots])
-        return stacked(self.saved[key], slots)
+        return torch.stack([self.operands.ingest(self.inputs[name], pool, slot)[0] for slot in slots])  # an input's own map
 
     def _again(self, name: str, pool: Pool, slots: Sequence[int]) -> Tensor:
         """A form of an area's map that forward did not keep, until another is asked for: [slots, N, H, W, C]."""
         if self.recomputed != (name, pool, slots):
             schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
             shape = self._map_shape(name)
+            self.recomputed, self.again = None, torch.empty(0)  # whose room comes first
+            self.again = empty((len(slots), *self._map_shape(name, pool)), operands.dtype)
             self.recomputed = (name, pool, slots)
-            self.map_room.reset()
-            self.again = self.map_room.take((len(slots), *self._map_shape(name, pool)), operands.dtype)
-            kept, factors = self.saved.get((name, "value")), self.saved.get((name, "modulator"))
+            kept = self._kept(name, "value")
+            mean, rstd = self._kept(name, "centre"), self._kept(name, "rstd")
+            assert mean is not None
+            assert rstd is not None
             scratch = empty(shape, operands.dtype) if kept is None else None
             for k, slot in enumerate(slots):
                 drives, modulators = operands.split_terms(schedule.terms[name, slot])
                 area_step_forward(
                     [kept[slot]] if kept is not None else at_most([self._drive_value(t) for t in drives]),
-                    [factors[slot]] if factors is not None and modulators else [],
+                    [self._factor(name, slot)] if modulators else [],
                     drive_bias=None if kept is not None else operands.bias(drives),
                     modulator_complete=True,
                     complete=kept is not None,
@@ -125,26 +137,32 @@ class _Backward:
                     value=kept[slot] if kept is not None else scratch,  # (it is its own drive, and not written)
                     state=self.again[k] if pool is Pool.NONE else None,
                     max_pooled=self.again[k] if pool is Pool.MAX else None,
-                    mean=self.saved[name, "centre"][slot].clone(),
-                    rstd=self.saved[name, "rstd"][slot].clone(),
+                    mean=mean[slot].clone(),
+                    rstd=rstd[slot].clone(),
                 )
         return self.again
+
+    def _factor(self, name: str, slot: int) -> Tensor:
+        """What modulators made of a slot's drive: [N, H, W, C]."""
+        factor = self._slot(name, "modulator", modulated_slots(self.schedule, name).index(slot))
+        assert factor is not None
+        return factor
 
     def _drive_value(self, term: Term) -> Tensor:
         """A drive term that a modulator multiplied: [N, H, W, C]."""
         drive = self.schedule.drives[term.drive]
         if drive.connection.operator is Operator.IDENTITY:
             return self._form(drive.source, drive.connection.pool, [drive.slots[term.position]])[0]
-        return self.saved[f"drive{term.drive}", "drive"][term.position]
+        kept = self._slot(f"drive{term.drive}", "drive", term.position)
+        assert kept is not None
+        return kept
 
     # ---------------------------------------------------------------- one component
 
     def run(self) -> None:
-        components = [c for c in reversed(self.schedule.components) if self.reaches.intersection(c.areas)]
-        # Windows of one component at a time, and maps of one area at a time, each in the room of those before.
-        self.grad_room = Arena(max((self._grad_bytes(c) for c in components), default=0))
-        self.map_room = Arena(max((self._again_bytes(d) for d in range(len(self.schedule.drives))), default=0))
-        for component in components:
+        for component in reversed(self.schedule.components):
+            if not self.reaches.intersection(component.areas):
+                continue
             for name in component.areas:
                 self._allocate(name)
             for name, slot in reversed(component.updates):
@@ -161,8 +179,7 @@ class _Backward:
                 if not self.where[d].aligned and self.total_left[d] == 0:
                     self._finish_drive(d, 0, len(self.schedule.drives[d].slots), within=False)
             self.area_grads.clear()
-            self.windows.clear()
-            self.grad_room.reset()
+            self.recomputed, self.again = None, torch.empty(0)
 
     def _drives_into(self, name: str) -> set[int]:
         return {t.drive for s in range(self.schedule.num_slots[name]) for t in self.schedule.terms[name, s]}
@@ -171,13 +188,6 @@ class _Backward:
         """Of its drive and its modulator, those whose gradients have a window."""
         return sorted({self.where[d].kind for d in self._drives_into(name) if self.where[d].aligned and self.where[d].area == name})
 
-    def _grad_bytes(self, component: Component) -> int:
-        total = 0
-        for name in component.areas:
-            shape = (self._window_slots(name), *self._map_shape(name))
-            total += len(self._grad_kinds(name)) * Arena.size(shape, self.operands.dtype)
-        return total
-
     def _map_shape(self, name: str, pool: Pool = Pool.NONE) -> tuple[int, ...]:
         channels, height, width = pooled_shape(self.schedule.network.shapes[name], pool)
         return self.operands.samples, height, width, channels
@@ -185,32 +195,24 @@ class _Backward:
     def _window_slots(self, name: str) -> int:
         """Slots of an area in a window: as many as fit, in windows of nearly equal size."""
         slots = self.schedule.num_slots[name]
-        fit = max(1, _WINDOW_BYTES // Arena.size(self._map_shape(name), self.operands.dtype))
+        fit = max(1, _WINDOW_BYTES // (math.prod(self._map_shape(name)) * self.operands.dtype.itemsize))
         return -(-slots // -(-slots // fit))
-
-    def _again_bytes(self, index: int) -> int:
-        """Of the maps that the gradient of a drive's weight needs at a time, if they are computed again."""
-        drive, where = self.schedule.drives[index], self.where[index]
-        pool = drive.connection.pool
-        if drive.connection.operator is Operator.IDENTITY or drive.source in self.inputs or (drive.source, POOL_KIND[pool]) in self.saved:
-            return 0
-        slots = min(len(drive.slots), self._window_slots(where.area)) if where.aligned else len(drive.slots)
-        return Arena.size((slots, *self._map_shape(drive.source, pool)), self.operands.dtype)
 
     def _allocate(self, name: str) -> None:
         schedule, operands = self.schedule, self.operands
         shape = self._map_shape(name)
         for kind in self._grad_kinds(name):
-            self.area_grads[name, kind] = self.grad_room.take((self._window_slots(name), *shape), operands.dtype)
+            self.area_grads[name, kind] = empty((self._window_slots(name), *shape), operands.dtype)
         for d in self._drives_into(name):
             if not self.where[d].aligned and d not in self.drive_sums:
                 drive = schedule.drives[d]
-                self.drive_sums[d] = torch.zeros((len(drive.slots), *shape), dtype=operands.sums_dtype)
+                self.drive_sums[d] = empty((len(drive.slots), *shape), operands.sums_dtype).zero_()
         area = schedule.network.area(name)
         if area.norm is Norm.LAYER:
             for kind in ("weight", "bias"):
                 # (areas may share a norm's parameters)
-                self.grads.setdefault(f"{area.norm_parameter}.{kind}", torch.zeros(shape[1:], dtype=operands.sums_dtype))
+                if (key := f"{area.norm_parameter}.{kind}") not in self.grads:
+                    self.grads[key] = operands.affine_room.take(shape[1:], operands.sums_dtype).zero_()
 
     def _take(self, name: str, pool: Pool, slot: int) -> list[Tensor]:
         return self.forms.pop((name, pool, slot), [])
@@ -227,8 +229,7 @@ class _Backward:
         multiplicative = spec.interaction is Interaction.MULTIPLICATIVE
 
         def kept(kind: str) -> Tensor | None:
-            stack = self.saved.get((name, kind))
-            return None if stack is None else stack[slot]
+            return self._slot(name, kind, slot)
 
         def own(kind: str) -> Tensor | None:
             window = self.area_grads.get((name, kind))
@@ -251,10 +252,10 @@ class _Backward:
             kept("argmax") if max_pooled else None,
             at_most(mean_pooled, 1)[0] if mean_pooled else None,
             multiplicative,
-            kept("value") if spec.norm is not Norm.NONE or (name, "value") in self.saved else kept("state"),
+            kept("state") if spec.norm is Norm.NONE and kept("value") is None else kept("value"),
             at_most([self._drive_value(t) for t in drives]) if multiplicative else [],
             operands.bias(drives) if multiplicative else None,
-            kept("modulator") if modulators else None,
+            self._factor(name, slot) if modulators else None,
             kept("centre"),
             kept("rstd"),
             area.gamma,
@@ -365,7 +366,7 @@ class _Backward:
                 _launch.area_step_backward(
                     shape, self.operands.dtype, at_most(plain),
                     at_most(pooled, 1)[0] if pooled else None,
-                    self.saved[node.name, "argmax"][slot] if pooled else None,
+                    self._slot(node.name, "argmax", slot) if pooled else None,
                     at_most(mean, 1)[0] if mean else None,
                     False, None, [], None, None, None, None, None, None, False, total[slot], None, None, None, None,
                 )  # fmt: skip
@@ -380,8 +381,8 @@ class _Backward:
         is_norm = any(
             a.norm is Norm.LAYER and name in (f"{a.norm_parameter}.weight", f"{a.norm_parameter}.bias") for a in self.schedule.network.areas
         )
-        if is_norm:  # [H, W, C] as the kernel sums it
-            grad = grad.permute(2, 0, 1).contiguous()
+        if is_norm:  # [H, W, C] as the kernel sums it, in a room that others share
+            grad = grad.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
         parameter = self.operands.parameters[name]
         return grad.reshape(parameter.shape).to(parameter.dtype)
 

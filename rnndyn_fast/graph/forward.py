@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.operands import Operands, empty_form
-from rnndyn_fast.graph.saved import POOL_KIND, has_modulator, keeps_value, recomputes_state, saved_buffers
-from rnndyn_fast.graph.schedule import AreaSlot, Component, Drive, Schedule, Term
+from rnndyn_fast.graph.operands import Operands, form_shape
+from rnndyn_fast.graph.saved import POOL_KIND, SavedBuffer, keeps_value, modulated_slots, saved_buffers
+from rnndyn_fast.graph.schedule import Component, Drive, FormSlot, Schedule, Term
 from rnndyn_fast.graph.spec import Norm, Operator, Pool
 from rnndyn_fast.graph.update import Pending, Value, update_area
 from rnndyn_fast.ops.buffers import empty
@@ -44,15 +44,19 @@ def as_states(output: Tensor) -> Tensor:
 # ---------------------------------------------------------------- training
 
 
-class _Training:
-    def __init__(self, operands: Operands) -> None:
+class Training:
+    """A rollout, or the first components of one, that leaves the buffers ``kept`` behind."""
+
+    def __init__(self, operands: Operands, components: Sequence[Component], kept: Sequence[SavedBuffer]) -> None:
         self.operands = operands
         self.schedule = operands.schedule
-        self.kept = {b.key for b in saved_buffers(self.schedule)}
+        self.components = components
+        self.kept = {b.key for b in kept}
         self.buffers: dict[tuple[str, str], Tensor] = {}
         self.drives: dict[int, Tensor] = {}  # [positions, N, H, W, C]
-        self.states: dict[AreaSlot, Tensor] = {}  # those that backward computes again, [N, H, W, C]
-        self.passing: dict[AreaSlot, int] = {}  # their readers still to come
+        self.forms: dict[FormSlot, Tensor] = {}  # those that only their component reads and backward computes again, [N, H, W, C]
+        self.passing: dict[FormSlot, int] = {}  # their readers still to come
+        self.unread = Counter((d.source, d.connection.pool) for d in self.schedule.drives)  # forms: drives still to be evaluated
         self.in_place: dict[str, int] = {}  # area -> the drive in whose memory its value is written
         self.uses = Counter(t.drive for terms in self.schedule.terms.values() for t in terms)
         self.within: dict[tuple[int, int], Tensor] = {}  # terms from within a component that are still to be read again
@@ -70,11 +74,13 @@ class _Training:
             if pool is Pool.MAX:
                 self.buffers[name, "argmax"] = torch.stack([a for _, a in forms if a is not None])
 
-    def run(self) -> None:
-        for component in self.schedule.components:
+    def run(self) -> dict[tuple[str, str], Tensor]:
+        """Returns all buffers that are left."""
+        for component in self.components:
             for d in component.drives_in:
                 if d not in self.drives and not self._with_update(d, component):
                     self.drives[d] = self._evaluate(self.schedule.drives[d], 0, len(self.schedule.drives[d].slots))
+                    self._evaluated(d)
             for name in component.areas:
                 self._allocate(name, component)
             if component.batched:
@@ -82,6 +88,33 @@ class _Training:
             else:
                 for name, slot in component.updates:
                     self._update(name, slot, slot + 1)
+            self._leave(component)
+        drives = {(f"drive{d}", "drive"): drive for d, drive in self.drives.items()}
+        return drives | self.buffers
+
+    def _leave(self, component: Component) -> None:
+        """Give up what was for this component alone."""
+        later = self.schedule.components[self.schedule.components.index(component) + 1 :]
+        for d in (*component.drives_in, *component.drives_within):
+            if not any(d in c.drives_in for c in later):
+                if d not in self.drives:
+                    self._evaluated(d)
+                elif (f"drive{d}", "drive") not in self.kept:
+                    del self.drives[d]
+        forms = set(POOL_KIND.values())
+        for key in [(name, kind) for name, kind in self.buffers if name in component.areas and kind not in forms]:
+            if key not in self.kept:
+                del self.buffers[key]
+
+    def _evaluated(self, index: int) -> None:
+        """Nobody needs a drive's weight any more, nor, after its last drive, a form that backward does not need."""
+        drive, weight = self.schedule.drives[index], self.operands.weights[index]
+        if weight is not None:
+            weight.drop_packed()
+        form = drive.source, drive.connection.pool
+        self.unread[form] -= 1
+        if not self.unread[form] and (key := (form[0], POOL_KIND[form[1]])) not in self.kept and form[0] not in self.schedule.record:
+            self.buffers.pop(key, None)
 
     def _with_update(self, index: int, component: Component) -> bool:
         """Whether a drive from outside is computed together with its area's one update, which alone reads it."""
@@ -91,8 +124,8 @@ class _Training:
 
     def _pending(self, drive: Drive, first: int, last: int) -> Value:
         """Positions first..last-1 of a drive, [positions * N, H, W, C]; its linear map, if it has one, still to be computed."""
-        if drive.connection.pool is Pool.NONE and (drive.source, drive.slots[first]) in self.states:
-            x = self._passing_state(drive.source, drive.slots[first])
+        if (form := (drive.source, drive.connection.pool, drive.slots[first])) in self.forms:
+            x = self._passing_form(form)
         else:
             x = stacked(self.buffers[drive.source, POOL_KIND[drive.connection.pool]], drive.slots[first:last]).flatten(0, 1)
         weight = self.operands.weights[drive.index]
@@ -108,13 +141,13 @@ class _Training:
         schedule, dtype, samples = self.schedule, self.operands.dtype, self.operands.samples
         slots, shape = schedule.num_slots[name], _hwc(schedule, name)
         for pool in schedule.pools_read(name):
-            if pool is Pool.NONE and recomputes_state(schedule, name):
-                self.passing.update({(name, slot): n for slot in range(slots) if (n := self._readers_within(name, slot))})
-                continue
-            form, argmax = empty_form((slots, samples, *shape), pool, dtype)
-            self.buffers[name, POOL_KIND[pool]] = form
-            if argmax is not None:
-                self.buffers[name, "argmax"] = argmax
+            size = slots, samples, *shape
+            if pool is Pool.MAX:
+                self.buffers[name, "argmax"] = empty(form_shape(size, pool), torch.uint8)
+            if self._passes(name, pool, component):
+                self.passing.update({(name, pool, slot): n for slot in range(slots) if (n := self._readers(name, pool, slot))})
+            else:
+                self.buffers[name, POOL_KIND[pool]] = empty(form_shape(size, pool), dtype)
         if schedule.network.area(name).norm is Norm.LAYER:
             self.buffers[name, "centre"] = empty((slots, samples), self.operands.sums_dtype)
             self.buffers[name, "rstd"] = empty((slots, samples), self.operands.sums_dtype)
@@ -128,19 +161,25 @@ class _Training:
         elif schedule.network.area(name).norm is Norm.LAYER:
             scratch = slots if component.batched else 1
             self.buffers[name, "scratch"] = empty((scratch, samples, *shape), dtype)
-        if has_modulator(schedule, name):
-            self.buffers[name, "modulator"] = empty((slots, samples, *shape), dtype)
+        if modulated := modulated_slots(schedule, name):
+            self.buffers[name, "modulator"] = empty((len(modulated), samples, *shape), dtype)
 
-    def _readers_within(self, name: str, slot: int) -> int:
-        return sum(d.source == name and d.connection.pool is Pool.NONE and slot in d.slots for d in self.schedule.drives)
+    def _passes(self, name: str, pool: Pool, component: Component) -> bool:
+        """Whether a form of an area's map is read step by step, within its component, and then no more."""
+        readers = {d.index for d in self.schedule.drives if d.source == name and d.connection.pool is pool}
+        recorded = pool is Pool.NONE and name in self.schedule.record
+        return not recorded and (name, POOL_KIND[pool]) not in self.kept and readers <= set(component.drives_within)
 
-    def _passing_state(self, name: str, slot: int) -> Tensor:
-        """A state that backward computes again: [N, H, W, C]. It goes with its last reader."""
-        state = self.states[name, slot]
-        self.passing[name, slot] -= 1
-        if not self.passing[name, slot]:
-            del self.states[name, slot]
-        return state
+    def _readers(self, name: str, pool: Pool, slot: int) -> int:
+        return sum(d.source == name and d.connection.pool is pool and slot in d.slots for d in self.schedule.drives)
+
+    def _passing_form(self, form: FormSlot) -> Tensor:
+        """A form that passes: [N, H, W, C]. It goes with its last reader."""
+        x = self.forms[form]
+        self.passing[form] -= 1
+        if not self.passing[form]:
+            del self.forms[form]
+        return x
 
     def _private_drive(self, name: str, component: Component) -> int | None:
         """A convolution that only this area reads, position k at slot k: the area's value may take its place in memory."""
@@ -190,12 +229,19 @@ class _Training:
         scratch = buffer("scratch", slice(0, last - first))
         drives.sort(key=lambda t: t.drive != self.in_place.get(name))  # the term whose memory the value takes must be the first
         values = [self._term_value(t, slots) for t in drives]
-        state = buffer("state")
-        if (name, first) in self.passing:
-            state = self.states[name, first] = empty((operands.samples, *_hwc(self.schedule, name)), operands.dtype)
-        modulator_sum = buffer("modulator")
-        if modulator_sum is not None and not modulators:
-            modulator_sum.fill_(1)
+        forms = {}
+        for pool, kind in POOL_KIND.items():
+            forms[pool] = buffer(kind)
+            if (name, pool, first) in self.passing:
+                size = operands.samples, *_hwc(self.schedule, name)
+                forms[pool] = self.forms[name, pool, first] = empty(form_shape(size, pool), operands.dtype)
+        argmax = buffer("argmax")
+        if argmax is not None and forms[Pool.MAX] is None:
+            argmax.zero_()  # (nobody reads the maximum; what is kept is the same in every run)
+        modulator_sum = None
+        if modulators:
+            position = modulated_slots(self.schedule, name).index(first)
+            modulator_sum = buffer("modulator", slice(position, position + last - first))
         update_area(
             area,
             values,
@@ -205,11 +251,11 @@ class _Training:
             value if value is not None else scratch,
             buffer("centre"),
             buffer("rstd"),
-            modulator_sum if modulators else None,
-            state=state,
-            max_pooled=buffer("max"),
-            argmax=buffer("argmax"),
-            mean_pooled=buffer("mean"),
+            modulator_sum,
+            state=forms[Pool.NONE],
+            max_pooled=forms[Pool.MAX],
+            argmax=argmax if forms[Pool.MAX] is not None else None,
+            mean_pooled=forms[Pool.MEAN],
         )
 
 
@@ -226,16 +272,13 @@ def forward_training(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
     Returns: the recorded areas, [T', N, C, H, W] each, and the buffers of :func:`saved_buffers`, in its order.
     """
     schedule = operands.schedule
-    run = _Training(operands)
-    run.run()
+    kept = saved_buffers(schedule)
+    buffers = Training(operands, schedule.components, kept).run()
     outputs = _outputs(operands)
     for name, output in zip(schedule.record, outputs, strict=True):
         for t in range(schedule.first_step[name], schedule.timesteps):
-            output[t - schedule.first_step[name]] = run.buffers[name, "state"][schedule.slot_of[name][t]]
-    saved = []
-    for b in saved_buffers(schedule):
-        saved.append(run.drives[int(b.owner[5:])] if b.kind == "drive" and b.key not in run.buffers else run.buffers[b.key])
-    return [as_states(o) for o in outputs], saved
+            output[t - schedule.first_step[name]] = buffers[name, "state"][schedule.slot_of[name][t]]
+    return [as_states(o) for o in outputs], [buffers[b.key] for b in kept]
 
 
 # ---------------------------------------------------------------- inference
@@ -336,7 +379,7 @@ class _Inference:
             if pool is Pool.NONE and state is not None:
                 self.forms[form] = state
             else:
-                self.forms[form] = self._map(_form_shape(shape, pool))
+                self.forms[form] = self._map(form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
         update_area(
             area,
@@ -353,11 +396,6 @@ class _Inference:
             self._release(value)
         for term in (*drives, *modulators):
             self._used_term(term)
-
-
-def _form_shape(shape: tuple[int, ...], pool: Pool) -> tuple[int, ...]:
-    n, h, w, c = shape
-    return {Pool.NONE: shape, Pool.MAX: (n, h // 2, w // 2, c), Pool.MEAN: (n, 1, 1, c)}[pool]
 
 
 def forward_inference(operands: Operands) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty, sums_dtype
+from rnndyn_fast.ops.buffers import Arena, empty, sums_dtype
 from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
 from rnndyn_fast.ops.device_engine import choose_device_engine
 
@@ -43,6 +43,9 @@ class Operands:
         self.on_device = _launch.on_device(example)
         self.samples = example.shape[1] if network.inputs[0].frames else example.shape[0]
         self.weights: list[Weight | None] = [self._weight(d, engine, keep) for d in schedule.drives]
+        # Of the norms' parameters and their gradients: [H, W, C] each.
+        affine = sum(4 * Arena.size(network.shapes[a.name], self.sums_dtype) for a in network.areas if a.norm is Norm.LAYER)
+        self.affine_room = Arena(affine)
         self.areas = {a.name: self._area(a.name) for a in network.areas if schedule.num_slots[a.name]}
         self._biases: dict[tuple[str, ...], Tensor | None] = {}
 
@@ -64,7 +67,8 @@ class Operands:
             if not norm:
                 return None
             parameter = self.parameters[f"{area.norm_parameter}.{kind}"].to(self.sums_dtype)
-            return parameter.reshape(shape).permute(1, 2, 0).contiguous()
+            parameter = parameter.reshape(shape).permute(1, 2, 0)
+            return self.affine_room.take(parameter.shape, self.sums_dtype).copy_(parameter)
 
         return AreaOperands(affine("weight"), affine("bias"), area.eps, area.activation is Activation.RELU)
 
@@ -109,13 +113,16 @@ def drive_device_engine(
     return choose_device_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples, device)
 
 
+def form_shape(shape: Sequence[int], pool: Pool) -> tuple[int, ...]:
+    """Of a form of a map [..., H, W, C]."""
+    *lead, h, w, c = shape
+    return {Pool.NONE: (*lead, h, w, c), Pool.MAX: (*lead, h // 2, w // 2, c), Pool.MEAN: (*lead, 1, 1, c)}[pool]
+
+
 def empty_form(shape: Sequence[int], pool: Pool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Buffers for a form of a map [..., H, W, C] and, for the 2 x 2 maximum, its argmax."""
-    *lead, h, w, c = shape
-    if pool is Pool.MAX:
-        size = (*lead, h // 2, w // 2, c)
-        return empty(size, dtype), empty(size, torch.uint8)
-    return empty((*lead, 1, 1, c) if pool is Pool.MEAN else (*lead, h, w, c), dtype), None
+    size = form_shape(shape, pool)
+    return empty(size, dtype), empty(size, torch.uint8) if pool is Pool.MAX else None
 
 
 def area_step_forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rnndyn_fast.graph.operands import drive_device_engine, drive_engine
-from rnndyn_fast.graph.saved import SavedBuffer, saved_buffers
+from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
 from rnndyn_fast.graph.support import unknown_to_native
@@ -156,7 +156,7 @@ def describe(
 def _native(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
     name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
     lines = [
-        "  weight gradients: one call per connection and window of its steps (20 MiB)",
+        "  weight gradients: one call per connection and window of its steps (6 MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
         f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",
@@ -164,6 +164,9 @@ def _native(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, sa
         "",
         f"  saved for backward, per image ({name}):",
     ]
+    again = [name for c in computed_again(schedule) for name in c.areas]
+    if again:
+        lines.append(f"    nothing of {', '.join(again)}: computed again in backward")
     buffers = saved_buffers(schedule)
     for b in buffers:
         size = b.slots * b.dtype(dtype).itemsize

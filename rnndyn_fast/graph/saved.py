@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rnndyn_fast.graph.schedule import Schedule, is_drive_term
+from rnndyn_fast.graph.schedule import Component, Schedule, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Interaction, Norm, Operator, Pool
 
+_AGAIN = 1 / 32  # of all multiply-adds, which backward may do a second time
 POOL_KIND = {Pool.NONE: "state", Pool.MAX: "max", Pool.MEAN: "mean"}
 
 
@@ -17,7 +18,8 @@ class SavedBuffer:
     """A tensor [slots, N, *shape] kept for backward; ``shape`` is (H, W, C), or () for one number per sample.
 
     ``kind``: state, max, mean (the forms of a map that weight gradients read), argmax (bytes), value (before the norm), modulator
-    (1 + l + d), centre and rstd (LayerNorm's statistics), drive (a drive that a modulator multiplied; ``owner`` is then ``drive<i>``).
+    (1 + l + d, of :func:`modulated_slots`), centre and rstd (LayerNorm's statistics), drive (a drive that a modulator multiplied;
+    ``owner`` is then ``drive<i>``).
     """
 
     owner: str
@@ -66,11 +68,14 @@ def recomputes_pooled(schedule: Schedule, name: str, pool: Pool) -> bool:
     return pool is Pool.MAX and schedule.network.area(name).norm is not Norm.NONE
 
 
-def has_modulator(schedule: Schedule, name: str) -> bool:
-    """Whether any slot of the area has a modulator term."""
-    return any(
-        not is_drive_term(schedule.network, t.connection) for item, terms in schedule.terms.items() if item[0] == name for t in terms
-    )
+def modulated_slots(schedule: Schedule, name: str) -> list[int]:
+    """The slots of an area that have a modulator term (at the first time step there is often none): those whose modulator is kept."""
+    network = schedule.network
+    return [
+        slot
+        for slot in range(schedule.num_slots[name])
+        if any(not is_drive_term(network, t.connection) for t in schedule.terms.get((name, slot), ()))
+    ]
 
 
 def multiplied_drives(schedule: Schedule) -> set[int]:
@@ -109,8 +114,36 @@ def _hwc(shape: tuple[int, int, int], pool: Pool) -> tuple[int, int, int]:
     return height, width, channels
 
 
+def computed_again(schedule: Schedule) -> tuple[Component, ...]:
+    """Components of which nothing is kept: backward runs them forward a second time.
+
+    So those that read inputs, or one another, and do not change in time, if they are a small part of all arithmetic.
+    """
+    again: list[Component] = []
+    nodes = {node.name for node in schedule.network.inputs}
+    rest, _ = schedule.multiplications()
+    left = rest * _AGAIN
+    for component in schedule.components:
+        drives = [schedule.drives[d] for d in component.drives_in]
+        left -= sum(schedule.network.multiply_adds(d.connection) * len(d.slots) for d in drives)
+        static = not component.recurrent and all(schedule.num_slots[name] == 1 and name not in schedule.record for name in component.areas)
+        if not static or left < 0 or any(d.source not in nodes for d in drives):
+            break
+        again.append(component)
+        nodes.update(component.areas)
+    return tuple(again)
+
+
 def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
-    """Every buffer that the backward pass reads, in the order in which the rollout op returns them."""
+    """What forward keeps for the backward pass, in the order in which the rollout op returns it."""
+    again = computed_again(schedule)
+    areas = {name for c in again for name in c.areas}
+    drives = {f"drive{d}" for c in again for d in c.drives_in}
+    return [b for b in needed_buffers(schedule) if b.owner not in areas | drives]
+
+
+def needed_buffers(schedule: Schedule) -> list[SavedBuffer]:
+    """What the backward pass reads: :func:`saved_buffers`, and what it makes by running some components again."""
     network, buffers = schedule.network, []
     multiplied = multiplied_drives(schedule)
     nodes = [name for name in network.shapes if schedule.num_slots[name]]
@@ -129,8 +162,8 @@ def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
             continue
         if keeps_value(schedule, name):
             buffers.append(SavedBuffer(name, "value", slots, _hwc(shape, Pool.NONE)))
-        if has_modulator(schedule, name):
-            buffers.append(SavedBuffer(name, "modulator", slots, _hwc(shape, Pool.NONE)))
+        if modulated := modulated_slots(schedule, name):
+            buffers.append(SavedBuffer(name, "modulator", len(modulated), _hwc(shape, Pool.NONE)))
         if network.area(name).norm is not Norm.NONE:
             buffers.append(SavedBuffer(name, "centre", slots, ()))
             buffers.append(SavedBuffer(name, "rstd", slots, ()))

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
 
 AreaSlot = tuple[str, int]
+FormSlot = tuple[str, Pool, int]  # a form of an area's map
 ZERO_SLOT = -2
 
 

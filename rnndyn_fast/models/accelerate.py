@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from rnndyn_fast.models.blt_net import BLTNet, blt_net_64, blt_net_128
@@ -31,18 +32,16 @@ def accelerate(module: nn.Module, *, backend: str | None = None) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    if all(hasattr(module, name) for name in _NET_ATTRIBUTES):
-        ours: nn.Module = _blt_net(module, backend)
-    elif all(hasattr(module, name) for name in _VS_ATTRIBUTES):
-        ours = _blt_vs(module, backend)
-    elif all(hasattr(module, name) for name in _CONV_ATTRIBUTES):
-        ours = _blt_conv(module, backend)
-    else:
+    makers = {_NET_ATTRIBUTES: _blt_net, _VS_ATTRIBUTES: _blt_vs, _CONV_ATTRIBUTES: _blt_conv}
+    make = next((make for names, make in makers.items() if all(hasattr(module, name) for name in names)), None)
+    if make is None:
         raise TypeError(
             f"module: {type(module).__name__} is not a published class we know; looked for a BLT_net "
             f"(attributes {', '.join(_NET_ATTRIBUTES)}), a BLT_VS (attributes {', '.join(_VS_ATTRIBUTES)}) "
             f"or a BLT_Conv (attributes {', '.join(_CONV_ATTRIBUTES)})"
         )
+    with torch.device("meta"):  # (without memory or random numbers for parameters that are replaced at once)
+        ours: nn.Module = make(module, backend)
     _share_parameters(module, ours)
     return ours.train(module.training)
 

@@ -287,12 +287,15 @@ def fingerprint(tensor: Tensor) -> tuple[int, int]:
 
 
 _workspaces = threading.local()
+_KEPT_FLOATS = 1 << 20
 
 
 def workspace_of(floats: int) -> tuple[Tensor, int]:
-    """Scratch of at least that many floats, kept from call to call, and its first address that is a multiple of 64."""
+    """Scratch of at least that many floats, kept from call to call if it is small, and its first address that is a multiple of 64."""
     kept: Tensor | None = getattr(_workspaces, "scratch", None)
-    if kept is None or kept.numel() < floats + 16:
+    if floats > _KEPT_FLOATS:
+        kept = empty((floats + 16,), torch.float32)
+    elif kept is None or kept.numel() < floats + 16:
         _workspaces.scratch = kept = None  # free the old one before taking the new one
         _workspaces.scratch = kept = empty((floats + 16,), torch.float32)
     return kept, -(-kept.data_ptr() // 64) * 64

@@ -1,40 +1,101 @@
 """Large buffers that are used again.
 
 A rollout writes hundreds of megabytes that live for one training step. Taken from the system anew each time, their first touch costs more
-than the arithmetic (a page fault per 4 KiB, and on virtual machines one to the host besides). So large buffers come from here: a storage
-that no tensor uses any more is handed out again. torch's allocator for GPUs does the same.
+than the arithmetic (a page fault per 4 KiB, and on virtual machines one to the host besides). So large buffers lie in a region of address
+space of our own, which becomes memory as it is touched: each takes the smallest gap that holds it, and when no tensor uses it any more, its
+bytes join the gaps beside it. What one pass of a training step held is room for the next one, however that is cut.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _LARGE = 1 << 20  # bytes; smaller ones the C library reuses by itself
-_PATIENCE = 4096  # large buffers handed out, after which one that was not among them is given back to the system
+_PAGE = 4096  # bytes; buffers are whole pages
+_SPAN = 64 << 20  # bytes of a region, at least, where the system does not let us have all at once
+_PATIENCE = 4096  # large buffers handed out, after which what none of them reached is given back to the system
 
 
-@dataclass
-class _Kept:
-    storage: torch.UntypedStorage
-    nbytes: int
-    last_use: int
+class Region:
+    """Address space, cut into buffers and the gaps between them; ``gaps`` has first byte and end of each, ascending."""
 
-    @property
-    def free(self) -> bool:
-        return torch._C._storage_Use_Count(self.storage._cdata) == 1  # nobody but us
+    def __init__(self, nbytes: int) -> None:
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map = mmap.mmap(-1, nbytes, **flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = memoryview(self._map)
+        self._users: dict[int, weakref.ref[memoryview]] = {}  # by first byte
+        self._freed: deque[tuple[int, int]] = deque()  # by any thread, at any moment
+        self.gaps = [(0, nbytes)]
+        self.touched = 0  # no buffer has reached further since memory was given back
+        self._reach = 0  # nor, since the last trim, than here
+        self._clean: set[tuple[int, int]] = set()  # gaps without memory
+
+    def smallest_gap(self, nbytes: int) -> int | None:
+        """The number of the smallest gap that holds so many bytes, the first of several."""
+        self._join()
+        fitting = [(end - first, i) for i, (first, end) in enumerate(self.gaps) if end - first >= nbytes]
+        return min(fitting)[1] if fitting else None
+
+    def take(self, gap: int, nbytes: int) -> Tensor:
+        """The first bytes of a gap, until no tensor uses them."""
+        first, end = self.gaps[gap]
+        last = first + nbytes
+        self._clean.discard((first, end))
+        self.gaps[gap : gap + 1] = [(last, end)] if last < end else []
+        self.touched, self._reach = max(self.touched, last), max(self._reach, last)
+        view, freed = self._bytes[first:last], self._freed
+        self._users[first] = weakref.ref(view, lambda _: freed.append((first, last)))
+        return torch.frombuffer(view, dtype=torch.uint8)  # (whose storage holds the view, which nobody else does)
+
+    def _join(self) -> None:
+        """Make gaps of the buffers that were freed."""
+        while self._freed:
+            first, last = self._freed.popleft()
+            del self._users[first]
+            i = next((i for i, gap in enumerate(self.gaps) if gap[0] > first), len(self.gaps))
+            if i < len(self.gaps) and self.gaps[i][0] == last:
+                last = self.gaps.pop(i)[1]
+            if i and self.gaps[i - 1][1] == first:
+                first = self.gaps.pop(i - 1)[0]
+                i -= 1
+            self.gaps.insert(i, (first, last))
+
+    def give_back(self, beyond: int = 0) -> int:
+        """Give the memory of gaps back to the system, from byte ``beyond`` on. Returns the bytes that they had."""
+        self._join()
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return 0
+        parts = [(max(first, beyond), min(end, self.touched)) for first, end in self.gaps if (first, end) not in self._clean]
+        parts = [(first, end) for first, end in parts if first < end]
+        for first, end in parts:
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+        if parts and parts[-1][1] == self.touched:
+            self.touched = parts[-1][0]
+        if not beyond:
+            self._clean = set(self.gaps)
+        return sum(end - first for first, end in parts)
+
+    def trim(self) -> None:
+        """Give back what no buffer has reached since the last time."""
+        self.give_back(self._reach)
+        self._reach = max(self._users, default=0)
 
 
 _lock = threading.Lock()
-_kept: list[_Kept] = []
-_clock = 0
-
+_regions: list[Region] = []
+_handed_out = 0
 
 _where = threading.local()
 
@@ -52,7 +113,7 @@ def buffers_on(device: torch.device) -> Iterator[None]:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous tensor, like ``torch.empty``; on the CPU, a large one takes a storage that nothing uses any more."""
+    """An uninitialised contiguous tensor, like ``torch.empty``; on the CPU, a large one takes memory that nothing uses any more."""
     size = torch.Size(shape)
     device = getattr(_where, "device", None)
     if device is not None:
@@ -60,7 +121,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(size) * dtype.itemsize
     if nbytes < _LARGE:
         return torch.empty(size, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(_take(nbytes), 0, size, _strides(size))
+    return torch.empty(0, dtype=dtype).set_(_take(nbytes).untyped_storage(), 0, size, _strides(size))
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,7 +130,7 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Arena:
-    """Room for tensors that are needed together and given up together, taken once and used for one group after another."""
+    """Room for small tensors that are needed together and given up together."""
 
     def __init__(self, nbytes: int) -> None:
         self._room = empty((max(nbytes, 1),), torch.uint8)
@@ -86,39 +147,43 @@ class Arena:
         nbytes = math.prod(shape) * dtype.itemsize
         return self._room[first : first + nbytes].view(dtype).view(*shape)
 
-    def reset(self) -> None:
-        """Everything taken is given up; the caller uses none of it any more."""
-        self._used = 0
-
 
 def _strides(size: torch.Size) -> list[int]:
     """Of a contiguous tensor."""
     return [math.prod(size[i + 1 :]) for i in range(len(size))]
 
 
-def _take(nbytes: int) -> torch.UntypedStorage:
-    global _clock
+def _take(nbytes: int) -> Tensor:
+    global _handed_out
+    nbytes = -(-nbytes // _PAGE) * _PAGE
     with _lock:
-        _clock += 1
-        fitting = [k for k in _kept if nbytes <= k.nbytes <= 2 * nbytes and k.free]
-        if fitting:
-            best = min(fitting, key=lambda k: (k.nbytes, -k.last_use))
-            best.last_use = _clock
-            return best.storage
-        # Nothing fits: the moment to part with what has not been wanted for long.
-        _kept[:] = [k for k in _kept if not k.free or _clock - k.last_use < _PATIENCE]
-        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-        _kept.append(_Kept(storage, nbytes, _clock))
-        return storage
+        _handed_out += 1
+        if _handed_out % _PATIENCE == 0:
+            for region in _regions:
+                region.trim()
+        for region in _regions:
+            gap = region.smallest_gap(nbytes)
+            if gap is not None:
+                return region.take(gap, nbytes)
+        return _new_region(nbytes).take(0, nbytes)
+
+
+def _new_region(nbytes: int) -> Region:
+    """As much as there is memory (address space costs nothing), or what the system allows."""
+    if not _regions and hasattr(os, "sysconf"):
+        try:
+            _regions.append(Region(max(nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))))
+            return _regions[-1]
+        except (OSError, ValueError):
+            pass  # a limit on address space
+    _regions.append(Region(max(nbytes, _SPAN)))
+    return _regions[-1]
 
 
 def release_buffers() -> int:
-    """Give the buffers that no tensor uses back to the system. Returns the bytes given back."""
+    """Give the memory of buffers that no tensor uses back to the system. Returns the bytes given back."""
     with _lock:
-        free = [k for k in _kept if k.free]
-        released = sum(k.nbytes for k in free)
-        _kept[:] = [k for k in _kept if k not in free]
-        return released
+        return sum(region.give_back() for region in _regions)
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:

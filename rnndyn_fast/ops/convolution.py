@@ -291,8 +291,9 @@ class Weight:
         return _pack(self.choice.map, self.weight, backward=True)
 
     def drop_packed(self) -> None:
-        """Give up what was packed for the gradient of the data; it is packed anew when it is wanted again."""
-        self.__dict__.pop("packed_backward", None)
+        """Give up what is packed; it is packed anew when it is wanted again."""
+        for kind in ("packed", "packed_backward"):
+            self.__dict__.pop(kind, None)
 
     def drop_packed_forward(self) -> None:
         """Give up what was packed for the forward convolution; it is packed anew when it is wanted again."""
