@@ -99,6 +99,7 @@ def contenders(name: str, net: RecurrentNetwork, inputs: list[torch.Tensor], tra
         "eager_channels_last": lambda: step(plain, last, inputs_last, train),
     }
     if COMPILE:
+        torch._dynamo.reset()  # (after eight networks it gives a function up, and runs it eagerly)
         compiled = torch.compile(plain)
         found["compiled"] = lambda: step(compiled, net, inputs, train)
     check(name, net, inputs, train)

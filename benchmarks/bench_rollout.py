@@ -107,6 +107,7 @@ def contenders(name: str, x: Tensor, *, more: bool = True, **options: Any) -> di
     if more:
         result["eager_bf16"] = (Autocast(published(name, **options).to(memory_format=torch.channels_last)), last)
     if more and COMPILE:
+        torch._dynamo.reset()  # (after eight compilations of a function it gives it up, and runs it eagerly)
         result["compiled"] = (torch.compile(published(name, **options)), x)
     return result
 
