@@ -20,9 +20,10 @@ struct WinogradWeightGradSizes {
     // A product reads a strip of V, one cache line per tile. An odd number of lines from tile to tile spreads it over all sets of the L1 cache;
     // 512 channels lie 2 KB apart and would share two of the 64.
     v_row = 16 * (round_up(in_padded, 16) / 16 | 1);
-    // Up to 128 channels, what a block of 64 tiles makes is still in L2 when it is multiplied (measured on 28 x 28: 10 to 30% faster than 192).
+    // Up to 64 channels, what a block of 64 tiles makes is still in L2 when it is multiplied (measured on 28 x 28: 10 to 30% faster than 192).
+    // With 128 the sums, loaded and stored for every block, are more than L2 holds (128 to 128 on 32 x 32: 192 tiles are 11% faster than 64).
     // (Over 192 tiles of 512 channels it was slower: perhaps as a product then walks as many pages as the first level of the TLB holds.)
-    block = smaller(w.tiles, p.in_channels >= 512 ? 96 : p.in_channels > 128 ? 192 : 64);
+    block = smaller(w.tiles, p.in_channels >= 512 ? 96 : p.in_channels > 64 ? 192 : 64);
     blocks = (w.tiles + block - 1) / block;
     v_size = w.kFrequencies * block * v_row;              // [a^2, block, C_in]
     q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
