@@ -93,7 +93,8 @@ PYTHON
 }
 
 op_tests="tests/test_area_step_cuda.py tests/test_readout_zones_cuda.py tests/test_recurrent_conv_cuda.py tests/test_gate_step_cuda.py
-  tests/test_norm_step_cuda.py tests/test_depthwise_conv_cuda.py tests/test_ctrnn_cuda.py"
+  tests/test_norm_step_cuda.py tests/test_depthwise_conv_cuda.py tests/test_ctrnn_cuda.py
+  tests/test_trajectory_norms_cuda.py"
 small="n1c33h5w7 or n2c8h5w3 or 2-9-48-40 or 2x24x6x4 or splits or lstm or partial or buffers_in_place or threads_changes_no_bit"
 if [ -z "$dry" ]; then
   capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')

@@ -21,17 +21,19 @@ in_harness = pytest.mark.skipif(DEVICE is not None, reason="for the harness; tes
 on_a_device = pytest.mark.skipif(DEVICE is None, reason="RNNDYN_TEST_DEVICE is not set: tests in the harness take its place")
 
 
-def count_launches(patch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the launches from now on, as they come."""
-    launches: list[str] = []
-    for name in LAUNCHES:
-        launch = getattr(_launch_cuda, name)
+def count_launches(
+    patch: pytest.MonkeyPatch, names: tuple[str, ...] = LAUNCHES, module: Any = _launch_cuda, found: list[str] | None = None
+) -> list[str]:
+    """The names of a module's launches from now on, as they come, behind those found before."""
+    launches = [] if found is None else found
+    for name in names:
+        launch = getattr(module, name)
 
         def counted(*arguments: Any, launch: Any = launch, name: str = name, **options: Any) -> None:
             launches.append(name)
             launch(*arguments, **options)
 
-        patch.setattr(_launch_cuda, name, counted)
+        patch.setattr(module, name, counted)
     return launches
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, RolloutCase
-from device_rollouts import DEVICE, HALF, in_harness, send_to_kernels
+from device_rollouts import DEVICE, HALF, count_launches, in_harness, send_to_kernels
 from test_rollout_half import NoHostSync
 from torch import Tensor
 
@@ -29,14 +29,7 @@ def kernels(simt: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors of all three dtypes go to the CUDA kernels. Returns the names of the launches, as they come."""
     launches = send_to_kernels(monkeypatch, *DTYPES) if DEVICE is None else []
     for module, names in STEPS.items():
-        for name in names:
-            launch = getattr(module, name)
-
-            def counted(*arguments: Any, launch: Any = launch, name: str = name, **options: Any) -> None:
-                launches.append(name)
-                launch(*arguments, **options)
-
-            monkeypatch.setattr(module, name, counted)
+        count_launches(monkeypatch, names, module, launches)
     return launches
 
 

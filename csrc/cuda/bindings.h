@@ -45,6 +45,6 @@ class DeviceGuard {
 };
 
 void bind_environment(pybind11::module_& m);
-void bind_steps(pybind11::module_& m);  // norm_step, depthwise_conv
+void bind_steps(pybind11::module_& m);  // norm_step, depthwise_conv, trajectory_norms
 
 }  // namespace rnndyn::cuda

@@ -1,4 +1,4 @@
-// Further functions of the Python module rnndyn_fast._cuda: norm_step and depthwise_conv. The rules of bindings.cpp hold.
+// Further functions of the Python module rnndyn_fast._cuda: norm_step, depthwise_conv and trajectory_norms. The rules of bindings.cpp hold.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include "cuda/bindings.h"
 #include "cuda/depthwise_conv.h"
 #include "cuda/norm_step.h"
+#include "cuda/trajectory_norms.h"
 
 namespace py = pybind11;
 
@@ -121,6 +122,24 @@ void depthwise_weight_grad(const std::string& dtype, const Queue& queue, const D
   });
 }
 
+// shape: steps, samples, dimensions.
+void trajectory_norms(const std::string& dtype, const Queue& queue, const std::array<int64_t, 3>& shape, Address values,
+                      int64_t step_stride, int64_t row_stride, Address norm, Address change) {
+  const DeviceGuard guard(queue.first);
+  by_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const TrajectoryNormsParams<T> p{shape[0],
+                                     shape[1],
+                                     shape[2],
+                                     pointer<const T>(values),
+                                     step_stride,
+                                     row_stride,
+                                     pointer<double>(norm),
+                                     pointer<double>(change)};
+    launch_trajectory_norms(p, pointer<void>(queue.second));
+  });
+}
+
 }  // namespace
 
 void bind_steps(py::module_& m) {
@@ -132,6 +151,7 @@ void bind_steps(py::module_& m) {
   m.def("depthwise_weight_grad_splits",
         [](const DepthwiseSizes& sizes) { return depthwise_weight_grad_splits(depthwise_shape(sizes)); });
   m.def("depthwise_weight_grad", &depthwise_weight_grad);
+  m.def("trajectory_norms", &trajectory_norms);
 }
 
 }  // namespace rnndyn::cuda

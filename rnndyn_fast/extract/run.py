@@ -97,8 +97,8 @@ def extract(
         resize: scale and crop image files of other sizes.
         device: "cpu", "cuda", ...; None: a GPU where there is one. There the network is replayed as CUDA graphs.
         precision: of maps, "float32", "float16" (on a GPU) or "bfloat16".
-        backend: "native", "reference" or None.
-        engine: how the native backend convolves: "auto", "direct" or "winograd".
+        backend: "native", "scheduled", "reference" or None.
+        engine: how the native and scheduled backends convolve: "auto", "direct", "winograd", "amx", or on a GPU "fused".
         overwrite: replace files that exist.
         reporter: shows progress; None chooses a bar or lines.
 

@@ -25,7 +25,7 @@ from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import convolve_backward
 
 # Bytes of a window: several time steps of an area, so that a call over it is worth its start, and few enough that not all of them are held.
-_WINDOW_BYTES = 6 * 1024 * 1024
+WINDOW_BYTES = 6 * 1024 * 1024
 
 
 class _GradientOf:
@@ -195,7 +195,7 @@ class _Backward:
     def _window_slots(self, name: str) -> int:
         """Slots of an area in a window: as many as fit, in windows of nearly equal size."""
         slots = self.schedule.num_slots[name]
-        fit = max(1, _WINDOW_BYTES // (math.prod(self._map_shape(name)) * self.operands.dtype.itemsize))
+        fit = max(1, WINDOW_BYTES // (math.prod(self._map_shape(name)) * self.operands.dtype.itemsize))
         return -(-slots // -(-slots // fit))
 
     def _allocate(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rnndyn_fast.graph.backward import WINDOW_BYTES
 from rnndyn_fast.graph.operands import drive_device_engine, drive_engine
 from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
@@ -156,7 +157,7 @@ def describe(
 def _native(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
     name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
     lines = [
-        "  weight gradients: one call per connection and window of its steps (6 MiB)",
+        f"  weight gradients: one call per connection and window of its steps ({WINDOW_BYTES >> 20} MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",
         "",
         f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",

@@ -270,6 +270,10 @@ def trajectory_norms(
     change: Tensor,  # [T - 1, N] float64
 ) -> None:
     """Launch ``trajectory_norms``; norm and change are written."""
+    if on_device(values):
+        from rnndyn_fast.ops import _launch_cuda
+
+        return _launch_cuda.trajectory_norms(values, norm, change)
     t, n, d = values.shape
     if values.device.type != "cpu" or (values.stride(2) != 1 and d > 1):
         raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")

@@ -263,6 +263,24 @@ def readout_zones(
     )
 
 
+def trajectory_norms(
+    values: Tensor,  # [T, N, D]
+    norm: Tensor,  # [T, N] float64
+    change: Tensor,  # [T - 1, N] float64
+) -> None:
+    """Launch ``trajectory_norms``; norm and change are written."""
+    (t, n, d), launch, double = values.shape, Launch(values), torch.float64
+    _module.trajectory_norms(
+        DTYPES[launch.dtype],
+        launch.queue,
+        [t, n, d],
+        launch.rows(values, "values", (t, n, d)),
+        *values.stride()[:2],
+        launch.write(norm, "norm", (t, n), double),
+        launch.write(change, "change", (t - 1, n), double),
+    )
+
+
 @dataclass(frozen=True)
 class ConvTerm:
     """A linear map of one tensor: with output pixel h and tap i, it reads row h * stride + i - padding, or, transposed, the row that a

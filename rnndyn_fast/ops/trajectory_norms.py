@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.reference.trajectory_norms import trajectory_norms as reference_trajectory_norms
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
 
 
 def can_run_trajectory_norms(values: Tensor, raise_error: bool = False) -> bool:  # [T, N, ...]
-    """Whether the native backend takes these values: float32 or float64 on the CPU.
+    """Whether the native backend takes these values: float32 or float64 on the CPU; float32, float16 or bfloat16 on a CUDA device.
 
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
     reason = _launch.unavailable
-    if reason is None and (values.device.type != "cpu" or values.dtype not in _NATIVE_DTYPES):
+    if reason is None and _launch.on_device(values):
+        reason = _launch_cuda.why_not(values)
+    elif reason is None and (values.device.type != "cpu" or values.dtype not in _NATIVE_DTYPES):
         reason = f"values are {values.dtype} on {values.device}, and the native backend takes float32 and float64 on the CPU"
     if reason is not None and raise_error:
         raise ValueError(f"backend='native': {reason}; backend='reference' takes them")
@@ -46,7 +48,7 @@ def trajectory_norms(
     Differentiable: no; computed without a graph.
     Forward-mode: no.
     Double backward: no.
-    Deterministic: yes, for any number of threads (on the CPU).
+    Deterministic: yes, for any number of threads.
     Memory: the results; the reference takes two copies of a time step in float64.
 
     >>> norm, change = trajectory_norms(torch.tensor([[[3.0, 4.0]], [[3.0, 9.0]]]))
@@ -62,8 +64,8 @@ def trajectory_norms(
     if not can_run_trajectory_norms(values, raise_error=backend == "native") or backend == "reference":
         return reference_trajectory_norms(values)
     rows = _rows(values)
-    norm = torch.empty(rows.shape[:2], dtype=torch.float64)
-    change = torch.empty((rows.shape[0] - 1, rows.shape[1]), dtype=torch.float64)
+    norm = torch.empty(rows.shape[:2], dtype=torch.float64, device=rows.device)
+    change = torch.empty((rows.shape[0] - 1, rows.shape[1]), dtype=torch.float64, device=rows.device)
     _launch.trajectory_norms(rows, norm, change)
     return norm, change
 
