@@ -9,7 +9,7 @@ from cases import CASES, RolloutCase
 from rnndyn_fast.graph import compile_schedule
 from rnndyn_fast.graph.plan import saved_bytes
 from rnndyn_fast.graph.saved import saved_buffers
-from rnndyn_fast.models import blt_net_64
+from rnndyn_fast.models import blt_net_64, blt_vs
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
 
@@ -23,6 +23,7 @@ def test_plan_of_the_published_network() -> None:
         "component 2 (static): v1",
         "component 3 (recurrent): v2",
         "component 6 (recurrent): gap",
+        "backend: native",
         "for each of 10 steps:",
         "weight gradients: one call per connection and window of its steps (6 MiB)",
         "saved for backward, per image (float32):",
@@ -50,6 +51,16 @@ def test_every_plan_names_every_area(case: RolloutCase) -> None:
         assert area.name in text
     for b in saved_buffers(compile_schedule(case.network, case.timesteps, case.record)):
         assert f"{b.owner}.{b.kind}" in text
+
+
+def test_plan_of_a_scheduled_network_says_who_computes_each_map() -> None:
+    text = str(blt_vs(image_size=128, timesteps=2, bio_unroll=False).schedule())
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any(line.startswith("backend: scheduled (area 'Retina.bu' has a squashed modulator") for line in lines)
+    assert "V2.bu -> V2.bu (lateral) depthwise_conv groups of few channels" in lines
+    starts = [line.split(" (")[0] for line in lines]
+    assert starts.count("V2.bu -> V2.bu") == 2, "a depthwise convolution and a 1 x 1 one"
+    assert starts.count("V1.bu -> V2.bu") == 1
 
 
 def test_plan_says_what_is_not_computed() -> None:

@@ -5,7 +5,7 @@ A map takes and gives maps [M, H, W, C], without the bias of its result. ``backw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -180,22 +180,35 @@ class SeparableMap:
         return grad_x, grads + own
 
 
-def _choose(geometry: Geometry, weight: Tensor, height: int, width: int, engine: str, samples: int) -> EngineChoice:
-    """The engine, where the weight is."""
-    shape = tuple(weight.shape)
-    if _launch.on_device(weight):
-        return choose_device_engine(geometry, shape, height, width, weight.dtype, engine, samples, weight.device)
-    return choose_engine(geometry, shape, height, width, weight.dtype, engine, samples)
+Chooser = Callable[[Geometry, tuple[int, ...], int, int], EngineChoice]  # of a weight's shape and a map's height and width
 
 
-def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], engine: str, samples: int, keep: bool) -> DenseMap | None:
+def _chooser(engine: str, samples: int, like: Tensor) -> Chooser:
+    """The engine, where the parameters are."""
+    if _launch.on_device(like):
+        return lambda geometry, shape, height, width: choose_device_engine(
+            geometry, shape, height, width, like.dtype, engine, samples, like.device
+        )
+    return lambda geometry, shape, height, width: choose_engine(geometry, shape, height, width, like.dtype, engine, samples)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """How a connection's map is one convolution or product. ``channels``, ``total``, ``border``: see :class:`DenseMap`."""
+
+    geometry: Geometry
+    choice: EngineChoice
+    channels: tuple[int, int] | None
+    border: tuple[int, int, int, int] | None
+
+
+def _dense(network: Network, c: Connection, choose: Chooser) -> _Dense | None:
     window = network.window(c)
     height, width = network.read_size(c)
-    weight, name = parameters[c.weights[0]], c.weights[0]
-    total, channels = weight.shape[1] if weight.dim() > 1 else 0, None
+    shape, channels = network.weight_shape(c), None
     if c.concat is not None:
         channels = (c.concat[0], c.concat[0] + network.shapes[c.source][0])
-        weight = weight[:, channels[0] : channels[1]].contiguous()
+        shape = (shape[0], channels[1] - channels[0], *shape[2:])
     if len(set(window.kernel)) > 1 or len(set(window.output_padding)) > 1:
         return None
     border, geometry = None, Geometry(c.operator, c.stride, window.before[0], window.output_padding[0])
@@ -204,14 +217,50 @@ def _dense(network: Network, c: Connection, parameters: Mapping[str, Tensor], en
             return None
         geometry = Geometry(c.operator, c.stride, window.before[0], window.after[0] - window.before[0])
         uneven = window.before[0] == window.before[1] and window.after[0] == window.after[1]
-        if not uneven or _choose(geometry, weight, height, width, engine, samples).map is None:
+        if not uneven or choose(geometry, shape, height, width).map is None:
             border, geometry = (window.before[1], window.after[1], window.before[0], window.after[0]), Geometry(c.operator, c.stride)
             height, width = height + window.before[0] + window.after[0], width + window.before[1] + window.after[1]
     if c.operator is Operator.LINEAR:
         geometry = Geometry(c.operator)
-    choice = _choose(geometry, weight, height, width, engine, samples)
+    return _Dense(geometry, choose(geometry, shape, height, width), channels, border)
+
+
+def _dense_map(c: Connection, form: _Dense, parameters: Mapping[str, Tensor], keep: bool) -> DenseMap:
+    name = c.weights[0]
+    weight = parameters[name]
+    total = weight.shape[1] if weight.dim() > 1 else 0
+    if form.channels is not None:
+        weight = weight[:, slice(*form.channels)].contiguous()
     keep = keep and weight is parameters[name]  # (others are made anew in every rollout)
-    return DenseMap(Weight(geometry, weight, choice, keep=keep), name, channels, total, border)
+    return DenseMap(Weight(form.geometry, weight, form.choice, keep=keep), name, form.channels, total, form.border)
+
+
+def _is_dense(c: Connection) -> bool:
+    return c.operator is not Operator.CONV or (c.groups == 1 and c.middle_channels is None)
+
+
+def _own_groups(network: Network, c: Connection, on_device: bool) -> bool:
+    """Whether the groups of a connection are few channels, which our own kernel takes."""
+    outputs, inputs, *kernel = network.weight_shape(c)
+    most = 1 if on_device else MAX_GROUP
+    return max(inputs, outputs // c.groups) <= most and max(kernel) <= MAX_KERNEL
+
+
+def engines(network: Network, c: Connection, choose: Chooser, *, on_device: bool) -> list[tuple[str, str]]:
+    """The engine of each linear map of a connection (not the identity), and why.
+
+    Args:
+        choose: the engine of a convolution, for the device, dtype and batch that are meant.
+    """
+    if _is_dense(c):
+        form = _dense(network, c, choose)
+        return [("torch", "kernel or padding without symmetry")] if form is None else [(str(form.choice), form.choice.reason)]
+    own = _own_groups(network, c, on_device)
+    found = [("depthwise_conv", "groups of few channels") if own else ("torch", "groups of many channels")]
+    if c.middle_channels is not None:
+        choice = choose(Geometry(Operator.CONV), network.weight_shapes(c)[c.weights[1]], *network.term_shape(c)[1:])
+        found.append((str(choice), choice.reason))
+    return found
 
 
 def linear_map(
@@ -229,16 +278,17 @@ def linear_map(
         engine: as :func:`choose_engine` takes it.
         keep: packed weights outlive the rollout.
     """
-    if c.operator is not Operator.CONV or (c.groups == 1 and c.middle_channels is None):
-        return _dense(network, c, parameters, engine, samples, keep)
+    choose = _chooser(engine, samples, parameters[c.weights[0]])
+    if _is_dense(c):
+        form = _dense(network, c, choose)
+        return None if form is None else _dense_map(c, form, parameters, keep)
     window, (_, height, width) = network.window(c), network.term_shape(c)
     weight, name = parameters[c.weights[0]], c.weights[0]
     bias = c.biases[0] if c.middle_bias else None
     value = parameters[bias] if bias is not None else None
     border = (window.before[1], window.after[1], window.before[0], window.after[0])
     first: DepthwiseMap | GroupedMap
-    most = 1 if _launch.on_device(weight) else MAX_GROUP
-    if max(weight.shape[1], weight.shape[0] // c.groups) <= most and max(window.kernel) <= MAX_KERNEL:
+    if _own_groups(network, c, _launch.on_device(weight)):
         first = DepthwiseMap(pack_depthwise(weight), name, c.stride, window.before, (height, width), value)
     else:
         layout = weight.contiguous(memory_format=torch.channels_last)
@@ -247,5 +297,5 @@ def linear_map(
         return first
     pointwise = parameters[c.weights[1]]
     geometry = Geometry(Operator.CONV)
-    choice = _choose(geometry, pointwise, height, width, engine, samples)
+    choice = choose(geometry, tuple(pointwise.shape), height, width)
     return SeparableMap(first, bias, DenseMap(Weight(geometry, pointwise, choice, keep=keep), c.weights[1]))

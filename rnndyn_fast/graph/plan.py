@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from rnndyn_fast.graph.backward import WINDOW_BYTES
-from rnndyn_fast.graph.operands import drive_device_engine, drive_engine
+from rnndyn_fast.graph import backward, taped_terms
+from rnndyn_fast.graph.linear import engines
 from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
 from rnndyn_fast.graph.support import unknown_to_native
+from rnndyn_fast.ops.convolution import EngineChoice, Geometry, choose_engine
+from rnndyn_fast.ops.device_engine import choose_device_engine
 
 _POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MAX_SAME: "maxpool2same({})", Pool.MEAN: "mean({})"}
 _FACTOR = {Interaction.MULTIPLICATIVE: "(1 + {})", Interaction.SQUASHED: "2 sigmoid({})"}
@@ -69,16 +71,17 @@ def _equation(schedule: Schedule, name: str) -> str:
 
 
 def _engines(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
-    lines = []
-    for drive in schedule.drives:
-        if drive.connection.operator is not Operator.IDENTITY:
-            if device == "cpu":
-                choice = drive_engine(schedule, drive, dtype, engine, samples)
-            else:  # (without a device at hand: what it would depend on)
-                where = torch.device(device) if torch.cuda.is_available() else None
-                choice = drive_device_engine(schedule, drive, dtype, engine, samples, where)
-            lines.append(f"    {drive.connection.label:<28} {choice!s:<20} {choice.reason}")
-    return lines
+    where = torch.device(device) if torch.cuda.is_available() else None  # (without a device at hand: what it would depend on)
+
+    def choose(geometry: Geometry, shape: tuple[int, ...], height: int, width: int) -> EngineChoice:
+        if device == "cpu":
+            return choose_engine(geometry, shape, height, width, dtype, engine, samples)
+        return choose_device_engine(geometry, shape, height, width, dtype, engine, samples, where)
+
+    connections = dict.fromkeys(d.connection for d in schedule.drives if d.connection.operator is not Operator.IDENTITY)
+    found = [(c, *part) for c in connections for part in engines(schedule.network, c, choose, on_device=device != "cpu")]
+    width = max((len(c.label) for c, *_ in found), default=0)
+    return [f"    {c.label:<{width}} {name:<20} {why}" for c, name, why in found]
 
 
 def _component(schedule: Schedule, component: Component) -> list[str]:
@@ -149,22 +152,22 @@ def describe(
         f"  multiply-adds per image: {scheduled / 1e9:.4g} G (every term at every step: {every_step / 1e9:.4g} G)",
     ]
     reason = unknown_to_native(network)
-    if reason:
-        return "\n".join([*lines, "", f"  backend: scheduled ({reason})"])
-    return "\n".join([*lines, *_native(schedule, engine, device, dtype, samples)])
-
-
-def _native(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
     name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
-    lines = [
-        f"  weight gradients: one call per connection and window of its steps ({WINDOW_BYTES >> 20} MiB)",
+    window = taped_terms.WINDOW_BYTES if reason else backward.WINDOW_BYTES
+    lines += [
+        f"  weight gradients: one call per connection and window of its steps ({window >> 20} MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",
+        f"  backend: scheduled ({reason})" if reason else "  backend: native",
         "",
         f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",
         *_engines(schedule, engine, device, dtype, samples),
-        "",
-        f"  saved for backward, per image ({name}):",
     ]
+    return "\n".join(lines if reason else [*lines, "", *_saved(schedule, dtype)])
+
+
+def _saved(schedule: Schedule, dtype: torch.dtype) -> list[str]:
+    name = str(dtype).removeprefix("torch.")
+    lines = [f"  saved for backward, per image ({name}):"]
     again = [name for c in computed_again(schedule) for name in c.areas]
     if again:
         lines.append(f"    nothing of {', '.join(again)}: computed again in backward")

@@ -22,7 +22,7 @@ from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
 
-_WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
 Reading = Tensor | int  # what backward reads: a map that is kept, or the slot of an input, whose map is made again
 
 
@@ -396,7 +396,7 @@ class Terms:
         """Slots of an area in a window: as many as fit, in windows of nearly equal size, of which the first may be shorter."""
         channels, height, width = self.network.shapes[name]
         slots = self.schedule.num_slots[name]
-        fit = max(1, _WINDOW_BYTES // (self.samples * height * width * channels * self.example.element_size()))
+        fit = max(1, WINDOW_BYTES // (self.samples * height * width * channels * self.example.element_size()))
         return -(-slots // -(-slots // fit))
 
     def _windows(self, name: str) -> list[range]:
