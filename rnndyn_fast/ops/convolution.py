@@ -236,6 +236,8 @@ def _choose(
 def _choose_winograd(
     geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str, samples: int
 ) -> EngineChoice:
+    if engine == "auto" and min(weight_shape[:2]) < 16:
+        return EngineChoice(None, f"only {min(weight_shape[:2])} channels: packing and transforms would cost more than they save")
     try:
         can_run_winograd(geometry, weight_shape, dtype, raise_error=True)
     except ValueError as error:
@@ -246,8 +248,6 @@ def _choose_winograd(
     saving = height * width * kernel**2 / (products * (4 if chosen.transposed else 1))
     if engine == "auto":
         tiles = samples * products // chosen.form.patch**2
-        if min(weight_shape[:2]) < 16:
-            return EngineChoice(None, f"only {min(weight_shape[:2])} channels: the transforms would cost more than they save")
         if saving < 4 / 3:
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
         if tiles < 8:
