@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,38 @@ HERE = Path(__file__).resolve().parent
 QUICK = os.environ.get("RNNDYN_BENCH_QUICK") == "1"  # tiny sizes, to check that the benchmarks run
 
 
-def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contender, one call of each per round, so that a drifting machine meets all of them alike."""
+class Seconds(float):
+    """Of a clock on the wall. ``cores``: processor time over them, so how many cores were busy."""
+
+    cores: float
+
+
+def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[Seconds]]:
+    """Time of each contender, one call of each per round, so that a drifting machine meets all of them alike.
+
+    Raises:
+        RuntimeError: OMP_WAIT_POLICY is passive: Linux then often wakes all threads on one core, and what is timed is no longer all cores.
+    """
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" and not QUICK:
+        raise RuntimeError("OMP_WAIT_POLICY=passive: threads that sleep between calls share a core; unset it to measure")
     for _ in range(warmup):
         for run in contenders.values():
             run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[Seconds]] = {name: [] for name in contenders}
     for i in range(rounds):
         names = list(contenders)
         for name in names if i % 2 == 0 else reversed(names):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             contenders[name]()
-            times[name].append(time.perf_counter() - start)
+            seconds = Seconds(time.perf_counter() - start)
+            seconds.cores = (time.process_time() - before) / seconds
+            times[name].append(seconds)
     return times
 
 
-def summary(times: Mapping[str, list[float]], ours: str) -> dict[str, dict[str, float]]:
-    """Median and spread per contender, in seconds, and how many times faster ``ours`` is (median of the ratios of
-    each round)."""
+def summary(times: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
+    """Median and spread per contender, in seconds, how many times faster ``ours`` is (median of the ratios of
+    each round), and where that was measured how many cores were busy."""
     result = {}
     for name, values in times.items():
         ratios = [theirs / mine for theirs, mine in zip(values, times[ours], strict=True)]
@@ -49,6 +63,9 @@ def summary(times: Mapping[str, list[float]], ours: str) -> dict[str, dict[str, 
             "rounds": len(values),
             "ours_is_faster_by": statistics.median(ratios),
         }
+        cores = [value.cores for value in values if isinstance(value, Seconds)]
+        if cores:
+            result[name]["cores"] = statistics.median(cores)
     return result
 
 
