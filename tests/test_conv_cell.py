@@ -254,6 +254,8 @@ def test_golden_decoders() -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"kind: expected one of .*got 'rnn'"):
         ConvCell("rnn", 3, 3, (4, 4))
+    with pytest.raises(ValueError, match=r"kind: .* got 'convgru', did you mean 'gru'"):
+        ConvCell("convgru", 3, 3, (4, 4))
     with pytest.raises(ValueError, match=r"options: a ugrnn cell does not take all of \['peepholes'\]"):
         ConvCell("ugrnn", 3, 3, (4, 4), peepholes=True)
     with pytest.raises(ValueError, match=r"the identity needs equal channels, got 3 and 4 \(port 'input'\)"):

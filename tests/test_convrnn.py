@@ -96,7 +96,7 @@ def test_parameter_counts(base: str) -> None:
 def test_published_names() -> None:
     assert len(PUBLISHED) == 20
     assert set(PUBLISHED) <= set(NAMES)
-    with pytest.raises(ValueError, match=r"name: unknown network 'gru_deep'; did you mean .*'gru_shallow'"):
+    with pytest.raises(ValueError, match=r"name: unknown network 'gru_deep', did you mean 'gru_intermediate'.*'gru_shallow'"):
         convrnn("gru_deep")
 
 

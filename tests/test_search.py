@@ -78,8 +78,8 @@ def test_spaces_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cel": ["gru"]}, "space: unknown choice 'cel'; did you mean 'cell'"),
-        ({"cell": ["gruu"]}, r"cell: unknown cell 'gruu'; did you mean \['gru'\]"),
+        ({"cel": ["gru"]}, "space: unknown choice 'cel', did you mean 'cell'"),
+        ({"cell": ["gruu"]}, r"cell: expected one of .* got 'gruu', did you mean 'gru'"),
         ({"depth": [1.5]}, r"space: depth: expected int, got 1.5"),
         ({"depth": []}, "space: depth: expected a value, a list"),
         ({"depth": [1, 1]}, "space: depth: expected .* a list of different values"),
@@ -91,7 +91,7 @@ def test_spaces_round_trip(name: str) -> None:
         ({"feedback_3_1": [True, False], "depth": 2}, "feedback_3_1: expected .* at most 2 layers"),
         ({"feedback_2_1": [1, 2], "depth": 2}, "feedback_2_1: expected true or false"),
         ({"epochs": [1, 2]}, "space: unknown choice 'epochs'"),
-        ({"norm": ["batch"]}, "norm: unknown norm 'batch'"),
+        ({"norm": ["batch"]}, "norm: expected one of .* got 'batch'"),
     ],
 )
 def test_bad_spaces(values: dict[str, Any], message: str) -> None:
@@ -146,7 +146,7 @@ def test_gating_and_bypass_are_switches(cell: str) -> None:
 def test_bad_architectures() -> None:
     for options, message in (
         ({"depth": 0}, "depth: expected an int of at least 1"),
-        ({"cell": "ltsm"}, r"did you mean \['lstm'"),
+        ({"cell": "ltsm"}, "did you mean 'lstm'"),
         ({"feedback": ((1, 2),)}, "feedback: expected pairs"),
         ({"feedback": ((2, 1), (2, 1))}, "every edge once"),
         ({"growth": 0.0}, "growth: expected a positive number"),

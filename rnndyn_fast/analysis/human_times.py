@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.analysis.inputs import check_choice, nearest
 from rnndyn_fast.analysis.reaction_times import reaction_times
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED
+from rnndyn_fast.names import check_choice, others
 
 COLUMNS = ("subject", "image", "reaction_time")
 
@@ -192,7 +192,7 @@ def load_reaction_times(path: str | os.PathLike[str], num_images: int) -> np.nda
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
             if "reaction_times" not in data.files:
-                raise ValueError(f"human: {path} has no array 'reaction_times'; {nearest('reaction_times', data.files)}")
+                raise ValueError(f"human: {path} has no array 'reaction_times'{others('reaction_times', data.files)}")
             table = np.asarray(data["reaction_times"], dtype=np.float64)
         if table.ndim != 2 or table.shape[1] != num_images:
             raise ValueError(f"human: expected reaction_times [subjects, {num_images}] in {path}, got {list(table.shape)}")
@@ -203,7 +203,7 @@ def load_reaction_times(path: str | os.PathLike[str], num_images: int) -> np.nda
         reader = csv.DictReader(file)
         for column in COLUMNS:
             if column not in (reader.fieldnames or []):
-                raise ValueError(f"human: {path} has no column {column!r}; {nearest(column, reader.fieldnames or [])}")
+                raise ValueError(f"human: {path} has no column {column!r}{others(column, reader.fieldnames or [])}")
         return _table(path, reader, num_images)
 
 

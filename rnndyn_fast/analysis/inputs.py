@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def nearest(name: str, there: Iterable[str]) -> str:
-    """The end of a message about an unknown name: which one may be meant, and what there is."""
-    names = list(there)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"{f'did you mean {near}? ' if near else ''}there are {names}"
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest of the choices, unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{name}: unknown {name} {value!r}; {nearest(str(value), choices)}")
 
 
 def as_tensor(name: str, value: Any) -> Tensor:

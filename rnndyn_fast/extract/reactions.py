@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from rnndyn_fast.analysis.human_times import ReactionTimeComparison, compare_reaction_times, load_reaction_times
-from rnndyn_fast.analysis.inputs import check_choice
 from rnndyn_fast.analysis.reaction_times import ReactionTimeReducer
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED, ReactionTimeResult
 from rnndyn_fast.data import SPLITS, normalise
@@ -17,6 +16,7 @@ from rnndyn_fast.extract.plan import Rows
 from rnndyn_fast.extract.run import sha256
 from rnndyn_fast.extract.sources import open_source
 from rnndyn_fast.models import BLTVS
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.progress import Reporter, choose_reporter

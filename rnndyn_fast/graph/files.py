@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import typing
@@ -13,6 +12,7 @@ from typing import Any
 
 from rnndyn_fast.graph.encoding import from_plain, to_plain
 from rnndyn_fast.graph.spec import Area, Connection, Input, Network, Readout, Unroll
+from rnndyn_fast.names import nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _PARTS: dict[str, type] = {"inputs": Input, "areas": Area, "connections": Connection}
@@ -107,8 +107,7 @@ def _fields(kind: type) -> list[str]:
 def _check_fields(where: str, kind: type, values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in _fields(kind):
-            near = difflib.get_close_matches(str(name), _fields(kind), n=1)
-            raise ValueError(f"{where}: unknown field {name!r}{f', did you mean {near[0]!r}?' if near else ''}; fields are {_fields(kind)}")
+            raise ValueError(f"{where}: unknown field {name!r}{nearest(name, _fields(kind))}; fields are {_fields(kind)}")
     required = [f.name for f in dataclasses.fields(kind) if f.init and f.default is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rnndyn_fast.graph import spec
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork, connection_modules
 
 AREAS = ("Retina", "LGN", "V1", "V2", "V3", "V4", "LOC", "Readout")
@@ -284,8 +285,7 @@ def _check(options: dict[str, Any]) -> None:
     if options["image_size"] not in KERNELS:
         raise ValueError(f"image_size: expected one of {sorted(KERNELS)}, got {options['image_size']!r}")
     for name, allowed in (("readout_type", ("multi", "single")), ("hook_type", ("None", "separate", "concat"))):
-        if options[name] not in allowed:
-            raise ValueError(f"{name}: expected one of {list(allowed)}, got {options[name]!r}")
+        check_choice(name, options[name], allowed)
     for name, least in (("num_classes", 1), ("add_feats", 0)):
         value = options[name]
         if isinstance(value, bool) or not isinstance(value, int):

@@ -7,7 +7,6 @@ zero maps; cells as in :mod:`rnndyn_fast.ops.cells`, layers as in :mod:`rnndyn_f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.spec import SAME, ZERO, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.models.convrnn_init import initialise
+from rnndyn_fast.names import nearest
 from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell, bypass, cell_states, sequence, state_source
 from rnndyn_fast.nn.decoders import DECODERS, Decoder
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
@@ -266,8 +266,7 @@ def convrnn(
     torch.Size([11, 1, 10])
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(str(name), NAMES, n=3, cutoff=0.3)
-        raise ValueError(f"name: unknown network {name!r}; {f'did you mean {near}? ' if near else ''}there are {list(PUBLISHED)}")
+        raise ValueError(f"name: unknown network {name!r}{nearest(name, NAMES)}; there are {list(PUBLISHED)}")
     options = dict(
         timesteps=timesteps, presentation=presentation, image_off=image_off, num_classes=num_classes, image_size=image_size,
         widths=dict(widths or {}), cell_widths=dict(cell_widths or {}), cell_channels=cell_channels, backend=backend, engine=engine,

@@ -19,6 +19,7 @@ from torch import nn
 
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, kernel, load_mapped, same
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 _CHANNELS = (96, 128, 192, 256, 512, 1024, 2048)
@@ -62,8 +63,7 @@ class RCNNSAT(RecurrentNetwork):
 
     def __init__(self, options: dict[str, Any]) -> None:
         kind, steps, size = options["kind"], options["timesteps"], options["image_size"]
-        if kind not in LAYERS:
-            raise ValueError(f"kind: expected one of {list(LAYERS)}, got {kind!r}")
+        check_choice("kind", kind, list(LAYERS))
         if steps is None:
             steps = options["timesteps"] = 8 if kind == "bl" else 1
         if kind != "bl" and steps != 1:

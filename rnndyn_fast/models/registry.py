@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rnndyn_fast.graph.files import is_network_file, network_to_plain, read_network
@@ -13,6 +12,7 @@ from rnndyn_fast.models.blt_vs_net import blt_vs
 from rnndyn_fast.models.convrnn_nets import NAMES, PUBLISHED, convrnn
 from rnndyn_fast.models.rcnn_sat_nets import rcnn_sat
 from rnndyn_fast.models.spec_network import NETWORK, SpecNetwork
+from rnndyn_fast.names import nearest
 from rnndyn_fast.nn import RecurrentNetwork
 
 MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
@@ -42,12 +42,6 @@ def options_of(model: str) -> list[str]:
         near = nearest(model, known)
         raise ValueError(f"model: unknown model {model!r}{near}; there are {known}, and files (.yaml) with a spec")
     return list(inspect.signature(MODELS[model]).parameters)
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """The nearest of the known names as the question ", did you mean ...?"; nothing where none is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def build(config: Mapping[str, Any]) -> RecurrentNetwork:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.spec import Activation, Area, Input, Network, Norm, Role
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.cell_graphs import CELLS, CellSpec, Graph, Source, add_cell, cell_states, state_source
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
@@ -53,8 +54,7 @@ class ConvCell(RecurrentNetwork):
         engine: str = "auto",
         **options: Any,
     ) -> None:
-        if kind not in CELLS:
-            raise ValueError(f"kind: expected one of {list(CELLS)}, got {kind!r}")
+        check_choice("kind", kind, list(CELLS))
         if (residual_channels and not kind.startswith("rgc")) or (feedback_channels and kind != "rgc_median"):
             name = "feedback_channels" if feedback_channels else "residual_channels"
             raise ValueError(f"{name}: a {kind} cell reads no such input")

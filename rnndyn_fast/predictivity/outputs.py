@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rnndyn_fast.analysis.inputs import nearest
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.names import others
 from rnndyn_fast.predictivity.predictivity import predictivity
 from rnndyn_fast.predictivity.recordings import load_recordings
 from rnndyn_fast.predictivity.results import PredictivityResult
@@ -66,7 +66,7 @@ def load_features(path: str | os.PathLike[str], areas: Sequence[str] = ()) -> di
 def _check_areas(path: Path, areas: Sequence[str], there: Sequence[str]) -> None:
     for name in areas:
         if name not in there:
-            raise ValueError(f"areas: no area {name!r} in {path}; {nearest(name, there)}")
+            raise ValueError(f"areas: no area {name!r} in {path}{others(name, there)}")
 
 
 def predict(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.analysis.inputs import check_choice
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.predictivity.fits import METHODS, Fit, assign_folds, held_out_predictions, pls_fit, reduced, ridge_fit
 from rnndyn_fast.predictivity.recordings import Recordings
 from rnndyn_fast.predictivity.reliability import correlation, half_means, split_half_reliability

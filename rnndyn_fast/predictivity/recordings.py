@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.analysis.inputs import nearest
+from rnndyn_fast.names import others
 
 EXTRA = 'pip install "rnndyn-fast[nwb]"'
 
@@ -171,9 +171,9 @@ def _load_npz(path: Path) -> Recordings:
     known = ("responses", "bin_edges_ms", "rows", "neurons")
     unknown = [name for name in contents if name not in known]
     if "responses" not in contents:
-        raise ValueError(f"recordings: {path} has no array 'responses'; {nearest('responses', contents)}")
+        raise ValueError(f"recordings: {path} has no array 'responses'{others('responses', contents)}")
     if unknown:
-        raise ValueError(f"recordings: {path}: unknown array {unknown[0]!r}; {nearest(unknown[0], known)}")
+        raise ValueError(f"recordings: {path}: unknown array {unknown[0]!r}{others(unknown[0], known)}")
     return Recordings(**contents)
 
 
@@ -192,9 +192,9 @@ def _load_nwb(path: Path, table: str, column: str, edges_ms: np.ndarray) -> Reco
         if file.trials is not None:
             tables["trials"] = file.trials
         if table not in tables:
-            raise ValueError(f"table: {path} has no table of presentations {table!r}; {nearest(table, tables)}")
+            raise ValueError(f"table: {path} has no table of presentations {table!r}{others(table, tables)}")
         if column not in tables[table].colnames:
-            raise ValueError(f"stimulus_column: table {table!r} has no column {column!r}; {nearest(column, tables[table].colnames)}")
+            raise ValueError(f"stimulus_column: table {table!r} has no column {column!r}{others(column, tables[table].colnames)}")
         if file.units is None or "spike_times" not in file.units.colnames:
             raise ValueError(f"recordings: {path} has no units with spike_times")
         starts = np.asarray(tables[table]["start_time"][:], dtype=np.float64)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rnndyn_fast.analysis.inputs import check_choice
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
+from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
 from rnndyn_fast.ops.cells import Gain, ReciprocalGated
 

@@ -18,7 +18,7 @@ from rnndyn_fast.extract import react
 from rnndyn_fast.files import write_text
 from rnndyn_fast.graph.files import network_to_plain
 from rnndyn_fast.graph.spec import Network
-from rnndyn_fast.models.registry import nearest
+from rnndyn_fast.names import others
 from rnndyn_fast.search.architecture import CELLS, FEEDFORWARD, Architecture, build_network, count_parameters
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_metrics, train
 from rnndyn_fast.train.config import check_least, check_type, option
@@ -78,7 +78,7 @@ class CompareConfig:
             check_least(name, getattr(self, name), least)
         for name in self.networks:
             if name not in NETWORKS:
-                raise ValueError(f"networks: unknown network {name!r}{nearest(name, NETWORKS)}; there are {list(NETWORKS)}")
+                raise ValueError(f"networks: unknown network {name!r}{others(name, NETWORKS)}")
         if len(self.networks) < 2 or len(set(self.networks)) < len(self.networks):
             raise ValueError(f"networks: expected at least two different ones, got {list(self.networks)}")
         if self.resume and self.overwrite:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rnndyn_fast.names import nearest
 from rnndyn_fast.search.architecture import CELLS, MEANT, Architecture
 
 FEEDBACK = re.compile(r"feedback_(\d+)_(\d+)")
@@ -86,9 +86,8 @@ class Space:
         choices: dict[str, Options | Range] = {}
         for name, value in values.items():
             if name == "feedback" or (name not in names and not FEEDBACK.fullmatch(str(name))):
-                near = difflib.get_close_matches(str(name), [n for n in names if n != "feedback"], n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"space: unknown choice {name!r}; {hint}there are {names} (and feedback_<from>_<to>)")
+                hint = nearest(name, [n for n in names if n != "feedback"])
+                raise ValueError(f"space: unknown choice {name!r}{hint}; there are {names} (and feedback_<from>_<to>)")
             choices[name] = _choice(str(name), value)
         space = cls(choices)
         space._check_values(fields)
@@ -207,10 +206,7 @@ def load_space(space: str | os.PathLike[str]) -> Space:
         return Space.from_plain(SPACES[text])
     path = Path(text)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        near = difflib.get_close_matches(text, SPACES, n=1)
-        raise ValueError(
-            f"space: expected one of {sorted(SPACES)} or a .yaml file, got {text!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
+        raise ValueError(f"space: expected one of {sorted(SPACES)} or a .yaml file, got {text!r}{nearest(text, SPACES)}")
     if not path.is_file():
         raise FileNotFoundError(f"space: no such file: {path}")
     try:

@@ -199,8 +199,9 @@ class TrainConfig:
 
     def _check_model(self) -> None:
         from rnndyn_fast.models import options_of
-        from rnndyn_fast.models.registry import OF_DATA, nearest
+        from rnndyn_fast.models.registry import OF_DATA
         from rnndyn_fast.models.spec_network import NETWORK
+        from rnndyn_fast.names import nearest
 
         known = options_of(self.model)
         if (self.model == NETWORK) != (self.network is not None):
