@@ -56,7 +56,7 @@ def test_native_equals_reference_in_float64(case: RolloutCase) -> None:
 def test_windows_of_the_backward_pass_change_nothing(case: RolloutCase, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One time step in a window, and a few."""
     expected = run(case, "native")
-    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(backward_module, "WINDOW_BYTES", window)
     assert_same(run(case, "native"), expected, 1e-11, 1e-11)
 
 
@@ -251,7 +251,7 @@ def test_inference_holds_two_time_steps(name: str, monkeypatch: pytest.MonkeyPat
 def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     rooms: dict[int, list[int]] = {}
-    monkeypatch.setattr(backward_module, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(backward_module, "WINDOW_BYTES", 1)
 
     allocate = backward_module._Backward._allocate
 

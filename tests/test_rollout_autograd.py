@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from rnndyn_fast.graph import rollout
-from rnndyn_fast.graph.rollout import _Rollout
+from rnndyn_fast.graph.rollout_op import Rollout
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
 
@@ -156,7 +156,7 @@ def test_function_alone_refuses_forward_mode() -> None:
     case = SOME[0]
     (x,), parameters = case.inputs(), case.parameters()
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-        _Rollout.apply(case.network.to_json(), 4, case.record, True, "auto", forward_ad.make_dual(x, x), *parameters.values())
+        Rollout.apply(case.network.to_json(), 4, case.record, True, "auto", forward_ad.make_dual(x, x), *parameters.values())
 
 
 # ---------------------------------------------------------------- transforms

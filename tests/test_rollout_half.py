@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnndyn_fast.graph import Activation, Pool, compile_schedule, rollout
+from rnndyn_fast.graph import Activation, Pool, compile_schedule, rollout, rollout_op
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
 
 pytestmark = in_harness
-rollout_module = sys.modules["rnndyn_fast.graph.rollout"]  # (the package has the function of that name)
 
 NAMES = (
     "lateral_additive_bias", "lateral_multiplicative", "topdown_additive", "topdown_multiplicative", "topdown_multiplicative_bias",
@@ -162,11 +160,11 @@ def test_no_rollout_waits_for_the_device(case: RolloutCase, simt: object, monkey
     xs, ps = [x.half() for x in inputs], [p.half() for p in parameters.values()]
     key = (case.network.to_json(), case.timesteps, list(case.record))
     with NoHostSync():
-        results = rollout_module._forward_native(xs, ps, *key, True, "fused")
+        results = rollout_op._forward_native(xs, ps, *key, True, "fused")
         outputs, saved = results[: len(case.record)], results[len(case.record) :]
         grads = [torch.ones_like(o) for o in outputs]
-        rollout_module._backward_native(grads, saved, xs, ps, *key, [True] * (len(xs) + len(ps)), "fused")
-        rollout_module._forward_native(xs, ps, *key, False, "fused")
+        rollout_op._backward_native(grads, saved, xs, ps, *key, [True] * (len(xs) + len(ps)), "fused")
+        rollout_op._forward_native(xs, ps, *key, False, "fused")
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
         torch.ones(2).sum().item()
 
