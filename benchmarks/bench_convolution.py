@@ -76,10 +76,9 @@ def products(choice: EngineChoice, case: Case, kernel: int, batch: int) -> tuple
         return direct, direct
     if isinstance(choice.map, AmxMap):
         return direct, direct * {1: 1, 2: 3, 3: 6}[choice.map.parts]
-    form = choice.map.form
     # Transposed: of the four phases, by row and by column, those with fewer taps leave one frequency out.
-    frequencies = (2 * form.patch - 1) ** 2 if choice.map.transposed else form.patch**2
-    tiles = form.products(case.size, case.size) // form.patch**2
+    frequencies = (2 * choice.map.form.patch - 1) ** 2 if choice.map.transposed else choice.map.form.patch**2
+    tiles = choice.map.tiles(case.size, case.size)
     return direct, 2e-9 * batch * tiles * frequencies * case.source * case.target
 
 

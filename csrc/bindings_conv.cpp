@@ -40,10 +40,10 @@ ConvEpilogue conv_epilogue(const EpilogueTuple& given, int64_t channels) {
 }
 
 WinogradForm winograd_form(const std::array<int, 2>& form) {
-  const std::array<int, 2> known[] = {{5, 2}, {6, 3}, {8, 3}, {6, 5}, {8, 5}};
+  const std::array<int, 2> known[] = {{5, 2}, {6, 3}, {8, 3}, {8, 4}, {6, 5}, {8, 5}};
   for (const auto& f : known)
     if (f == form) return {form[0], form[1]};
-  throw std::invalid_argument("form: expected (patch, kernel) (5, 2), (6, 3), (8, 3), (6, 5) or (8, 5)");
+  throw std::invalid_argument("form: expected (patch, kernel) (5, 2), (6, 3), (8, 3), (8, 4), (6, 5) or (8, 5)");
 }
 
 GridStrides grid_strides(const std::array<int64_t, 3>& strides) { return {strides[0], strides[1], strides[2]}; }
@@ -59,10 +59,10 @@ void fill_taps(int (&out)[kMaxPhases][kMaxTaps], const Taps& taps, int kernel) {
   }
 }
 
-// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address and vanishing frequencies
-// each; phases: address and vanishing frequencies.
+// shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address, vanishing frequencies
+// and shift each; phases: address and vanishing frequencies.
 using Pair = std::array<int, 2>;
-using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair>;
+using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair, Pair>;
 using Phase = std::tuple<Address, Pair>;
 
 WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
@@ -77,12 +77,13 @@ WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad,
   p.num_threads = num_threads;
   p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
   for (size_t k = 0; k < terms.size(); ++k) {
-    const auto& [x, strides, channels, packed, vanishing] = terms[k];
+    const auto& [x, strides, channels, packed, vanishing, shift] = terms[k];
     p.term[k] = {pointer<const float>(x),
                  grid_strides(strides),
                  channels,
                  pointer<const float>(packed),
-                 {vanishing[0], vanishing[1]}};
+                 {vanishing[0], vanishing[1]},
+                 {shift[0], shift[1]}};
   }
   for (size_t k = 0; k < y.size(); ++k) {
     const auto& [address, vanishing] = y[k];
@@ -144,12 +145,12 @@ WinogradWeightGradParams winograd_weight_grad_params(const std::array<int, 2>& f
 
 void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& taps, const std::array<int64_t, 3>& grid,
                           const std::array<int64_t, 4>& sizes, int num_threads, Address x,
-                          const std::array<int64_t, 3>& x_strides, const std::vector<Phase>& grad,
+                          const std::array<int64_t, 3>& x_strides, const Pair& shift, const std::vector<Phase>& grad,
                           const std::array<int64_t, 3>& grad_strides, Address grad_weight, const Scratch& workspace,
                           const Scratch& sums) {
   WinogradWeightGradParams p = winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads);
   if (grad.size() != taps.size()) throw std::invalid_argument("grad: expected one grid per phase");
-  p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides);
+  p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides), p.shift = {shift[0], shift[1]};
   for (size_t k = 0; k < grad.size(); ++k) {
     const auto& [address, vanishing] = grad[k];
     p.grad[k] = pointer<const float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};

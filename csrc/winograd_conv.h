@@ -2,7 +2,10 @@
 //
 // F(m x m, r x r) computes m x m outputs from an a x a patch, a = m + r - 1, with a^2 products per pair of channels in place of (m r)^2.
 // Forms: a = 5: F(4, 2), points 0, 1, -1, 2, infinity; a = 6: F(4, 3) and F(2, 5), points 0, +-1, +-2, infinity; a = 8: F(6, 3) and F(4, 5),
-// points 0, +-1, +-2, +-1/2, infinity.
+// points 0, +-1, +-2, +-1/2, infinity; and F(5, 4) with the same points.
+//
+// A kernel of 7 x 7 is the sum of four of 4 x 4 or less (7 = 4 + 3), each of which reads the source 4 pixels further on: as terms of one
+// convolution, F(5, 4) takes 9 products per output (the short ones vanish at infinity) where there were 49.
 //
 // A grid is a set of pixels [M, H, W] with their channels adjacent; strides let it be every second pixel of a larger map. That is how a
 // transposed convolution of stride 2 is computed: as one convolution on the source's grid for each of its four output phases.
@@ -32,6 +35,11 @@ struct Vanishing {
   int row, column;
 };
 
+// Pixels by which a kernel reads below and to the right of where the padding puts it.
+struct Shift {
+  int row, column;
+};
+
 // One summand: the convolution of a grid. Several summands share the inverse transform.
 struct WinogradTerm {
   const float* x;  // grid [M, H, W, channels]
@@ -39,6 +47,7 @@ struct WinogradTerm {
   int64_t channels;
   const float* packed;  // from winograd_pack_weight, [a^2, phases * ceil(C_out / NR), channels, NR]
   Vanishing vanishing;  // with one phase
+  Shift shift;
 };
 
 struct WinogradConvParams {
@@ -76,9 +85,10 @@ struct WinogradWeightGradParams {
   int num_phases;
   const float* x;  // grid [M, H, W, C_in]
   GridStrides x_strides;
+  Shift shift;                    // of the taps
   const float* grad[kMaxPhases];  // one grid [M, H, W, C_out] per phase
   GridStrides grad_strides;
-  float* grad_weight;  // as the parameter; every tap of it belongs to one phase, and is written
+  float* grad_weight;  // as the parameter; every element of it that is some phase's tap is written
   int64_t out_stride, in_stride;
   int tap[kMaxPhases][kMaxTaps];
   Vanishing vanishing[kMaxPhases];

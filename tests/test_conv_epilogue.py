@@ -19,13 +19,14 @@ from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
 
 CONV, TRANSPOSE = Operator.CONV, Operator.CONV_TRANSPOSE
-SAME3, SAME5 = Geometry(CONV, 1, 1), Geometry(CONV, 1, 2)
+SAME3, SAME5, SAME7 = Geometry(CONV, 1, 1), Geometry(CONV, 1, 2), Geometry(CONV, 1, 3)
 TWICE3, TWICE5 = Geometry(TRANSPOSE, 2, 1, 1), Geometry(TRANSPOSE, 2, 2, 1)
 MAPS: dict[str, tuple[Geometry, int, WinogradMap | AmxMap]] = {
     "F43": (SAME3, 3, WinogradMap(WinogradForm(6, 3), 3)),
     "F63": (SAME3, 3, WinogradMap(WinogradForm(8, 3), 3)),
     "F25": (SAME5, 5, WinogradMap(WinogradForm(6, 5), 5)),
     "F45": (SAME5, 5, WinogradMap(WinogradForm(8, 5), 5)),
+    "F54": (SAME7, 7, WinogradMap(WinogradForm(8, 4), 7)),
     "F42T": (TWICE3, 3, WinogradMap(WinogradForm(5, 2), 3, transposed=True)),
     "F43T": (TWICE5, 5, WinogradMap(WinogradForm(6, 3), 5, transposed=True)),
     "amx": (SAME3, 3, AmxMap((3, 3), 1, 1, parts=3)),

@@ -33,6 +33,8 @@ MAPS = [
     WinogradMap(WinogradForm(6, 3), 5, transposed=True),
     WinogradMap(WinogradForm(6, 3), 3, turned=True),
     WinogradMap(WinogradForm(8, 5), 5, turned=True),
+    WinogradMap(WinogradForm(8, 4), 7),
+    WinogradMap(WinogradForm(8, 4), 7, turned=True),
 ]
 # M, H, W, C_source, C_target: one pixel, one channel, partial tiles and partial vectors in every direction, several blocks of tiles.
 SHAPES = [
@@ -134,8 +136,8 @@ def test_threads_do_not_change_a_bit(m: WinogradMap) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
-def test_sum_of_maps_is_one_call() -> None:
-    m = MAPS[0]
+@pytest.mark.parametrize("m", [MAPS[0], WinogradMap(WinogradForm(8, 4), 7)], ids=str)
+def test_sum_of_maps_is_one_call(m: WinogradMap) -> None:
     x1, w1, _ = _case(m, (2, 7, 6, 20, 24))
     x2, w2, _ = _case(m, (2, 7, 6, 9, 24), seed=1)
     weights = [Weight(_geometry(m), w, EngineChoice.of(m, "test")) for w in (w1, w2)]
@@ -144,9 +146,9 @@ def test_sum_of_maps_is_one_call() -> None:
     assert _relative(convolve_sum(weights, [x1, x2]), expected.permute(0, 2, 3, 1)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_every_tap_belongs_to_one_phase(kernel: int) -> None:
-    m = next(m for m in MAPS if m.transposed and m.kernel_size == kernel)
+@pytest.mark.parametrize(("kernel", "transposed"), [(3, True), (5, True), (7, False)])
+def test_every_tap_belongs_to_one_phase(kernel: int, transposed: bool) -> None:
+    m = next(m for m in MAPS if m.transposed == transposed and m.kernel_size == kernel)
     used = [tap for tap in itertools.chain.from_iterable(taps(m)) if tap >= 0]
     assert sorted(used) == list(range(kernel**2))
 
@@ -200,7 +202,7 @@ def test_reasons_are_given() -> None:
         can_run_winograd(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), torch.float64, raise_error=True)
     with pytest.raises(ValueError, match="stride 2"):
         can_run_winograd(Geometry(Operator.CONV, 2, 1), (8, 8, 3, 3), torch.float32, raise_error=True)
-    assert not can_run_winograd(Geometry(Operator.CONV, 1, 3), (8, 8, 7, 7), torch.float32)
+    assert not can_run_winograd(Geometry(Operator.CONV, 1, 5), (8, 8, 11, 11), torch.float32)
     with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, fused, got 'fast'"):
         choose_engine(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), 8, 8, torch.float32, "fast")
     net = blt_net_64(widths=(2, 4, 8, 16, 32), engine="fast")

@@ -4,10 +4,10 @@
 // Maths: y_p = sum over terms of x * W_p for each output phase p: per tile, Y = A^T [sum_terms sum_i (B^T d_i B) . (G w_i G^T)] A: for each of
 //   a^2 frequencies one matrix product [tiles x C_in] [C_in x phases C_out], accumulated over terms before the one inverse transform.
 // Precision: float32; relative error against float64 about 1e-6 (a = 5, 6) and 3e-6 (a = 8) in norm.
-// Traffic: a block of B tiles is transformed into V (a^2 B C_in), multiplied into M (a^2 B C_out) and transformed back by one thread. Small
-//   channel counts: B such that V and M stay in L2, and the packed weights stream past them once per block. Large ones: B large, so that the
-//   weights are read seldom. Few tiles (small maps or batches): the threads share one block and split the frequencies, so that each weight is
-//   read by one thread only.
+// Traffic: a block of B tiles is transformed into V (a^2 B C_in, of one term after another), multiplied into M (a^2 B C_out) and transformed
+//   back by one thread. Small channel counts: B such that V and M stay in L2, and the packed weights stream past them once per block. Large
+//   ones: B large, so that the weights are read seldom. Few tiles (small maps or batches): the threads share one block and split the
+//   frequencies, so that each weight is read by one thread only.
 // Determinism: every product is summed in the same order whatever the number of threads; bitwise repeatable.
 // Limits: the forms of RNNDYN_BY_FORM.
 
@@ -41,17 +41,17 @@ struct Winograd {
   }
 
   // B^T d B of one tile: out[f * frequency_stride + c].
-  void transform_input(const float* x, const GridStrides& strides, int64_t channels, int64_t index, float* out,
-                       int64_t frequency_stride) const {
+  void transform_input(const float* x, const GridStrides& strides, const Shift& shift, int64_t channels, int64_t index,
+                       float* out, int64_t frequency_stride) const {
     const Tile t = tile(index);
-    const int64_t top = t.row - pad, left = t.column - pad;
+    const int64_t above = pad - shift.row, before = pad - shift.column, top = t.row - above, left = t.column - before;
     const float* corner = x + t.sample * strides.sample + top * strides.row + left * strides.column;
     const int64_t first_row = top < 0 ? -top : 0, last_row = smaller(Patch, height - top);
     const int64_t first_col = left < 0 ? -left : 0, last_col = smaller(Patch, width - left);
     const bool inside = first_row == 0 && first_col == 0 && last_row == Patch && last_col == Patch;
     const Tile after = tile(index + 1);
     const float* next =
-        x + after.sample * strides.sample + (after.row - pad) * strides.row + (after.column - pad) * strides.column;
+        x + after.sample * strides.sample + (after.row - above) * strides.row + (after.column - before) * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
       const int64_t lanes = channels - c;
       // The next tile's pixels, but those that this one shares with it. (A prefetch past the map's end is harmless.)
@@ -175,20 +175,24 @@ static inline bool vanishes(const Vanishing& v, int64_t f) {
 template <int Patch, int Kernel>
 struct WinogradConvSizes {
   Winograd<Patch, Kernel> w;
-  int64_t channels_in, phase_channels, channels_out, panels, block, blocks, v_size, m_size, cells_size;
+  int64_t phase_channels, channels_out, panels, block, blocks, v_size, m_size, cells_size;
   bool shared;
 
-  explicit WinogradConvSizes(const WinogradConvParams& p) : w(p.samples, p.height, p.width, p.pad), channels_in(0) {
-    for (int k = 0; k < p.num_terms; ++k) channels_in += round_up(p.term[k].channels, kVectorFloats);
+  explicit WinogradConvSizes(const WinogradConvParams& p) : w(p.samples, p.height, p.width, p.pad) {
+    int64_t all_in = 0, most_in = 0;
+    for (int k = 0; k < p.num_terms; ++k) {
+      const int64_t padded = round_up(p.term[k].channels, kVectorFloats);
+      all_in += padded, most_in = padded > most_in ? padded : most_in;
+    }
     phase_channels = round_up(p.out_channels, kGemmCols);
     channels_out = phase_channels * p.num_phases;
     panels = channels_out / kGemmCols;
     const WinogradBlocking blocking =
-        winograd_blocking(w.tiles, w.kFrequencies, channels_in, channels_out, p.num_threads);
+        winograd_blocking(w.tiles, w.kFrequencies, most_in, channels_out, p.num_threads);
     block = blocking.block;
     shared = blocking.shared;
     blocks = (w.tiles + block - 1) / block;
-    v_size = w.kFrequencies * block * channels_in;
+    v_size = w.kFrequencies * block * (shared ? all_in : most_in);
     m_size = w.kFrequencies * block * channels_out;
     // Moments: one cell per tile and phase, a sample's cells side by side.
     const int64_t cells = p.epilogue != nullptr && p.epilogue->mean != nullptr ? w.tiles * p.num_phases : 0;
@@ -203,29 +207,26 @@ static void winograd_conv_form(const WinogradConvParams& p) {
   const WinogradConvSizes<Patch, Kernel> s(p);
   constexpr int kFrequencies = Patch * Patch;
 
-  auto transform = [&](float* v, int64_t first, int64_t i) {
-    for (int k = 0; k < p.num_terms; ++k) {
-      const WinogradTerm& term = p.term[k];
-      const int64_t padded = round_up(term.channels, kVectorFloats);
-      s.w.transform_input(term.x, term.strides, term.channels, first + i, v + i * padded, s.block * padded);
-      v += kFrequencies * s.block * padded;
-    }
+  // Floats of V of one term.
+  auto v_of = [&](int k) { return kFrequencies * s.block * round_up(p.term[k].channels, kVectorFloats); };
+  auto transform = [&](float* v, int k, int64_t first, int64_t i) {
+    const WinogradTerm& term = p.term[k];
+    const int64_t padded = round_up(term.channels, kVectorFloats);
+    s.w.transform_input(term.x, term.strides, term.shift, term.channels, first + i, v + i * padded, s.block * padded);
   };
-  auto multiply = [&](const float* v, float* m, int64_t count, int64_t f, int64_t panel) {
+  auto multiply = [&](const float* v, float* m, int k, int64_t count, int64_t f, int64_t panel) {
     float* out = m + f * s.block * s.channels_out + panel * kGemmCols;
     const int phase = static_cast<int>(panel * kGemmCols / s.phase_channels);
+    auto missing = [&](int term) {
+      return vanishes<Patch>(p.num_phases > 1 ? p.vanishing[phase] : p.term[term].vanishing, f);
+    };
     bool written = false;
-    for (int k = 0; k < p.num_terms; ++k) {
-      const int64_t channels = p.term[k].channels, padded = round_up(channels, kVectorFloats);
-      if (!vanishes<Patch>(p.num_phases > 1 ? p.vanishing[phase] : p.term[k].vanishing, f)) {
-        const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
-        gemm_panel(count, channels, v + f * s.block * padded, padded, 1, weight, kGemmCols, out, s.channels_out,
-                   written);
-        written = true;
-      }
-      v += kFrequencies * s.block * padded;
-    }
-    if (!written) {
+    for (int before = 0; before < k; ++before) written = written || !missing(before);
+    const int64_t channels = p.term[k].channels, padded = round_up(channels, kVectorFloats);
+    if (!missing(k)) {
+      const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
+      gemm_panel(count, channels, v + f * s.block * padded, padded, 1, weight, kGemmCols, out, s.channels_out, written);
+    } else if (!written && k == p.num_terms - 1) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < kGemmCols; c += kVectorFloats) store(out + i * s.channels_out + c, vec{});
     }
@@ -249,11 +250,17 @@ static void winograd_conv_form(const WinogradConvParams& p) {
       for (int64_t b = 0; b < s.blocks; ++b) {
         const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; ++i) transform(v, first, i);
+        for (int64_t i = 0; i < count; ++i) {
+          float* at = v;
+          for (int k = 0; k < p.num_terms; at += v_of(k++)) transform(at, k, first, i);
+        }
         // (barrier: a frequency needs all tiles)
 #pragma omp for collapse(2) schedule(static)
         for (int64_t f = 0; f < kFrequencies; ++f)
-          for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, count, f, panel);
+          for (int64_t panel = 0; panel < s.panels; ++panel) {
+            const float* at = v;
+            for (int k = 0; k < p.num_terms; at += v_of(k++)) multiply(at, m, k, count, f, panel);
+          }
         // (barrier: a tile needs all frequencies)
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
@@ -265,9 +272,11 @@ static void winograd_conv_form(const WinogradConvParams& p) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < s.blocks; ++b) {
         const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
-        for (int64_t i = 0; i < count; ++i) transform(v, first, i);
-        for (int64_t f = 0; f < kFrequencies; ++f)
-          for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, count, f, panel);
+        for (int k = 0; k < p.num_terms; ++k) {
+          for (int64_t i = 0; i < count; ++i) transform(v, k, first, i);
+          for (int64_t f = 0; f < kFrequencies; ++f)
+            for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, k, count, f, panel);
+        }
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
       }
     }

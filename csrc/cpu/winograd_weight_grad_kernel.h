@@ -46,7 +46,7 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
       const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < count; ++i) {
-        s.w.transform_input(p.x, p.x_strides, p.in_channels, first + i, v + i * s.v_row, s.block * s.v_row);
+        s.w.transform_input(p.x, p.x_strides, p.shift, p.in_channels, first + i, v + i * s.v_row, s.block * s.v_row);
         for (int phase = 0; phase < p.num_phases; ++phase)
           s.w.transform_gradient(p.grad[phase], p.grad_strides, p.out_channels, first + i,
                                  q + phase * s.phase_channels * s.block + i * kGemmCols, s.block * s.out_padded,
@@ -130,6 +130,7 @@ static int64_t winograd_weight_grad_sums_form(const WinogradWeightGradParams& p)
   if (p.form.patch == 6 && p.form.kernel == 3) return function<6, 3>(p); \
   if (p.form.patch == 8 && p.form.kernel == 3) return function<8, 3>(p); \
   if (p.form.patch == 6) return function<6, 5>(p);                       \
+  if (p.form.kernel == 4) return function<8, 4>(p);                      \
   return function<8, 5>(p);
 
 static void winograd_conv(const WinogradConvParams& p) { RNNDYN_BY_FORM(winograd_conv_form, p) }

@@ -71,9 +71,8 @@ class TapedRun(Terms):
         linear = None if drive.connection.operator is Operator.IDENTITY else self.linear_of(drive)
         if not isinstance(linear, DenseMap) or not isinstance(linear.weight.choice.map, WinogradMap):
             return False
-        form = linear.weight.choice.map.form
         _, height, width = pooled_shape(self.network.shapes[drive.source], drive.connection.pool)
-        return self.samples * form.products(height, width) // form.patch**2 >= _MANY_TILES
+        return self.samples * linear.weight.choice.map.tiles(height, width) >= _MANY_TILES
 
     def run(self) -> None:
         """All components, one after another."""

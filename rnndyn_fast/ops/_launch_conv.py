@@ -166,6 +166,7 @@ def winograd_conv(
     y_vanishing: Sequence[tuple[int, int]],
     accumulate: bool = False,
     epilogue: Epilogue | None = None,
+    shifts: Sequence[tuple[int, int]] = (),  # one per term; none: all zero
 ) -> None:
     """Launch ``winograd_conv``: the grids ys, which are all of one map, are written, or added to."""
     shape = list(ys[0].shape)
@@ -174,8 +175,8 @@ def winograd_conv(
             if list(grid.shape[:3]) != shape[:3]:
                 raise ValueError(f"{name}[{i}]: expected a grid {shape[:3]} [M, H, W], got {list(grid.shape[:3])}")
     terms = [
-        (x.address(f"xs[{i}]"), x.strides, x.shape[3], _packed_address(p), v)
-        for i, (x, p, v) in enumerate(zip(xs, packed, x_vanishing, strict=True))
+        (x.address(f"xs[{i}]"), x.strides, x.shape[3], _packed_address(p), v, shift)
+        for i, (x, p, v, shift) in enumerate(zip(xs, packed, x_vanishing, shifts or [(0, 0)] * len(xs), strict=True))
     ]
     phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
     held, take = _launch.scratch()
@@ -193,8 +194,9 @@ def winograd_weight_grad(
     grads: Sequence[Grid],  # one per phase, [M, H, W, C_out]
     vanishing: Sequence[tuple[int, int]],
     grad_weight: Tensor,  # as the parameter, contiguous
+    shift: tuple[int, int] = (0, 0),
 ) -> None:
-    """Launch ``winograd_weight_grad``: grad_weight is written."""
+    """Launch ``winograd_weight_grad``: the elements of grad_weight that are taps are written."""
     for i, grid in enumerate(grads):
         if grid.shape[:3] != x.shape[:3]:
             raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
@@ -202,5 +204,6 @@ def winograd_weight_grad(
     phases = [(g.address(f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))]
     held, take = _launch.scratch()
     address = address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
-    _core.winograd_weight_grad(*sizes_of_call, x.address("x"), x.strides, phases, grads[0].strides, address, take, _launch.room(held))
+    source = (x.address("x"), x.strides, shift)
+    _core.winograd_weight_grad(*sizes_of_call, *source, phases, grads[0].strides, address, take, _launch.room(held))
     del held

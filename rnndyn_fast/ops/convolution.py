@@ -145,10 +145,10 @@ def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: t
         doubling = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 2 and geometry.output_padding == 1
         if dtype != torch.float32:
             reason = f"it computes in float32, not {dtype}"
-        elif not (same or doubling) or kernel not in (3, 5) or 2 * geometry.padding != kernel - 1:
+        elif not (same or doubling) or kernel not in ((3, 5, 7) if same else (3, 5)) or 2 * geometry.padding != kernel - 1:
             reason = (
-                "it computes 3 x 3 and 5 x 5 convolutions that keep the size, and transposed ones that double it, not "
-                f"{geometry.operator.value} {kernel} of stride {geometry.stride} with padding {geometry.padding}"
+                "it computes 3 x 3, 5 x 5 and 7 x 7 convolutions that keep the size, and 3 x 3 and 5 x 5 transposed ones that double it, "
+                f"not {geometry.operator.value} {kernel} of stride {geometry.stride} with padding {geometry.padding}"
             )
     if reason and raise_error:
         raise ValueError(f'engine="winograd": {reason}')
@@ -160,6 +160,8 @@ def _best_map(geometry: Geometry, kernel: int, height: int, width: int) -> Winog
     turned = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 1
     if geometry.operator is Operator.CONV_TRANSPOSE and not turned:
         return WinogradMap(WinogradForm(5, 2) if kernel == 3 else WinogradForm(6, 3), kernel, transposed=True)
+    if kernel == 7:
+        return WinogradMap(WinogradForm(8, 4), kernel, turned=turned)
     small, large = WinogradForm(6, kernel), WinogradForm(8, kernel)
     form = large if large.products(height, width) < 0.9 * small.products(height, width) else small
     return WinogradMap(form, kernel, turned=turned)
@@ -244,10 +246,9 @@ def _choose_winograd(
         return EngineChoice(None, str(error).split(": ", 1)[1])
     kernel = weight_shape[-1]
     chosen = _best_map(geometry, kernel, height, width)
-    products = chosen.form.products(height, width)
-    saving = height * width * kernel**2 / (products * (4 if chosen.transposed else 1))
+    saving = height * width * kernel**2 / chosen.products(height, width)
     if engine == "auto":
-        tiles = samples * products // chosen.form.patch**2
+        tiles = samples * chosen.tiles(height, width)
         if saving < 4 / 3:
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
         if tiles < 8:
@@ -384,7 +385,9 @@ def can_sum(weights: Sequence[Weight]) -> bool:
     maps = [w.choice.map for w in weights]
     if all("forward" in w.choice.fused for w in weights) or all(isinstance(m, AmxMap) for m in maps):
         return True
-    return all(isinstance(m, WinogradMap) for m in maps) and len({(m.form, m.transposed) for m in maps if isinstance(m, WinogradMap)}) == 1
+    winograd = [m for m in maps if isinstance(m, WinogradMap)]
+    terms = sum(1 if m.transposed else len(m.shifts) for m in winograd)
+    return len(winograd) == len(maps) and len({(m.form, m.transposed) for m in winograd}) == 1 and terms <= MAX_SUMMED
 
 
 def convolve_sum(
@@ -494,7 +497,7 @@ _MANY_TILES = 96  # from which on Winograd's gradient of a weight is the faster 
 def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
     m, own = weight.choice.grad_map, weight.choice.map
     assert m is not None
-    if isinstance(own, WinogradMap) and x.shape[0] * own.form.products(*x.shape[1:3]) >= _MANY_TILES * own.form.patch**2:
+    if isinstance(own, WinogradMap) and x.shape[0] * own.tiles(*x.shape[1:3]) >= _MANY_TILES:
         m = own
     if isinstance(m, AmxMap):
         return amx_weight_grad(m, weight.weight, x, grad)

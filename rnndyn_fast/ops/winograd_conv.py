@@ -5,7 +5,8 @@ Equations, precision and traffic: ``csrc/cpu/winograd_conv_kernel.h``. Maps are 
 A transposed convolution of stride 2 is four convolutions on its source's grid, one for each parity of the output's row and column. With
 K = 3 the even parity has one tap and the odd one two: kernels of 2, F(4x4,2x2). With K = 5 they have three and two: kernels of 3,
 F(4x4,3x3). Its gradient of the data sums the four parities' grids as four terms of one convolution. A transposed convolution of stride 1 is
-the convolution with the turned kernel, source and target channels of the parameter exchanged.
+the convolution with the turned kernel, source and target channels of the parameter exchanged. A kernel of 7 is cut into four of 4 or 3,
+each shifted by where it stands, F(5x5,4x4): four terms of one convolution.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _NONE = (-1, -1)  # a kernel that vanishes at no frequency
 
 @dataclass(frozen=True)
 class WinogradForm:
-    """F(m x m, r x r) by its patch a = m + r - 1 and its kernel r; (5, 2), (6, 3), (8, 3), (6, 5) and (8, 5) exist."""
+    """F(m x m, r x r) by its patch a = m + r - 1 and its kernel r; (5, 2), (6, 3), (8, 3), (8, 4), (6, 5) and (8, 5) exist."""
 
     patch: int
     kernel: int
@@ -56,7 +57,7 @@ class WinogradForm:
 @dataclass(frozen=True)
 class WinogradMap:
     """A linear map of connections in the Winograd domain: a 'same' convolution, as such or given as a transposed one of stride 1
-    (``turned``), or a doubling transposed one (``transposed``)."""
+    (``turned``), or a doubling transposed one (``transposed``). A kernel larger than the form's is cut."""
 
     form: WinogradForm
     kernel_size: int
@@ -64,14 +65,35 @@ class WinogradMap:
     turned: bool = False
 
     @property
+    def span(self) -> int:
+        """Of the kernel on a grid."""
+        return self.form.kernel if self.transposed else self.kernel_size
+
+    @property
     def pad(self) -> int:
         """Zero pixels above and left of the source's grid."""
-        return (self.form.kernel - 1) // 2
+        return (self.span - 1) // 2
 
     @property
     def backward_pad(self) -> int:
         """The same for the gradient of the data."""
-        return self.form.kernel - 1 - self.pad
+        return self.span - 1 - self.pad
+
+    @property
+    def shifts(self) -> tuple[tuple[int, int], ...]:
+        """Where the pieces of a kernel stand; (0, 0) of one that is not cut."""
+        starts = range(0, self.span, self.form.kernel)
+        return tuple((row, column) for row in starts for column in starts)
+
+    def products(self, height: int, width: int) -> int:
+        """Products per pair of channels on a source of that size, without those with zeros of short pieces."""
+        per_row = sum(self.form.patch - (self.span - start < self.form.kernel) for start in range(0, self.span, self.form.kernel))
+        count = self.form.products(height, width) // self.form.patch**2 * per_row**2
+        return count * (4 if self.transposed else 1)
+
+    def tiles(self, height: int, width: int) -> int:
+        """Of a source of that size."""
+        return self.form.products(height, width) // self.form.patch**2
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +105,7 @@ def taps(m: WinogradMap) -> Taps:
     """
     k, r, pad = m.kernel_size, m.form.kernel, m.pad
     if not m.transposed:
-        return (tuple(range(k * k))[:: -1 if m.turned else 1],)
+        return _pieces(m, m.turned)
 
     def rows(parity: int) -> list[int]:
         wanted = [parity + (k - 1) // 2 + 2 * pad - 2 * u for u in range(r)]
@@ -92,14 +114,26 @@ def taps(m: WinogradMap) -> Taps:
     return tuple(tuple(kh * k + kw if kh >= 0 and kw >= 0 else -1 for kh in rows(a) for kw in rows(b)) for a, b in _PARITIES)
 
 
-def _flip(phase: tuple[int, ...]) -> tuple[int, ...]:
-    """The kernel turned by 180 degrees."""
-    return phase[::-1]
+def _pieces(m: WinogradMap, turned: bool) -> Taps:
+    """The taps of each piece of a kernel, perhaps turned by 180 degrees."""
+    k, r = m.kernel_size, m.form.kernel
+    kernel = tuple(range(k * k))[:: -1 if turned else 1]
+
+    def tap(row: int, column: int) -> int:
+        return kernel[row * k + column] if row < k and column < k else -1
+
+    return tuple(tuple(tap(row + u, column + v) for u in range(r) for v in range(r)) for row, column in m.shifts)
+
+
+@lru_cache(maxsize=64)
+def _backward_taps(m: WinogradMap) -> Taps:
+    """Of the terms of the gradient of the data."""
+    return tuple(phase[::-1] for phase in taps(m)) if m.transposed else _pieces(m, not m.turned)
 
 
 @lru_cache(maxsize=64)
 def _vanishing(m: WinogradMap) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Per phase, the row and column of frequencies at which its transformed kernel is zero; and the same for the turned kernel.
+    """Per phase or piece, the row and column of frequencies at which its transformed kernel is zero; the same for the gradient of the data.
 
     Only the first tap reaches the point 0 and only the last one infinity, so a kernel without that tap is zero there.
     """
@@ -113,7 +147,7 @@ def _vanishing(m: WinogradMap) -> tuple[tuple[tuple[int, int], ...], tuple[tuple
         columns = [any(t >= 0 for t in flat[v::r]) for v in range(r)]
         return missing(rows), missing(columns)
 
-    return tuple(phase(flat) for flat in taps(m)), tuple(phase(_flip(flat)) for flat in taps(m))
+    return tuple(phase(flat) for flat in taps(m)), tuple(phase(flat) for flat in _backward_taps(m))
 
 
 @dataclass(frozen=True)
@@ -144,12 +178,13 @@ def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> Pa
     weight = weight.contiguous()
     target, source, target_stride, source_stride = _sizes(m, weight)
     data: tuple[Tensor, ...]
-    if not backward:
-        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), (target, source, target_stride, source_stride), weight),)
-        return PackedWeight(m, False, data, target)
-    sizes = (source, target, source_stride, target_stride)
-    data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (_flip(phase),), sizes, weight) for phase in taps(m))
-    return PackedWeight(m, True, data, source)
+    sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
+    if not backward and m.transposed:  # phases of one term
+        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), sizes, weight),)
+    else:
+        terms = _backward_taps(m) if backward else taps(m)
+        data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (term,), sizes, weight) for term in terms)
+    return PackedWeight(m, backward, data, sizes[0])
 
 
 def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
@@ -172,21 +207,21 @@ def winograd_conv(
     """
     m, backward = weights[0].map, weights[0].backward
     samples, height, width, _ = xs[0].shape
-    if backward:
-        scale = 2 if m.transposed else 1
-        if out is None:
-            out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
-        grids = [grid for x in xs for grid in _phases(m, x)]
-        packed = [t for w in weights for t in w.data]
-        _launch_conv.winograd_conv(m.form.key, m.backward_pad, grids, packed, _vanishing(m)[1] * len(xs), [Grid(out)], [_NONE])
-        return out
+    packed = [t for w in weights for t in w.data]
     scale = 2 if m.transposed else 1
+    if m.transposed and not backward:
+        if out is None:
+            out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
+        _launch_conv.winograd_conv(
+            m.form.key, m.pad, [Grid(x) for x in xs], packed, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue
+        )
+        return out
     if out is None:
-        out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
-    forms = [w.data[0] for w in weights]
-    _launch_conv.winograd_conv(
-        m.form.key, m.pad, [Grid(x) for x in xs], forms, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue
-    )
+        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
+    grids = [grid for x in xs for grid in (_phases(m, x) if m.transposed else [Grid(x)] * len(m.shifts))]
+    shifts = [(0, 0)] * len(grids) if m.transposed else m.shifts * len(xs)
+    pad, vanishing = (m.backward_pad, _vanishing(m)[1]) if backward else (m.pad, _vanishing(m)[0])
+    _launch_conv.winograd_conv(m.form.key, pad, grids, packed, vanishing * len(xs), [Grid(out)], [_NONE], accumulate, epilogue, shifts)
     return out
 
 
@@ -198,5 +233,10 @@ def winograd_weight_grad(
 ) -> Tensor:
     """Gradient of the weight over all samples, in the parameter's shape."""
     out = empty(weight.shape, torch.float32)
-    _launch_conv.winograd_weight_grad(m.form.key, m.pad, taps(m), _sizes(m, weight), Grid(x), _phases(m, grad), _vanishing(m)[0], out)
+    if m.transposed:
+        calls = [(taps(m), _vanishing(m)[0], (0, 0))]
+    else:
+        calls = [((piece,), (zero,), shift) for piece, zero, shift in zip(taps(m), _vanishing(m)[0], m.shifts, strict=True)]
+    for pieces, vanishing, shift in calls:
+        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, _sizes(m, weight), Grid(x), _phases(m, grad), vanishing, out, shift)
     return out
