@@ -3,13 +3,15 @@
 //
 // Maths: y[i, j, c] = b[c] + sum over (u, v) and channels k of c's group of w[u, v, k, c] x[s i + u - p, s j + v - q, k];  dw[u, v, k, c] = sum over
 //   samples and pixels of dy[i, j, c] x[s i + u - p, s j + v - q, k];  dx is a convolution of dy, dilated by s, with the turned kernel.
-// Layout: a band of rows of one register of channels is copied into scratch with its zeros around it, so that no tap asks where the edge is; in
-//   groups, pixel by pixel a register for each k, whose lanes hold what their channel of the result reads: one permutation of the group's channels.
+// Layout: rows of the map are copied into a ring of rows for each register of channels, with zeros left and right, so that no tap asks where the edge
+//   is; in groups, pixel by pixel a register for each k, whose lanes hold what their channel of the result reads: one permutation of the group's
+//   channels. Taps that see only rows of zeros are left out.
 // Precision: forward and data sums of K^2 products in Real; the weight's: a row of pixels in Real, rows in double.
-// Traffic: x once (and the bands' overlap) into L1 and L2, y once. What the next register of channels reads and writes, 64
-//   bytes further at every pixel, is asked for meanwhile: no prefetcher follows such steps. With K = 3 bound by memory, from K = 5 on by loads from L1: one for each multiply-add.
-// Threads: over samples and registers of channels; the weight's gradient over registers of channels. Determinism: each sum by one thread, in
-//   one order.
+// Traffic: x and y once, a few rows at a time, in the order of memory, which prefetchers follow. With stride 1 and K = 3, 5 or 7 a row of the kernel and the
+//   outputs side by side stay in registers, and each register of x is loaded once for K multiply-adds: bound by memory with K = 3, by arithmetic with K = 7.
+//   The weight's gradient reads x once per register of channels, 64 bytes of every pixel; the next ones are asked for meanwhile.
+// Threads: over samples and groups of registers of channels; the weight's gradient over registers of channels. Determinism: each sum by one
+//   thread, in one order.
 // Limits: kernels up to kMaxDepthwiseKernel; the caller checks shapes.
 
 // Unsigned numbers as wide as a Real, for permutations.
@@ -45,8 +47,8 @@ struct DepthwiseBand {
         inputs(shape.group_in),
         grouped(inputs * shape.group_out > 1) {
     blocks = (s.channels + kLanes - 1) / kLanes;
-    // Outputs are made kColumns at a time, past the map's edge too.
-    const int64_t columns = (s.out_width + kColumns - 1) / kColumns * kColumns;
+    // Outputs are made some at a time, past the map's edge too.
+    const int64_t side = wide() ? kWide : kColumns, columns = (s.out_width + side - 1) / side * side;
     width = (columns - 1) * s.step + s.kernel_width;
     pitch = width * inputs;
     rows = (kBandBytes / (pitch * RNNDYN_VECTOR_BYTES) - s.kernel_height) / s.step + 1;
@@ -145,32 +147,114 @@ struct DepthwiseBand {
     }
   }
 
-  // kStep 0: any; kInputs 0: any.
-  template <int kStep, int kInputs>
-  void outputs(const DepthwiseConvParams<Real>& p, const Vec* weight, Vec bias, int64_t n, int64_t block, int64_t first,
-               int64_t count, const Vec* band) const {
-    const int64_t step = kStep ? kStep : s.step, many = kInputs ? kInputs : inputs;
-    const int channels = lanes(block);
-    for (int64_t r = 0; r < count; ++r) {
-      Real* out = p.y + ((n * s.out_height + first + r) * s.out_width) * s.channels + block * kLanes;
-      for (int64_t j = 0; j < s.out_width; j += kColumns) {
-        Vec acc[kColumns];
+  // ---- forward: a ring of rows for each register of channels
+
+  static constexpr int64_t kRingRows = 7;  // output rows that are made of a ring before the next register of channels
+  static constexpr int kWide = RNNDYN_VECTOR_BYTES == 64 ? 14 : kColumns;  // accumulators, beside a row of the kernel
+
+  int64_t ring_rows() const { return (kRingRows - 1) * s.step + s.kernel_height; }
+  int64_t ring_size() const { return ring_rows() * pitch; }
+  // Whether a row of the dilated map holds anything; row 0 is the first that the first output row reads.
+  bool holds(int64_t row) const {
+    const int64_t at = row - s.top;
+    return at >= 0 && at % s.dilation == 0 && at / s.dilation < s.in_height;
+  }
+
+  // A row that holds something into the rings of some registers of channels. (What lies between and around its pixels is zero from the start.)
+  void fill_row(const Real* x, int64_t n, int64_t row, const Source* from, int64_t count, Vec* rings) const {
+    const Real* in = x + (n * s.in_height + (row - s.top) / s.dilation) * s.in_width * in_channels;
+    Vec* to = rings + row % ring_rows() * pitch;
+    for (int64_t j = 0; j < s.in_width; ++j) {
+      const int64_t column = j * s.dilation + s.left;
+      if (column < 0 || column >= width) continue;
+      for (int64_t k = 0; k < count; ++k)
+        read_pixel(in + j * in_channels, from[k], to + k * ring_size() + column * inputs);
+    }
+  }
+
+  // One row of outputs. rows: those of the ring under each row of the kernel, or null.
+  template <int kWidth, int kSide>
+  void output_row(const Vec* const* rows, const Vec* weight, Vec bias, Real* out, int channels) const {
+    for (int64_t j = 0; j < s.out_width; j += kSide) {
+      Vec acc[kSide];
+#pragma GCC unroll 16
+      for (int k = 0; k < kSide; ++k) acc[k] = bias;
+      for (int u = 0; u < s.kernel_height; ++u) {
+        if (rows[u] == nullptr) continue;
+        if constexpr (kWidth > 0) {
+          const Vec *row = rows[u] + j, *weights = weight + u * kWidth;
+          // (Else the compiler keeps an address in a register for each of the pixels, and has too few.)
+          __asm__("" : "+r"(row), "+r"(weights));
+          Vec taps[kWidth];
 #pragma GCC unroll 8
-        for (int k = 0; k < kColumns; ++k) {
-          acc[k] = bias;
-          if (j + k < s.out_width) __builtin_prefetch(out + (j + k) * s.channels + kLanes, 1);
-        }
-        for (int u = 0; u < s.kernel_height; ++u) {
-          const Vec* row = band + (r * step + u) * pitch + j * step * many;
-          const Vec* weights = weight + u * s.kernel_width * many;
-          for (int64_t v = 0; v < s.kernel_width * many; ++v) {
+          for (int v = 0; v < kWidth; ++v) taps[v] = weights[v];
+#pragma GCC unroll 32
+          for (int i = 0; i < kSide + kWidth - 1; ++i) {
+            const Vec x = row[i];
+#pragma GCC unroll 8
+            for (int v = 0; v < kWidth; ++v)
+              if (i - v >= 0 && i - v < kSide) acc[i - v] += taps[v] * x;
+          }
+        } else {
+          const Vec* row = rows[u] + j * s.step * inputs;
+          const Vec* weights = weight + u * s.kernel_width * inputs;
+          for (int64_t v = 0; v < s.kernel_width * inputs; ++v) {
             const Vec w = weights[v];
-#pragma GCC unroll 8
-            for (int k = 0; k < kColumns; ++k) acc[k] += w * row[v + k * step * many];
+#pragma GCC unroll 16
+            for (int k = 0; k < kSide; ++k) acc[k] += w * row[v + k * s.step * inputs];
           }
         }
-        const int64_t valid = s.out_width - j < kColumns ? s.out_width - j : kColumns;
-        for (int64_t k = 0; k < valid; ++k) write(out + (j + k) * s.channels, acc[k], channels);
+      }
+      const int64_t valid = s.out_width - j < kSide ? s.out_width - j : kSide;
+      for (int64_t k = 0; k < valid; ++k) write(out + (j + k) * s.channels, acc[k], channels);
+    }
+  }
+
+  typedef void (DepthwiseBand::*OutputRow)(const Vec* const*, const Vec*, Vec, Real*, int) const;
+  template <int kWidth>
+  OutputRow output_row_of() const {
+    return wide() ? &DepthwiseBand::output_row<kWidth, kWide> : &DepthwiseBand::output_row<kWidth, kColumns>;
+  }
+  // Whether wide rows of accumulators waste less.
+  bool wide() const {
+    const int64_t few = (s.out_width + kColumns - 1) / kColumns * kColumns;
+    return s.step == 1 && inputs == 1 && (s.out_width + kWide - 1) / kWide * kWide * 10 <= few * 11;
+  }
+  OutputRow output_row_for() const {
+    if (s.step > 1 || inputs > 1) return &DepthwiseBand::output_row<0, kColumns>;
+    switch (s.kernel_width) {
+      case 3:
+        return output_row_of<3>();
+      case 5:
+        return output_row_of<5>();
+      case 7:
+        return output_row_of<7>();
+      default:
+        return output_row_of<0>();
+    }
+  }
+
+  // All outputs of a sample and `count` registers of channels from `first` on. rings: zero where no pixel was ever put.
+  void sample(const DepthwiseConvParams<Real>& p, int64_t n, int64_t first, int64_t count, const Source* from,
+              const Vec* weights, Vec* rings) const {
+    const OutputRow make = output_row_for();
+    int64_t filled = 0;
+    for (int64_t top = 0; top < s.out_height; top += kRingRows) {
+      const int64_t last = s.out_height - top < kRingRows ? s.out_height : top + kRingRows;
+      if (filled < top * s.step) filled = top * s.step;
+      for (; filled < (last - 1) * s.step + s.kernel_height; ++filled)
+        if (holds(filled)) fill_row(p.x, n, filled, from + first, count, rings);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t block = first + k;
+        const Vec bias = p.bias != nullptr ? read(p.bias + block * kLanes, lanes(block)) : Vec{};
+        for (int64_t r = top; r < last; ++r) {
+          const Vec* rows[kMaxDepthwiseKernel];
+          for (int u = 0; u < s.kernel_height; ++u)
+            rows[u] =
+                holds(r * s.step + u) ? rings + k * ring_size() + (r * s.step + u) % ring_rows() * pitch : nullptr;
+          (this->*make)(rows, weights + block * taps(), bias,
+                        p.y + (n * s.out_height + r) * s.out_width * s.channels + block * kLanes, lanes(block));
+        }
       }
     }
   }
@@ -206,32 +290,34 @@ template <typename Real>
 void depthwise_conv(const DepthwiseConvParams<Real>& p) {
   using Band = DepthwiseBand<Real>;
   using Vec = typename Band::Vec;
+  using Source = typename Band::Source;
   const Band b(p.shape);
   const DepthwiseShape& s = p.shape;
-  const int64_t tasks = s.samples * b.blocks, taps = b.taps();
+  const int64_t taps = b.taps();
+  // Registers of channels that go together: as many as fit in half of L2, if there are enough samples for all threads.
+  int64_t together = 512 * 1024 / (b.ring_size() * RNNDYN_VECTOR_BYTES);
+  together = together < 1 ? 1 : together > b.blocks ? b.blocks : together;
+  while (together > 1 && s.samples * ((b.blocks + together - 1) / together) < s.num_threads)
+    together = (together + 1) / 2;
+  const int64_t groups = (b.blocks + together - 1) / together;
 #pragma omp parallel num_threads(s.num_threads)
   {
     void* room = nullptr;
-    if (posix_memalign(&room, 64, b.scratch_bytes() + taps * RNNDYN_VECTOR_BYTES)) abort();
+    const int64_t weights = b.blocks * taps, rings = together * b.ring_size();
+    if (posix_memalign(&room, 64, (weights + rings) * RNNDYN_VECTOR_BYTES + b.blocks * sizeof(Source))) abort();
     Vec* weight = static_cast<Vec*>(room);
-    Vec* band = weight + taps;
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t n = task / b.blocks, block = task % b.blocks;
-      const int channels = b.lanes(block);
-      const typename Band::Source from = b.source(block);
+    Vec* ring = weight + weights;
+    Source* from = reinterpret_cast<Source*>(ring + rings);
+    for (int64_t i = 0; i < rings; ++i) ring[i] = Vec{};
+    for (int64_t block = 0; block < b.blocks; ++block) {
+      from[block] = b.source(block);
       for (int64_t k = 0; k < taps; ++k)
-        weight[k] = Band::read(p.weight + k * s.channels + block * Band::kLanes, channels);
-      const Vec bias = p.bias != nullptr ? Band::read(p.bias + block * Band::kLanes, channels) : Vec{};
-      for (int64_t first = 0; first < s.out_height; first += b.rows) {
-        const int64_t count = s.out_height - first < b.rows ? s.out_height - first : b.rows;
-        b.fill(p.x, n, from, first, count, band);
-        if (s.step == 1 && b.inputs == 1) {
-          b.template outputs<1, 1>(p, weight, bias, n, block, first, count, band);
-        } else {
-          b.template outputs<0, 0>(p, weight, bias, n, block, first, count, band);
-        }
-      }
+        weight[block * taps + k] = Band::read(p.weight + k * s.channels + block * Band::kLanes, b.lanes(block));
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < s.samples * groups; ++task) {
+      const int64_t first = task % groups * together;
+      b.sample(p, task / groups, first, b.blocks - first < together ? b.blocks - first : together, from, weight, ring);
     }
     free(room);
   }
