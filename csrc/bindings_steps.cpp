@@ -1,4 +1,4 @@
-// Further functions of the Python module rnndyn_fast._core: norm_step and depthwise_conv. The rules of bindings.cpp hold.
+// Further functions of the Python module rnndyn_fast._core: norm_step, depthwise_conv and channels_last. The rules of bindings.cpp hold.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "cpu/kernel_table.h"
 #include "depthwise_conv.h"
+#include "layout.h"
 #include "norm_step.h"
 
 namespace py = pybind11;
@@ -114,6 +115,18 @@ void depthwise_weight_grad(const DepthwiseSizes& sizes, int num_threads, Address
   }
 }
 
+// shape: [N, C, P]
+template <typename Real>
+void channels_last(const std::array<int64_t, 3>& shape, int num_threads, Address x, Address y) {
+  const ChannelsLastParams<Real> p{shape[0], shape[1], shape[2], num_threads, pointer<const Real>(x), pointer<Real>(y)};
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().channels_last_f32(p);
+  } else {
+    kernels().channels_last_f64(p);
+  }
+}
+
 }  // namespace
 
 void rnndyn::bind_steps(py::module_& m) {
@@ -128,4 +141,6 @@ void rnndyn::bind_steps(py::module_& m) {
   m.def("depthwise_conv_float64", &depthwise_conv<double>);
   m.def("depthwise_weight_grad_float32", &depthwise_weight_grad<float>);
   m.def("depthwise_weight_grad_float64", &depthwise_weight_grad<double>);
+  m.def("channels_last_float32", &channels_last<float>);
+  m.def("channels_last_float64", &channels_last<double>);
 }

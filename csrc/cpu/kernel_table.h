@@ -6,6 +6,7 @@
 #include "ctrnn.h"
 #include "depthwise_conv.h"
 #include "gate_step.h"
+#include "layout.h"
 #include "norm_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"
@@ -30,6 +31,8 @@ struct KernelTable {
   void (*depthwise_conv_f64)(const DepthwiseConvParams<double>&);
   void (*depthwise_weight_grad_f32)(const DepthwiseWeightGradParams<float>&);
   void (*depthwise_weight_grad_f64)(const DepthwiseWeightGradParams<double>&);
+  void (*channels_last_f32)(const ChannelsLastParams<float>&);
+  void (*channels_last_f64)(const ChannelsLastParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);
   void (*readout_zones_f64)(const ReadoutZonesParams<double>&);
   void (*trajectory_norms_f32)(const TrajectoryNormsParams<float>&);

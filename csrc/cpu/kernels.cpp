@@ -27,6 +27,7 @@ namespace RNNDYN_ISA {
 #include "cpu/gate_step_kernel.h"
 #include "cpu/norm_step_kernel.h"
 #include "cpu/depthwise_conv_kernel.h"
+#include "cpu/layout_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/readout_zones_kernel.h"
@@ -57,6 +58,8 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::depthwise_conv<double>,
       RNNDYN_ISA::depthwise_weight_grad<float>,
       RNNDYN_ISA::depthwise_weight_grad<double>,
+      RNNDYN_ISA::channels_last<float>,
+      RNNDYN_ISA::channels_last<double>,
       RNNDYN_ISA::readout_zones<float>,
       RNNDYN_ISA::readout_zones<double>,
       RNNDYN_ISA::trajectory_norms<float>,

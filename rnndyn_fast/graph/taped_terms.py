@@ -20,6 +20,7 @@ from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked, term_key
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
+from rnndyn_fast.ops.layout import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
 
 WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
@@ -104,12 +105,12 @@ class Terms:
         spec, x = self.inputs[node]
         off = spec.off_at is not None
         frames = [x[slot] if spec.frames else torch.full_like(x, spec.off_value) if off and slot else x for slot in slots]
-        maps = [frame.permute(0, 2, 3, 1) for frame in frames]
-        if len(maps) == 1 and maps[0].is_contiguous():
-            return maps[0]
-        out = empty((len(maps), *maps[0].shape), x.dtype)
-        for place, m in zip(out, maps, strict=True):
-            place.copy_(m)
+        first = frames[0].permute(0, 2, 3, 1)
+        if len(frames) == 1 and first.is_contiguous():
+            return first
+        out = empty((len(frames), *first.shape), x.dtype)
+        for place, frame in zip(out, frames, strict=True):
+            channels_last(frame, place)
         return out.flatten(0, 1)
 
     def form(self, drive: Drive, slot: int) -> tuple[Tensor, Key]:

@@ -1,4 +1,4 @@
-"""Launches of ``norm_step`` and ``depthwise_conv``: like :mod:`rnndyn_fast.ops._launch`, whose rules hold here too."""
+"""Launches of ``norm_step``, ``depthwise_conv`` and ``channels_last``: like :mod:`rnndyn_fast.ops._launch`, whose rules hold here too."""
 
 from __future__ import annotations
 
@@ -160,3 +160,13 @@ def depthwise_weight_grad(
         address_of(grad, "grad", (x.shape[0], grad.shape[1], grad.shape[2], c), x.dtype),
         address_of(grad_weight, "grad_weight", (kh, kw, inputs, c), x.dtype),
     )
+
+
+def channels_last(
+    x: Tensor,  # [N, C, H, W]
+    out: Tensor,  # [N, H, W, C]
+) -> None:
+    """Launch ``channels_last``: out is written."""
+    n, c, h, w = x.shape
+    launch = _launch._core.channels_last_float32 if x.dtype == torch.float32 else _launch._core.channels_last_float64
+    launch([n, c, h * w], torch.get_num_threads(), address_of(x, "x", (n, c, h, w), x.dtype), address_of(out, "out", (n, h, w, c), x.dtype))

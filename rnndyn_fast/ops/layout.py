@@ -1,0 +1,20 @@
+"""``channels_last``: maps as the kernels take them, from the layout of PyTorch's tensors. Traffic: ``csrc/cpu/layout_kernel.h``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.ops import _launch, _launch_steps
+
+
+def channels_last(
+    x: Tensor,  # [N, C, H, W]
+    out: Tensor,  # [N, H, W, C], contiguous, written
+) -> Tensor:
+    """The maps in channels-last order. Returns ``out``."""
+    native = _launch.unavailable is None and x.is_cpu and x.is_contiguous() and x.dtype == out.dtype
+    if native and x.dtype in (torch.float32, torch.float64) and x.numel():
+        _launch_steps.channels_last(x, out)
+        return out
+    return out.copy_(x.permute(0, 2, 3, 1))
