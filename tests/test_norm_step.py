@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rnndyn_fast import build_info
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.norm_step import NormKind, NormRule, norm_step, norm_step_backward
 from rnndyn_fast.reference.cells import ACTIVATIONS
@@ -98,13 +99,15 @@ def test_equals_the_reference_in_float64(name: str, terms: tuple[int, int], isa:
 
 @by_rule
 def test_accuracy_in_float32(name: str, isa: str) -> None:
-    """Error in norm against float64: at most twice that of plain PyTorch, plus a few roundings."""
+    """Error in norm against float64: at most twice that of plain PyTorch, plus a few roundings (more where the compiler, at -O1, does not
+    sum in lanes)."""
+    more = 5e-6 if build_info()["sanitized"] else 5e-7
     for shape in ((3, 4, 4, 48), (2, 30, 31, 6)):
         truth = results(RULES[name], shape, (2, 1), torch.float64, False)
         ours, theirs = (results(RULES[name], shape, (2, 1), torch.float32, native) for native in (True, False))
         for key, expected in truth.items():
             error, reference = ((x[key].double() - expected).norm() / expected.norm() for x in (ours, theirs))
-            assert error <= 2 * reference + 5e-7, (key, error.item(), reference.item())
+            assert error <= 2 * reference + more, (key, error.item(), reference.item())
 
 
 def test_missing_drive_gives_the_bias(isa: str) -> None:

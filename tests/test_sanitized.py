@@ -23,6 +23,10 @@ _OPS = (
     "amx_conv",
     "conv_epilogue",
     "fingerprint",
+    "gate_step",
+    "norm_step",
+    "depthwise_conv",
+    "layout",
     "ctrnn",
     "ctrnn_train",
 )

@@ -15,7 +15,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;  // (unsigned: those of NaN may be shifted too)
   static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
   static constexpr float kLowest = -87.0f, kHighest = 88.0f, kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
   static constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -23,7 +23,7 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
   static constexpr double kLowest = -708.0, kHighest = 709.0, kMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.4426950408889634, kLn2High = 6.93147180369123816490e-01,
