@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from rnndyn_fast import build_info
 from rnndyn_fast.ops.activations import Activation
-from rnndyn_fast.ops.norm_step import NormKind, NormRule, norm_step, norm_step_backward
+from rnndyn_fast.ops.norm_step import NormKind, NormRule, norm_step, norm_step_again, norm_step_backward
 from rnndyn_fast.reference.cells import ACTIVATIONS
 
 RULES = {
@@ -79,6 +79,10 @@ def results(rule: NormRule, shape: tuple[int, ...], terms: tuple[int, int], dtyp
         modulator_sum=sums[1] if modulators else None, fixed=fixed, **affine,
     )  # fmt: skip
     drive, modulator = sums[0] if drives else None, sums[1] if drives and modulators else None
+    if drive is not None:
+        again = torch.full(shape, torch.nan, dtype=dtype)
+        norm_step_again(rule, drive, modulator, statistics, again, **affine)
+        assert torch.equal(again, state)
     grads = [torch.full(shape, torch.nan, dtype=dtype) if total is not None else None for total in (drive, modulator)]
     gamma, beta = norm_step_backward(rule, weight, drive, modulator, statistics, grad_drive=grads[0], grad_modulator=grads[1], **affine)
     found = {"state": state, "drive": grads[0], "modulator": grads[1], "gamma": gamma, "beta": beta}

@@ -151,6 +151,24 @@ def test_what_is_held(kind: str) -> None:
     assert held / inputs[0].nbytes < HELD[kind] + 0.5
 
 
+def test_states_of_normed_areas_are_not_held() -> None:
+    """Between forward and backward: the sum before the norm and a pooled form of each layer and step. What is made again is the same."""
+    torch.manual_seed(0)
+    net = rcnn_sat("bl", 10, timesteps=4, image_size=64, width_divisor=4).train()
+    net.backend = "scheduled"
+    x = torch.randn(8, 3, 64, 64)
+    first = 8 * 24 * 64 * 64 * 4  # bytes of a map of the first layer
+    before = bytes_in_use()
+    answers = net.run(x)
+    held = bytes_in_use() - before
+    assert 4 * first < held < 1.9 * 4 * first  # (with their states, more than twice as much)
+    answers.sum().backward(retain_graph=True)
+    grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    answers.sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, (p for p in net.parameters() if p.grad is not None), strict=True))
+
+
 def test_uneven_padding_on_matrix_units() -> None:
     """A 2 x 2 convolution with SAME padding reads the zeros past the map's edge without a padded copy."""
     net = cell_of("rgc_median")

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rnndyn_fast.graph.again import StatesAgain
 from rnndyn_fast.graph.operands import at_most
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Network, Norm, Operator
 from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_run_gate_step, gate_scalars
-from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_backward
+from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_again, norm_step_backward
 from rnndyn_fast.reference.rollout import Statistics, update_area
 
 # Gradient of an activation's argument from that of its value, and the value; written into the last argument.
@@ -67,6 +69,7 @@ class Rules:
         self.tape = tape
         self.statistics = statistics
         self.example = example
+        self.again = StatesAgain()
         self._bias_rows: dict[tuple[str, ...], Tensor] = {}
         self._norms: dict[str, NormRule | None] = {}
         self._kernels: dict[str, bool] = {}
@@ -246,12 +249,24 @@ class Rules:
             totals = (drives[0] if drive_room is None and drives else drive_room,
                       modulators[0] if modulator_room is None and modulators else modulator_room)  # fmt: skip
             self.tape.record(self._norm_back, at, rule, drive, modulator, totals, found, (gamma, beta), str(prefix), state.shape)
+            if len(at.indices) == 1 and totals[0] is not None:
+                make = partial(self._norm_again, at, rule, totals[0], totals[1], found, gamma, beta)
+                self.again.makers[map_key(at.area.name, at.indices[0], None)] = make
         return {None: state}
+
+    def _norm_again(
+        self, at: Slots, rule: NormRule, drive: Tensor, modulator: Tensor | None, found: NormStatistics,
+        gamma: Tensor | None, beta: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        state = at.room("again None", at.area.channels)
+        norm_step_again(rule, drive, modulator, found, state, gamma=gamma, beta=beta)
+        return state
 
     def _norm_back(
         self, at: Slots, rule: NormRule, drive: Port, modulator: Port, totals: tuple[Tensor | None, Tensor | None],
         found: NormStatistics, affine: tuple[Tensor | None, Tensor | None], prefix: str, shape: tuple[int, ...],
     ) -> None:  # fmt: skip
+        self.again.leave(at.keys(None), self.tape.kept)
         grad = self._take(at.keys(None), shape)
         if grad is None:
             return

@@ -40,6 +40,10 @@ def stacked(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(maps), out=empty((sum(len(m) for m in maps), *first.shape[1:]), first.dtype))
 
 
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.add(a, b, out=empty(a.shape, a.dtype))
+
+
 class Gradients:
     """Sums of gradients by key. A buffer that is ``own`` is read by nobody else, so the next summand may be added in place."""
 
@@ -57,7 +61,7 @@ class Gradients:
         if ours:
             before.add_(grad)
         else:
-            self._found[key] = (grad.add_(before) if own else before + grad, True)
+            self._found[key] = (grad.add_(before) if own else _sum(before, grad), True)
 
     def take(self, key: Key) -> tuple[Tensor | None, bool]:
         """The sum, contiguous, and whether it is the taker's own; None: nothing came. Gone afterwards."""
@@ -85,6 +89,7 @@ class Tape:
         self.kept = False  # while walking back: whether the tape is to be walked again, so that no buffer of it may be written
         self.grads = Gradients()
         self.parameter_grads: dict[str, Tensor] = {}
+        self._summed: set[str] = set()  # names of those gradients that are sums already
         self._steps: list[Callable[[], None]] = []
         self._leaves: dict[str, Tensor] = {}
 
@@ -110,7 +115,7 @@ class Tape:
     def walk_back(self, keep: bool) -> None:
         """Take all steps back; unless ``keep``, what they held is freed on the way."""
         self.kept = keep
-        self.parameter_grads = {}
+        self.parameter_grads, self._summed = {}, set()
         if keep:
             for step in reversed(self._steps):
                 step()
@@ -121,7 +126,13 @@ class Tape:
         """One summand of a parameter's gradient, if that is wanted."""
         if name in self.wanted:
             grad = grad.to(sums_dtype(grad.dtype))
-            self.parameter_grads[name] = self.parameter_grads[name] + grad if name in self.parameter_grads else grad
+            if name not in self.parameter_grads:
+                self.parameter_grads[name] = grad
+            elif name in self._summed:
+                self.parameter_grads[name].add_(grad)
+            else:  # (the first one may be somebody else's too)
+                self.parameter_grads[name] = _sum(self.parameter_grads[name], grad)
+                self._summed.add(name)
 
     def by_torch(
         self,

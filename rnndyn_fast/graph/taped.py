@@ -43,6 +43,8 @@ class TapedRun(Terms):
         for state, value in states.items():
             for slot, part in zip(slots, value.chunk(len(slots)), strict=True):
                 self.maps[map_key(name, slot, state)] = part
+        for slot in slots:
+            self.pool_early(name, slot)
 
     # ---------------------------------------------------------------- order
 
@@ -76,18 +78,29 @@ class TapedRun(Terms):
 
     def run(self) -> None:
         """All components, one after another."""
-        for component in self.schedule.components:
+        for number, component in enumerate(self.schedule.components):
             deferred = self._deferred(component) if component.recurrent else set()
             self.ahead = {d for d in component.drives_in if d not in deferred and not self.schedule.drives[d].static}
             together = tuple({*component.drives_within, *deferred})
             self.postponed |= set(together)
-            self.tape.record(self.component_back, together)
+            self.tape.record(self.component_back, together, component.areas)
             if component.batched and len(component.updates) > 1 and not self.schedule.zeros[component.updates[0]]:
                 for slots in self._windows(component.areas[0]):
                     self.update(component.areas[0], slots)
             else:
                 for name, slot in component.updates:
                     self.update(name, range(slot, slot + 1))
+            self.drop_blocks(component.areas)
+            self._drop_read(number)
+
+    def _drop_read(self, number: int) -> None:
+        """Give up the weights packed for a component, but those that a later one reads."""
+        components, drives = self.schedule.components, self.schedule.drives
+        later = {drives[d].connection.weights for c in components[number + 1 :] for d in (*c.drives_in, *c.drives_within)}
+        for d in (*components[number].drives_in, *components[number].drives_within):
+            linear = self.linear.get(d)
+            if linear is not None and linear.dense is not None and drives[d].connection.weights not in later:
+                linear.dense.drop_packed_forward()
 
     def outputs(self) -> list[Tensor]:
         """Run, and return the recorded states, [T', N, H, W, C] each."""

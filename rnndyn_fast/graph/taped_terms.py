@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rnndyn_fast.graph.again import Again
 from rnndyn_fast.graph.area_rules import Port, Rules
 from rnndyn_fast.graph.linear import DenseMap, LinearMap, linear_map
 from rnndyn_fast.graph.operands import area_step_forward, empty_form
@@ -24,7 +25,7 @@ from rnndyn_fast.ops.layout import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
 
 WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
-Reading = Tensor | int  # what backward reads: a map that is kept, or the slot of an input, whose map is made again
+Reading = Tensor | Again | int  # what backward reads: a map that is kept, one that is made again, or the slot of an input
 
 
 def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -54,6 +55,7 @@ class Terms:
         self.rules = Rules(self.network, self.tape, statistics, self.example)
         self.maps: dict[Key, Tensor] = {}
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
+        self._form_keys: dict[tuple[int, int], Key] = {}  # of the gradients of forms that were read, by drive and slot
         self.terms: dict[tuple[int, int], Tensor] = {}
         self.whole: dict[tuple[str, str], Tensor] = {}  # maps of all slots, [slots, N, H, W, C], by area and kind: those that are recorded
         self.blocks: dict[tuple[str, str], tuple[int, Tensor]] = {}  # other maps: first slot of the latest window, and its room
@@ -62,9 +64,11 @@ class Terms:
         self.uses = Counter((t.drive, t.position) for terms in schedule.terms.values() for t in terms)
         self.uses_left = Counter(self.uses)
         self.map_uses = Counter((d.source, slot) for d in schedule.drives for slot in d.slots)
+        self.whole_uses: Counter[tuple[str, int]] = Counter()  # of maps that are not read pooled
         self.ahead: set[int] = set()  # drives that are evaluated in windows
         self.postponed: set[int] = set()
         self.collected: defaultdict[int, list[tuple[list[Reading], list[Tensor]]]] = defaultdict(list)
+        self.recorded = {self.network.recorded(name)[0] for name in schedule.record}
         self.reaches = self._reaches()
 
     def _reaches(self) -> set[str]:
@@ -116,17 +120,22 @@ class Terms:
     def form(self, drive: Drive, slot: int) -> tuple[Tensor, Key]:
         """The map that a drive's linear map reads, and the key of its gradient."""
         c, state = drive.connection, self.state(drive.connection, drive.source)
-        x, key = self.map(drive.source, slot, state), map_key(drive.source, slot, state)
+        key = map_key(drive.source, slot, state)
         if c.pool is not Pool.NONE:
-            x, key = self._pooled(x, key, c.pool)
+            x, key = self._pooled(drive.source, slot, state, c.pool)
+        else:
+            x = self.map(drive.source, slot, state)
         if c.resize and tuple(x.shape[1:3]) != self.network.read_size(c):
             x, key = self._resized(x, key, self.network.read_size(c))
+        self._form_keys[drive.index, slot] = key
         return x, key
 
-    def _pooled(self, x: Tensor, source: Key, pool: Pool) -> tuple[Tensor, Key]:
+    def _pooled(self, node: str, slot: int, state: str | None, pool: Pool) -> tuple[Tensor, Key]:
+        source = map_key(node, slot, state)
         key = ("pooled", pool, source)
         if key in self.forms:
             return self.forms[key], key
+        x = self.map(node, slot, state)
         if pool is Pool.MAX_SAME and (x.shape[1] % 2 or x.shape[2] % 2):
             (y,) = self.tape.by_torch(lambda xs, _: [pooled(xs[0].permute(0, 3, 1, 2), pool).permute(0, 2, 3, 1)], [(source, x)], [key])
         else:
@@ -194,11 +203,37 @@ class Terms:
         self._used_maps(drive, slots)
 
     def _used_maps(self, drive: Drive, slots: Sequence[int]) -> None:
-        """Maps of inputs, and without a tape all of them, go with their last reader."""
+        """Maps go with their last reader, but with a tape those that are recorded."""
         for slot in slots:
             self.map_uses[drive.source, slot] -= 1
-            if (not self.tape.recording or drive.source in self.inputs) and not self.map_uses[drive.source, slot]:
+            if not self.map_uses[drive.source, slot] and not (self.tape.recording and drive.source in self.recorded):
                 self._drop(drive.source, slot)
+            elif not self._reads_pooled(drive):
+                self.whole_uses[drive.source, slot] -= 1
+                self._drop_pooled(drive.source, slot)
+
+    def _reads_pooled(self, drive: Drive) -> bool:
+        """Whether a drive reads a pooled form of its map, and not the map."""
+        c = drive.connection
+        return c.pool is not Pool.NONE and (c.operator is Operator.IDENTITY or self.linear_of(drive) is not None)
+
+    def pool_early(self, name: str, slot: int) -> None:
+        """With a tape, components run one after another: what the next ones read pooled is pooled at once, so that the map can go."""
+        if self.tape.recording:
+            readers = [d for d in self.schedule.drives if d.source == name and slot in d.slots]
+            for drive in readers:
+                if self._reads_pooled(drive):
+                    self.form(drive, slot)
+                else:
+                    self.whole_uses[name, slot] += 1
+            if readers:
+                self._drop_pooled(name, slot)
+
+    def _drop_pooled(self, name: str, slot: int) -> None:
+        """Give up a map of which only pooled forms will be read."""
+        if self.tape.recording and name not in self.inputs and name not in self.recorded and not self.whole_uses[name, slot]:
+            for state in (None, *self.network.area(name).states):
+                self.maps.pop(map_key(name, slot, state), None)
 
     def _drop(self, node: str, slot: int) -> None:
         for state in (None, *(self.network.area(node).states if node not in self.inputs else ())):
@@ -224,7 +259,7 @@ class Terms:
         if weights or drive.source in self.reaches:
             keys = [key for _, key in forms]
             slots = drive.slots[first : first + len(forms)]
-            xs: list[Reading] = [*slots] if self._plain_input(drive) else [x for x, _ in forms]
+            xs: list[Reading] = [*slots] if self._plain_input(drive) else [self.rules.again.reading(key, x) for x, key in forms]
             self.tape.record(self._linear_back, index, first, xs, keys, bool(weights))
 
     def _linear_back(self, index: int, first: int, xs: list[Reading], keys: list[Key], need_weight: bool) -> None:
@@ -237,7 +272,8 @@ class Terms:
         zero = torch.zeros((self.samples, height, width, channels), dtype=self.example.dtype) if any(g is None for g in found) else None
         grads = [zero if grad is None else grad for grad in found]
         if index in self.postponed and linear.postponed and need_weight:
-            self.collected[index].append((xs, grads))  # type: ignore[arg-type]
+            # (What is made again is made now: later the way back has gone past what it is made from.)
+            self.collected[index].append(([x if isinstance(x, int) else self.rules.again.read(x) for x in xs], grads))  # type: ignore[arg-type]
             need_weight = False
             if sum(len(some) for some, _ in self.collected[index]) >= self.window(drive.connection.target):
                 self._weights_back((index,))
@@ -250,18 +286,21 @@ class Terms:
             if grad_x is not None:
                 for key, part in zip(keys, grad_x.chunk(len(keys)), strict=True):
                     self.tape.grads.add(key, part, own=True)
+        if first == 0 and linear.dense is not None and sum(other is linear for other in self.linear.values()) == 1:
+            linear.dense.drop_packed()  # (what is left is its weight's gradient)
 
     def _read(self, drive: Drive, xs: Sequence[Reading], *, shape_only: bool = False) -> Tensor:
         """What a drive read, [len(xs) * N, H, W, C]; where only its shape matters, perhaps with any values."""
-        if isinstance(xs[0], Tensor):
-            return stacked(xs)  # type: ignore[arg-type]
-        if shape_only:
+        if shape_only and not isinstance(xs[0], Tensor):
             channels, height, width = self.network.shapes[drive.source]
             return self.example.new_empty(1).expand(len(xs) * self.samples, height, width, channels)
-        return self.shown(drive.source, xs)  # type: ignore[arg-type]
+        if isinstance(xs[0], int):
+            return self.shown(drive.source, xs)  # type: ignore[arg-type]
+        return stacked([self.rules.again.read(x) for x in xs if not isinstance(x, int)])
 
-    def component_back(self, drives: Sequence[int]) -> None:
+    def component_back(self, drives: Sequence[int], areas: Sequence[str]) -> None:
         """At the first step of a component: packed weights are not read any more, and the rest of the weights' gradients is taken."""
+        self.drop_blocks(areas)
         for index in drives:
             linear = self.linear.get(index)
             if linear is not None and linear.dense is not None:
@@ -347,10 +386,6 @@ class Terms:
             drive = self.schedule.drives[t.drive]
             identity = drive.connection.operator is Operator.IDENTITY
             positions = range(t.position, t.position + len(slots))
-            if identity:
-                keys.append([self.form(drive, drive.slots[p])[1] if drive.source in self.reaches else None for p in positions])
-            else:
-                keys.append([term_key(t.drive, p) for p in positions])
             if t not in summed:
                 parts = [self._value(t.drive, p) for p in positions]
                 if kernel and not port.private and all(self._private(t, p) for p in positions):
@@ -360,6 +395,10 @@ class Terms:
                     port.values.append(stacked(parts))
                 if identity and len(terms) == 1 and self._plain_input(drive):
                     port.again = partial(self.shown, drive.source, [drive.slots[p] for p in positions])
+            if identity:
+                keys.append([self._form_keys[t.drive, drive.slots[p]] if drive.source in self.reaches else None for p in positions])
+            else:
+                keys.append([term_key(t.drive, p) for p in positions])
             port.connections.append(t.connection)
             if t.connection.output_bias is not None and self.linear.get(t.drive, True) is not None:
                 port.biases.append(t.connection.output_bias)
@@ -409,6 +448,10 @@ class Terms:
         """The position after the last one of a drive's window."""
         count, size = len(self.schedule.drives[index].slots), self.window(self.schedule.drives[index].connection.target)
         return count - (count - 1 - position) // size * size
+
+    def drop_blocks(self, areas: Sequence[str]) -> None:
+        """Areas that are done need no more room."""
+        self.blocks = {key: block for key, block in self.blocks.items() if key[0] not in areas}
 
     def room(self, name: str, slots: range, kind: str, channels: int) -> Tensor:
         """Where a kind of map of an area's slots goes: with a tape, next to that of the other slots of its window."""

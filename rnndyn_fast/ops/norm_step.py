@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,29 @@ def norm_step(
         drive_sum, modulator_sum, state, found.mean, found.rstd, found.variance,
     )  # fmt: skip
     return found
+
+
+def norm_step_again(
+    rule: NormRule,
+    drive: Tensor,  # [N, H, W, C], the sum
+    modulator: Tensor | None,  # [N, H, W, C], the sum
+    statistics: NormStatistics,
+    state: Tensor,  # [N, H, W, C], written
+    *,
+    gamma: Tensor | None = None,  # [C]
+    beta: Tensor | None = None,  # [C]
+) -> None:
+    """The state of :func:`norm_step` once more, to the bit, from the sums that it left."""
+    mean, rstd = statistics.mean, statistics.rstd
+    if rule.kind is NormKind.BATCH:  # (whose statistics need not be taken again)
+        rule = replace(rule, kind=NormKind.FIXED)
+    elif rule.kind is NormKind.GROUP:
+        assert mean is not None
+        mean, rstd = torch.empty_like(mean), torch.empty_like(mean)
+    modulators = [modulator] if modulator is not None else []
+    _launch_steps.norm_step_forward(
+        rule.scalars(bool(modulators)), [drive], modulators, None, None, gamma, beta, None, None, state, mean, rstd, None
+    )
 
 
 def norm_step_backward(

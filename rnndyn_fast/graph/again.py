@@ -1,0 +1,44 @@
+"""States that the backward pass makes again from what it keeps anyway, rather than have them kept as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rnndyn_fast.graph.tape import Key
+
+
+@dataclass(frozen=True)
+class Again:
+    """A map that is not kept: its key."""
+
+    key: Key
+
+
+@dataclass
+class StatesAgain:
+    """How states are made again, and those that are, until the step back that made them has been taken."""
+
+    makers: dict[Key, Callable[[], Tensor]] = field(default_factory=dict)
+    made: dict[Key, Tensor] = field(default_factory=dict)
+
+    def reading(self, key: Key, x: Tensor) -> Tensor | Again:
+        """What is kept of a map that backward reads."""
+        return Again(key) if key in self.makers else x
+
+    def read(self, reading: Tensor | Again) -> Tensor:
+        """The map of a reading."""
+        if isinstance(reading, Tensor):
+            return reading
+        if reading.key not in self.made:
+            self.made[reading.key] = self.makers[reading.key]()
+        return self.made[reading.key]
+
+    def leave(self, keys: Iterable[Key], keep: bool) -> None:
+        """States that nothing reads from here on; ``keep``: until the tape is walked again."""
+        for key in keys:
+            self.made.pop(key, None)
+            if not keep:
+                self.makers.pop(key, None)
