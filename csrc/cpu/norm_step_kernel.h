@@ -8,7 +8,7 @@
 // Precision: moments of a chunk about its own mean in Real, chunks combined in double by Chan's formula; sums of the backward pass: a
 //   chunk in Real, chunks in double.
 // Traffic: forward reads every term once, writes the sums that are kept, z and state once (z is parked in the state: the second pass finds a
-//   sample of it in L2). Backward reads gradient and sums twice and writes each gradient once. Bound by memory.
+//   sample of it in L2, or where statistics are given a chunk in L1). Backward reads gradient and sums twice and writes each gradient once. Bound by memory.
 // Threads: samples, or chunks where samples are fewer; a batch norm: chunks. Determinism: chunks of pixels depend on the shape alone and are
 //   combined in order.
 // Limits: at most kMaxNormTerms terms of each kind; the caller checks shapes.
@@ -195,7 +195,14 @@ struct NormForward {
 #pragma omp parallel num_threads(s.num_threads)
     {
       Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * (3 + 2 * few_pixels(s)) * s.channels));
-      if (by_sample) {
+      if (s.norm == NormKind::kNone || s.norm == NormKind::kFixed) {
+        // No statistics to wait for: the second pass of a chunk finds it in L1.
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; ++task) {
+          first_pass(task / chunks, task % chunks, scratch);
+          second_pass(task / chunks, task % chunks, scratch);
+        }
+      } else if (by_sample) {
         // A whole sample per thread: its second pass finds in L2 what its first pass wrote.
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < s.samples; ++n) {
