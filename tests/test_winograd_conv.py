@@ -46,6 +46,7 @@ SHAPES = [
     (1, 4, 19, 1, 48),
     (5, 12, 12, 40, 24),
     (40, 6, 6, 8, 16),
+    (7, 12, 13, 17, 33),
 ]
 TOLERANCE = 1e-5  # relative, in norm; the largest seen over these cases is 6e-6 (F(4, 5) on a map of one pixel)
 

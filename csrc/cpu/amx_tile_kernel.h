@@ -12,9 +12,12 @@ constexpr int kTileBytes = 1024;
 #define RNNDYN_TILE_ZERO(tile) _tile_zero(tile)
 #define RNNDYN_TILE_PRODUCT(sum, a, b) _tile_dpbf16ps(sum, a, b)
 
-// All eight tiles of full size. Each thread needs it, and gives it back: other libraries configure tiles for themselves.
+// All eight tiles of full size. Each thread that uses them needs it, and gives it back: other libraries configure tiles for themselves.
 struct TileScope {
-  TileScope() {
+  bool used;
+
+  explicit TileScope(bool use = true) : used(use) {
+    if (!used) return;
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -23,7 +26,9 @@ struct TileScope {
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
     _tile_loadconfig(&config);
   }
-  ~TileScope() { _tile_release(); }
+  ~TileScope() {
+    if (used) _tile_release();
+  }
 };
 
 // The next part of 16 + 16 values, which lose it. Infinity has no remainder (it would be NaN).
@@ -88,6 +93,8 @@ static void emulate_product(Tile& sum, const Tile& a, const Tile& b) {
 
 struct TileScope {
   Tile slot[8];
+
+  explicit TileScope(bool = true) {}
 };
 
 // To the nearest, ties to even; denormals become zero, as the instructions have it.

@@ -33,9 +33,10 @@ namespace RNNDYN_ISA {
 #include "cpu/readout_zones_kernel.h"
 #include "cpu/trajectory_norms_kernel.h"
 #include "cpu/conv_epilogue_kernel.h"
+#include "cpu/amx_tile_kernel.h"
+#include "cpu/winograd_units_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
 #include "cpu/winograd_weight_grad_kernel.h"
-#include "cpu/amx_tile_kernel.h"
 #include "cpu/amx_conv_kernel.h"
 #include "cpu/amx_weight_grad_kernel.h"
 }  // namespace RNNDYN_ISA

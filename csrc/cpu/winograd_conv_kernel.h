@@ -11,10 +11,6 @@
 // Determinism: every product is summed in the same order whatever the number of threads; bitwise repeatable.
 // Limits: the forms of RNNDYN_BY_FORM.
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <int Patch, int Kernel>
 struct Winograd {
   static constexpr int kOutputs = Patch - Kernel + 1;

@@ -2,18 +2,24 @@
 // winograd_conv_kernel.h; parameters are documented in winograd_conv.h.
 //
 // Maths: dW = G^T [sum over tiles (B^T d B) . (A dy A^T)] G.
+// On matrix units, where there are, from 32 tiles and 16 channels on: winograd_units_kernel.h. Else on vector units.
 // Traffic: a block of tiles is transformed into V (a^2 B C_in) and Q (a^2 B C_out), which all threads read; sums of a^2 C_in C_out floats are
-//   loaded and stored once per block, in the order in which they lie, and transformed once, at the end. Where they are larger than 12 MiB, the
+//   loaded and stored once per block, in the order in which they lie, and transformed once, at the end. Where they are larger than 10 MiB, the
 //   channels of the gradient are taken in parts, one after another, and x is transformed once for each.
 // Determinism: each frequency and panel is accumulated by one thread in one order, whatever the number of threads.
 
 template <int Patch, int Kernel>
 struct WinogradWeightGradSizes {
   Winograd<Patch, Kernel> w;
-  int64_t in_padded, v_row, phase_channels, out_padded, panels, block, blocks, v_size, q_size, sums_size;
+  int64_t in_padded, v_row, phase_channels, out_padded, panels, block, blocks, steps, v_size, q_size, sums_size;
+  bool units;
+  // 32 tiles of 16 channels before they are split: [a^2, tiles, 16], an odd number of lines from frequency to frequency.
+  static constexpr int64_t kFrequencyRoom = kUnitTiles * 16 + 16, kRoom = Patch * Patch * kFrequencyRoom;
 
   explicit WinogradWeightGradSizes(const WinogradWeightGradParams& p) : w(p.samples, p.height, p.width, p.pad) {
-    in_padded = round_up(p.in_channels, kVectorFloats);
+    // (By shape alone, so that results do not depend on the number of threads.)
+    units = kHasUnits && w.tiles >= kUnitTiles && p.in_channels >= 16 && p.out_channels >= 16;
+    in_padded = round_up(p.in_channels, units ? kUnitTiles : kVectorFloats);
     phase_channels = round_up(p.out_channels, kGemmCols);
     out_padded = phase_channels * p.num_phases;
     panels = out_padded / kGemmCols;
@@ -23,13 +29,43 @@ struct WinogradWeightGradSizes {
     // Up to 64 channels, what a block of 64 tiles makes is still in L2 when it is multiplied (measured on 28 x 28: 10 to 30% faster than 192).
     // With 128 the sums, loaded and stored for every block, are more than L2 holds (128 to 128 on 32 x 32: 192 tiles are 11% faster than 64).
     // (Over 192 tiles of 512 channels it was slower: perhaps as a product then walks as many pages as the first level of the TLB holds.)
-    block = smaller(w.tiles, p.in_channels >= 512 ? 96 : p.in_channels > 64 ? 192 : 64);
+    // On matrix units 64 tiles are the fastest (measured: 3% faster than 128, 15% than 192), and take the least memory.
+    block = smaller(w.tiles, units || p.in_channels <= 64 ? 64 : p.in_channels >= 512 ? 96 : 192);
     blocks = (w.tiles + block - 1) / block;
-    v_size = w.kFrequencies * block * v_row;              // [a^2, block, C_in]
-    q_size = w.kFrequencies * block * out_padded;         // [a^2, panels, block, NR]
+    v_size = w.kFrequencies * block * v_row;       // [a^2, block, C_in]
+    q_size = w.kFrequencies * block * out_padded;  // [a^2, panels, block, NR]
+    steps = ceil_div(block, kUnitTiles);
+    if (units) {  // [a^2, channels / 32, steps] products' worth of parts
+      v_size = w.kFrequencies * in_padded / 32 * steps * kUnitStep / 4;
+      q_size = w.kFrequencies * panels * steps * kUnitStep / 4;
+    }
     sums_size = w.kFrequencies * in_padded * out_padded;  // [a^2, panels, C_in, NR]
   }
 };
+
+// 32 tiles from `first` on, of which `count` exist, and 16 channels, of x or, where those are past them, of the gradient, as a product takes them.
+template <int Patch, int Kernel>
+static void winograd_weight_grad_tiles(const WinogradWeightGradParams& p,
+                                       const WinogradWeightGradSizes<Patch, Kernel>& s, int64_t step,
+                                       int64_t channels16, int64_t first, int64_t count, char* v, char* q,
+                                       float* room) {
+  const bool of_x = channels16 < s.in_padded / 16;
+  const int64_t c = (channels16 - (of_x ? 0 : s.in_padded / 16)) * 16;
+  const int64_t phase = of_x ? 0 : c / s.phase_channels, from = of_x ? c : c % s.phase_channels;
+  const int64_t channels = smaller(16, (of_x ? p.in_channels : p.out_channels) - from);
+  for (int64_t i = 0; (count < kUnitTiles || channels < 16) && i < s.kRoom; ++i) room[i] = 0.0f;
+  for (int64_t i = 0; i < smaller(count, channels > 0 ? kUnitTiles : 0); ++i) {
+    if (of_x)
+      s.w.transform_input(p.x + from, p.x_strides, channels, first + i, room + i * 16, s.kFrequencyRoom);
+    else
+      s.w.transform_gradient(p.grad[phase] + from, p.grad_strides, channels, first + i, room + i * 16, s.kFrequencyRoom,
+                             0);
+  }
+  const int64_t blocks = of_x ? s.in_padded / 32 : s.panels;
+  char* to = (of_x ? v : q) + (c / 32 * s.steps + step) * kUnitStep + c % 32 / 16 * kTileBytes;
+  for (int64_t f = 0; f < Patch * Patch; ++f)
+    unit_tiles(room + f * s.kFrequencyRoom, of_x, to + f * blocks * s.steps * kUnitStep, 2 * kTileBytes);
+}
 
 // Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
 template <int Patch, int Kernel>
@@ -42,7 +78,30 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
 
 #pragma omp parallel num_threads(p.num_threads)
   {
-    for (int64_t b = 0; b < s.blocks; ++b) {
+    TileScope scope(s.units);
+    float* room = q + s.q_size + omp_get_thread_num() * (s.units ? s.kRoom : 0);
+    for (int64_t b = 0; s.units && b < s.blocks; ++b) {
+      const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
+      const int64_t steps = ceil_div(count, kUnitTiles), pairs = s.in_padded / 32;
+      char *v_tiles = reinterpret_cast<char*>(v), *q_tiles = reinterpret_cast<char*>(q);
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t c = 0; c < (s.in_padded + s.out_padded) / 16; ++c)
+        for (int64_t k = 0; k < steps; ++k)
+          winograd_weight_grad_tiles(p, s, k, c, first + k * kUnitTiles, count - k * kUnitTiles, v_tiles, q_tiles,
+                                     room);
+      // (barrier: a frequency needs all tiles)
+      __asm__ volatile("" ::: "memory");  // (the compiler does not see what tile loads read)
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t f = 0; f < kFrequencies; ++f)
+        for (int64_t panel = 0; panel < s.panels; ++panel)
+          if (!vanishes<Patch>(p.vanishing[panel * kGemmCols / s.phase_channels], f))
+            for (int64_t i = 0; i < pairs; ++i)
+              unit_sums(scope, v_tiles + (f * pairs + i) * s.steps * kUnitStep,
+                        q_tiles + (f * s.panels + panel) * s.steps * kUnitStep, steps, b > 0,
+                        sums + ((f * s.panels + panel) * pairs + i) * 1024);
+      // (barrier: the next block writes v and q again)
+    }
+    for (int64_t b = 0; !s.units && b < s.blocks; ++b) {
       const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < count; ++i) {
@@ -94,7 +153,7 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
 // The channels of the gradient from `first` on, as many as make a part.
 template <int Patch, int Kernel>
 static WinogradWeightGradParams winograd_weight_grad_part_of(const WinogradWeightGradParams& p, int64_t first) {
-  constexpr int64_t kMaxSums = 12 * 1024 * 1024 / sizeof(float);
+  constexpr int64_t kMaxSums = 10 * 1024 * 1024 / sizeof(float);
   const int64_t parts = ceil_div(WinogradWeightGradSizes<Patch, Kernel>(p).sums_size, kMaxSums);
   WinogradWeightGradParams part = p;
   part.out_channels = smaller(round_up(ceil_div(p.out_channels, parts), kGemmCols), p.out_channels - first);
@@ -115,7 +174,7 @@ static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
   const WinogradWeightGradSizes<Patch, Kernel> s(winograd_weight_grad_part_of<Patch, Kernel>(p, 0));
-  return s.v_size + s.q_size;
+  return s.v_size + s.q_size + (s.units ? s.kRoom * p.num_threads : 0);
 }
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_sums_form(const WinogradWeightGradParams& p) {
