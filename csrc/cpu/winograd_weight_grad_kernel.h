@@ -56,7 +56,7 @@ static void winograd_weight_grad_tiles(const WinogradWeightGradParams& p,
   for (int64_t i = 0; (count < kUnitTiles || channels < 16) && i < s.kRoom; ++i) room[i] = 0.0f;
   for (int64_t i = 0; i < smaller(count, channels > 0 ? kUnitTiles : 0); ++i) {
     if (of_x)
-      s.w.transform_input(p.x + from, p.x_strides, channels, first + i, room + i * 16, s.kFrequencyRoom);
+      s.w.transform_input(p.x + from, p.x_strides, p.shift, channels, first + i, room + i * 16, s.kFrequencyRoom);
     else
       s.w.transform_gradient(p.grad[phase] + from, p.grad_strides, channels, first + i, room + i * 16, s.kFrequencyRoom,
                              0);
