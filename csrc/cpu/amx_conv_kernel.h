@@ -15,7 +15,6 @@
 constexpr int64_t kAmxBandBytes = 896 * 1024;  // of the 2 MB L2; the rest is for a panel of weights
 
 static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Samples side by side so that the rows of a grid fill tiles: the fewest that waste at most a twentieth, or else that waste least.
 static inline int64_t group_of_samples(int64_t samples, int64_t width, int64_t lines) {

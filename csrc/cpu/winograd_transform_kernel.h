@@ -14,6 +14,7 @@ typedef float vec_unaligned __attribute__((vector_size(RNNDYN_VECTOR_BYTES), ali
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
