@@ -58,7 +58,8 @@ void gate_step(int rule, int64_t pixels, int64_t channels, int num_threads, doub
                const std::array<double, 3>& tau, const std::array<double, 3>& gate, int activation,
                const std::vector<std::vector<Address>>& ports, const std::vector<Address>& biases,
                const std::vector<Address>& sums, const std::vector<Address>& states,
-               const std::vector<Address>& grad_ports, bool backward) {
+               const std::vector<Address>& grad_ports, const std::vector<Address>& grad_more,
+               const std::vector<Address>& grad_biases, Address workspace, bool backward) {
   if (ports.size() > kMaxPorts || states.size() > kMaxStates)
     throw std::invalid_argument("gate_step: at most " + std::to_string(kMaxPorts) + " ports and " +
                                 std::to_string(kMaxStates) + " states");
@@ -77,11 +78,14 @@ void gate_step(int rule, int64_t pixels, int64_t channels, int num_threads, doub
     if (backward && (p.num_terms[k] > 1 || p.bias[k] != nullptr))
       throw std::invalid_argument("gate_step: backward takes the sum of a port");
     p.grad_port[k] = k < grad_ports.size() ? pointer<Real>(grad_ports[k]) : nullptr;
+    p.grad_bias[k] = k < grad_biases.size() ? pointer<Real>(grad_biases[k]) : nullptr;
   }
   for (size_t k = 0; k < states.size(); ++k) {
     p.state[k] = backward ? nullptr : pointer<Real>(states[k]);
     p.grad_state[k] = backward ? pointer<const Real>(states[k]) : nullptr;
+    p.grad_more[k] = k < grad_more.size() ? pointer<const Real>(grad_more[k]) : nullptr;
   }
+  p.workspace = pointer<double>(workspace);
   py::gil_scoped_release release;
   if constexpr (sizeof(Real) == 4) {
     kernels().gate_step_f32(p, backward);

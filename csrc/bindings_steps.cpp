@@ -1,4 +1,5 @@
-// Further functions of the Python module rnndyn_fast._core: norm_step, depthwise_conv and channels_last. The rules of bindings.cpp hold.
+// Further functions of the Python module rnndyn_fast._core: norm_step, activation_backward, depthwise_conv and
+// channels_last. The rules of bindings.cpp hold.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -78,6 +79,27 @@ void norm_step_backward(const NormSizes& sizes, int norm, int activation, bool r
   }
 }
 
+template <typename Real>
+void activation_backward(int activation, int64_t pixels, int64_t channels, int num_threads, Address grad,
+                         Address grad_more, Address state, Address grad_drive, Address grad_bias, Address workspace) {
+  const ActivationBackwardParams<Real> p{static_cast<GateActivation>(activation),
+                                         pixels,
+                                         channels,
+                                         num_threads,
+                                         pointer<const Real>(grad),
+                                         pointer<const Real>(grad_more),
+                                         pointer<const Real>(state),
+                                         pointer<Real>(grad_drive),
+                                         pointer<Real>(grad_bias),
+                                         pointer<double>(workspace)};
+  py::gil_scoped_release release;
+  if constexpr (sizeof(Real) == 4) {
+    kernels().activation_backward_f32(p);
+  } else {
+    kernels().activation_backward_f64(p);
+  }
+}
+
 // [N, C, H, W, H', W', KH, KW, step, dilation, top, left]
 using DepthwiseSizes = std::array<int64_t, 14>;
 DepthwiseShape depthwise_shape(const DepthwiseSizes& n, int num_threads) {
@@ -115,6 +137,20 @@ void depthwise_weight_grad(const DepthwiseSizes& sizes, int num_threads, Address
   }
 }
 
+void separable_conv(const DepthwiseSizes& sizes, int num_threads, Address x, Address weight, Address bias,
+                    int64_t out_channels, int64_t stride, Address pointwise, Address y) {
+  const SeparableConvParams p{{depthwise_shape(sizes, num_threads), pointer<const float>(x),
+                               pointer<const float>(weight), pointer<const float>(bias), nullptr},
+                              out_channels,
+                              stride,
+                              pointer<const float>(pointwise),
+                              pointer<float>(y)};
+  if (stride % 32 != 0 || stride < out_channels)
+    throw std::invalid_argument("separable_conv: expected rows of a multiple of 32 channels");
+  py::gil_scoped_release release;
+  kernels().separable_conv(p);
+}
+
 // shape: [N, C, P]
 template <typename Real>
 void channels_last(const std::array<int64_t, 3>& shape, int num_threads, Address x, Address y) {
@@ -134,6 +170,9 @@ void rnndyn::bind_steps(py::module_& m) {
   m.def("norm_step_forward_float64", &norm_step_forward<double>);
   m.def("norm_step_backward_float32", &norm_step_backward<float>);
   m.def("norm_step_backward_float64", &norm_step_backward<double>);
+  m.def("activation_backward_float32", &activation_backward<float>);
+  m.def("activation_backward_float64", &activation_backward<double>);
+  m.def("gate_step_workspace", &gate_step_workspace);
   m.def("norm_step_workspace", [](const NormSizes& sizes) {
     return kernels().norm_step_workspace(norm_step_shape(sizes, 0, 0, false, false, 0, 1));
   });
@@ -141,6 +180,7 @@ void rnndyn::bind_steps(py::module_& m) {
   m.def("depthwise_conv_float64", &depthwise_conv<double>);
   m.def("depthwise_weight_grad_float32", &depthwise_weight_grad<float>);
   m.def("depthwise_weight_grad_float64", &depthwise_weight_grad<double>);
+  m.def("separable_conv", &separable_conv);
   m.def("channels_last_float32", &channels_last<float>);
   m.def("channels_last_float64", &channels_last<double>);
 }

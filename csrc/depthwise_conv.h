@@ -29,6 +29,13 @@ struct DepthwiseConvParams {
   Real* y;             // [N, H', W', C] written
 };
 
+struct SeparableConvParams {
+  DepthwiseConvParams<float> depthwise;    // (its y is not used)
+  int64_t out_channels, pointwise_stride;  // the stride a multiple of 32
+  const float* pointwise;                  // [C, pointwise_stride], zero from out_channels on
+  float* y;                                // [N, H', W', out_channels] written
+};
+
 template <typename Real>
 struct DepthwiseWeightGradParams {
   DepthwiseShape shape;  // dilation 1

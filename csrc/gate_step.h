@@ -35,7 +35,29 @@ struct GateStepParams {
   Real* sum[kMaxPorts];                // [pixels, m * D] or null: of several terms or a bias, kept for backward
   Real* state[kMaxStates];             // [pixels, D] forward: outputs
   const Real* grad_state[kMaxStates];  // [pixels, D] backward
+  const Real* grad_more[kMaxStates];   // [pixels, D] or null: added to it
   Real* grad_port[kMaxPorts];          // [pixels, m * D] backward: outputs
+  Real* grad_bias[kMaxPorts];          // [m * D] or null, backward: written, the sum of grad_port over pixels
+  double* workspace;                   // gate_step_workspace(...) doubles, scratch, with any grad_bias
 };
+
+// Gradient of an area that is only an activation of its drive, from its value.
+template <typename Real>
+struct ActivationBackwardParams {
+  GateActivation activation;
+  int64_t pixels, channels;
+  int num_threads;
+  const Real *grad, *grad_more;  // [pixels, C] gradient of the value; more: null, or added to it
+  const Real* state;             // [pixels, C] the value
+  Real* grad_drive;              // [pixels, C] written
+  Real* grad_bias;               // [C] or null: written, its sum over pixels
+  double* workspace;             // gate_step_workspace(pixels, C) doubles, scratch, with grad_bias
+};
+
+// Pixels that are summed in Real before sums of such chunks are added in double, in order.
+constexpr int64_t kGateChunk = 64;
+
+// Doubles: a row of all ports, `row` channels, for each chunk.
+inline int64_t gate_step_workspace(int64_t pixels, int64_t row) { return (pixels + kGateChunk - 1) / kGateChunk * row; }
 
 }  // namespace rnndyn

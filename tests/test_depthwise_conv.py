@@ -12,6 +12,8 @@ from rnndyn_fast.ops.depthwise_conv import (
     depthwise_data_grad,
     depthwise_weight_grad,
     pack_depthwise,
+    pack_pointwise,
+    separable_conv,
     unpack_depthwise,
 )
 
@@ -106,3 +108,33 @@ def test_the_core_refuses_what_it_cannot_do() -> None:
         depthwise_conv(torch.zeros(1, 4, 4, 3), torch.zeros(3, 3, 2, 4), None, 1, (1, 1), (4, 4))
     with pytest.raises(ValueError, match=r"weight: expected a contiguous CPU tensor \[3, 3, 1, 4\]"):
         depthwise_conv(torch.zeros(1, 4, 4, 4), torch.zeros(3, 3, 1, 4, dtype=torch.float64), None, 1, (1, 1), (4, 4))
+
+
+@by_case
+@pytest.mark.parametrize("channels", [1, 16, 33, 64])
+def test_separable_in_one_kernel(case: tuple, channels: int, isa: str) -> None:
+    """Against the two convolutions in float64; nothing beyond the result is written, and threads change no bit."""
+    n, h, w, c, kernel, stride, (top, left, bottom, right) = case
+    groups, ins, outs = c if isinstance(c, tuple) else (c, 1, 1)
+    generator = torch.Generator().manual_seed(7)
+    middle = groups * outs
+    shapes = ((n, h, w, groups * ins), (middle, ins, *kernel), (middle,), (channels, middle, 1, 1))
+    x, weight, bias, pointwise = (torch.randn(s, generator=generator) for s in shapes)
+    size = ((h + top + bottom - kernel[0]) // stride + 1, (w + left + right - kernel[1]) // stride + 1)
+    padded = functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom)).double()
+    between = functional.conv2d(padded, weight.double(), bias.double(), stride, groups=groups)
+    expected = functional.conv2d(between, pointwise.double()).permute(0, 2, 3, 1)
+    numbers, threads, found = n * size[0] * size[1] * channels, torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            room = torch.full((numbers + 2,), torch.nan)
+            out = room[1:-1].view(n, *size, channels)
+            separable_conv(x, pack_depthwise(weight), bias, pack_pointwise(pointwise), channels, stride, (top, left), size, out)
+            assert room[[0, -1]].isnan().all(), "it wrote beyond the map"
+            found.append(out)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert (found[0] - expected).norm() <= 1e-6 * expected.norm() + 1e-6

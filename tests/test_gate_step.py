@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_steps
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
-from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_scalars, gate_step
+from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, can_run_gate_step, gate_scalars, gate_step
 from rnndyn_fast.reference.cells import cell_step
 
 CELLS: dict[str, Cell] = {
@@ -147,9 +147,56 @@ def test_biases_and_buffers_in_place(name: str, terms: int, isa: str) -> None:
     for ours, theirs in zip(states, expected, strict=True):
         torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
     upstream = [w.permute(0, 2, 3, 1).contiguous() for w in weights]
-    _launch.gate_step(gate_scalars(cell), [[s] for s in sums], [], [], upstream, sums, backward=True)
-    for ours, theirs in zip(sums, grads, strict=True):
+    more = [torch.randn_like(u) if k or terms > 1 else None for k, u in enumerate(upstream)]
+    first = [u if m is None else u - m for u, m in zip(upstream, more, strict=True)]
+    rows = [torch.full_like(b, torch.nan) if k != 1 else None for k, b in enumerate(biases)]
+    _launch.gate_step(gate_scalars(cell), [[s] for s in sums], [], [], first, sums, more, rows, backward=True)
+    for ours, theirs, row in zip(sums, grads, rows, strict=True):
         torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
+        if row is not None:
+            torch.testing.assert_close(row, theirs.sum((0, 2, 3)), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_biases_are_summed_alike_by_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
+    """Over many chunks of pixels, the last of which is not full: the same bits, and those of float64 but for rounding."""
+    sums, upstream = [torch.randn(3, 13, 17, m * 5, dtype=dtype) for m in (2, 1)], torch.randn(3, 13, 17, 5, dtype=dtype)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grads, rows = [torch.empty_like(s) for s in sums], [torch.empty(m * 5, dtype=dtype) for m in (2, 1)]
+            _launch.gate_step(gate_scalars(UGRNN()), [[s] for s in sums], [], [], [upstream], grads, [], rows, backward=True)
+            found.append(rows)
+    finally:
+        torch.set_num_threads(threads)
+    for rows in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], rows, strict=True))
+    for grad, row in zip(grads, rows, strict=True):
+        exact = grad.double().sum((0, 1, 2))
+        assert (row.double() - exact).norm() <= (2e-7 if dtype == torch.float32 else 1e-15) * grad.double().abs().sum((0, 1, 2)).norm()
+
+
+_SLOPES = {
+    Activation.IDENTITY: torch.ones_like,
+    Activation.RELU: lambda y: (y > 0).to(y.dtype),
+    Activation.ELU: lambda y: torch.where(y > 0, 1, y + 1),
+    Activation.TANH: lambda y: 1 - y * y,
+}
+
+
+@pytest.mark.parametrize("activation", _SLOPES, ids=lambda a: a.value)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activation_backward(activation: Activation, dtype: torch.dtype, isa: str) -> None:
+    """Of one summand and of two, over several chunks of pixels, with the sum for the bias and without."""
+    state, one, two = (torch.randn(2, 9, 8, 19, dtype=dtype).tanh() for _ in range(3))
+    for more, wanted in ((None, True), (two, True), (two, False)):
+        room, row = torch.full_like(state, torch.nan), torch.full((19,), torch.nan, dtype=dtype) if wanted else None
+        _launch_steps.activation_backward(ACTIVATION_NUMBERS[activation], one, more, state, room, row)
+        expected = (one if more is None else one + more) * _SLOPES[activation](state)
+        torch.testing.assert_close(room, expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=1e-7)
+        if row is not None:
+            torch.testing.assert_close(row.double(), room.double().sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -234,13 +234,25 @@ struct DepthwiseBand {
     }
   }
 
-  // All outputs of a sample and `count` registers of channels from `first` on. rings: zero where no pixel was ever put.
-  void sample(const DepthwiseConvParams<Real>& p, int64_t n, int64_t first, int64_t count, const Source* from,
-              const Vec* weights, Vec* rings) const {
+  // Weights and sources of all registers of channels.
+  void prepare(const DepthwiseConvParams<Real>& p, Vec* weights, Source* from) const {
+    for (int64_t block = 0; block < blocks; ++block) {
+      from[block] = source(block);
+      for (int64_t k = 0; k < taps(); ++k)
+        weights[block * taps() + k] = read(p.weight + k * s.channels + block * kLanes, lanes(block));
+    }
+  }
+
+  // Output rows first_row .. last_row - 1 of a sample and `count` registers of channels from `first` on. rings: zero where no pixel was ever put.
+  // Some rows at a time go to place(row), [rows, W', C], and done(first row, row after the last) follows them.
+  template <class Place, class Done>
+  void rows_of(const DepthwiseConvParams<Real>& p, int64_t n, int64_t first_row, int64_t last_row, int64_t first,
+               int64_t count, const Source* from, const Vec* weights, Vec* rings, Place place, Done done) const {
     const OutputRow make = output_row_for();
-    int64_t filled = 0;
-    for (int64_t top = 0; top < s.out_height; top += kRingRows) {
-      const int64_t last = s.out_height - top < kRingRows ? s.out_height : top + kRingRows;
+    int64_t filled = first_row * s.step;
+    for (int64_t top = first_row; top < last_row; top += kRingRows) {
+      const int64_t last = last_row - top < kRingRows ? last_row : top + kRingRows;
+      Real* out = place(top);
       if (filled < top * s.step) filled = top * s.step;
       for (; filled < (last - 1) * s.step + s.kernel_height; ++filled)
         if (holds(filled)) fill_row(p.x, n, filled, from + first, count, rings);
@@ -253,9 +265,10 @@ struct DepthwiseBand {
             rows[u] =
                 holds(r * s.step + u) ? rings + k * ring_size() + (r * s.step + u) % ring_rows() * pitch : nullptr;
           (this->*make)(rows, weights + block * taps(), bias,
-                        p.y + (n * s.out_height + r) * s.out_width * s.channels + block * kLanes, lanes(block));
+                        out + (r - top) * s.out_width * s.channels + block * kLanes, lanes(block));
         }
       }
+      done(top, last);
     }
   }
 
@@ -309,15 +322,14 @@ void depthwise_conv(const DepthwiseConvParams<Real>& p) {
     Vec* ring = weight + weights;
     Source* from = reinterpret_cast<Source*>(ring + rings);
     for (int64_t i = 0; i < rings; ++i) ring[i] = Vec{};
-    for (int64_t block = 0; block < b.blocks; ++block) {
-      from[block] = b.source(block);
-      for (int64_t k = 0; k < taps; ++k)
-        weight[block * taps + k] = Band::read(p.weight + k * s.channels + block * Band::kLanes, b.lanes(block));
-    }
+    b.prepare(p, weight, from);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < s.samples * groups; ++task) {
-      const int64_t first = task % groups * together;
-      b.sample(p, task / groups, first, b.blocks - first < together ? b.blocks - first : together, from, weight, ring);
+      const int64_t n = task / groups, first = task % groups * together;
+      b.rows_of(
+          p, n, 0, s.out_height, first, b.blocks - first < together ? b.blocks - first : together, from, weight, ring,
+          [&](int64_t row) { return p.y + (n * s.out_height + row) * s.out_width * s.channels; },
+          [](int64_t, int64_t) {});
     }
     free(room);
   }

@@ -6,8 +6,9 @@
 // Precision: expm1 by argument reduction to |r| <= ln(2) / 2 and a Taylor polynomial (degree 7 in float32, 13 in float64), within
 //   a few units in the last place; no library function is called, so the loops vectorise.
 // Traffic: forward reads every term once and writes states (and, of several terms, their sum) once; backward reads ports and
-//   gradients once and writes the gradients of the ports once. Bound by memory bandwidth in float32 with AVX-512.
-// Threads: over pixels, in equal blocks. Determinism: every element is computed by itself.
+//   gradients once and writes the gradients of the ports once; biases are summed while those are in L1. Bound by memory bandwidth in float32
+//   with AVX-512.
+// Threads: over chunks of pixels. Determinism: every element is computed by itself; biases are sums of chunks that depend on the shape alone, in order.
 // Limits: at most kMaxPortTerms terms of a port; the caller checks shapes.
 
 template <typename Real>
@@ -287,35 +288,78 @@ inline const Real* gate_port(const GateStepParams<Real>& p, int port, int64_t of
   return sum;
 }
 
+// The gradient of a state at one pixel; in `row`, if it has two summands.
+template <typename Real>
+inline const Real* gate_grad(const GateStepParams<Real>& p, int state, int64_t offset, Real* row) {
+  const Real* a = p.grad_state[state] + offset;
+  if (p.grad_more[state] == nullptr) return a;
+  const Real* b = p.grad_more[state] + offset;
+#pragma omp simd
+  for (int64_t c = 0; c < p.channels; ++c) row[c] = a[c] + b[c];
+  return row;
+}
+
 template <typename Real, typename Rule>
 void gate_step_rows(const GateStepParams<Real>& p, bool backward) {
   int64_t size = 0;
-  for (int k = 0; k < Rule::kPorts; ++k) size += Rule::kMultiple[k] * p.channels;
+  bool biases = false;
+  for (int k = 0; k < Rule::kPorts; ++k) {
+    size += Rule::kMultiple[k] * p.channels;
+    biases = biases || (backward && p.grad_bias[k] != nullptr);
+  }
+  const int64_t chunks = (p.pixels + kGateChunk - 1) / kGateChunk;
 #pragma omp parallel num_threads(p.num_threads)
   {
-    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * size));  // sums of one pixel that are not kept
+    // Sums of one pixel that are not kept, gradients of its states, and the sums of a chunk.
+    Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * (2 * size + kMaxStates * p.channels)));
+    Real *of_states = scratch + size, *totals = of_states + kMaxStates * p.channels;
 #pragma omp for schedule(static)
-    for (int64_t pixel = 0; pixel < p.pixels; ++pixel) {
-      GateRows<Real> rows{};
-      Real* row = scratch;
-      for (int k = 0; k < Rule::kPorts; ++k) {
-        const int64_t n = Rule::kMultiple[k] * p.channels;
-        rows.port[k] = gate_port(p, k, pixel * n, n, row);
-        row += n;
-        if (backward) rows.grad_port[k] = p.grad_port[k] + pixel * n;
-      }
-      for (int k = 0; k < Rule::kStates; ++k) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t last = (chunk + 1) * kGateChunk < p.pixels ? (chunk + 1) * kGateChunk : p.pixels;
+      if (biases) row_zero(totals, size);
+      for (int64_t pixel = chunk * kGateChunk; pixel < last; ++pixel) {
+        GateRows<Real> rows{};
+        Real* row = scratch;
+        for (int k = 0; k < Rule::kPorts; ++k) {
+          const int64_t n = Rule::kMultiple[k] * p.channels;
+          rows.port[k] = gate_port(p, k, pixel * n, n, row);
+          row += n;
+          if (backward) rows.grad_port[k] = p.grad_port[k] + pixel * n;
+        }
+        for (int k = 0; k < Rule::kStates; ++k) {
+          if (backward) {
+            rows.grad_state[k] = gate_grad(p, k, pixel * p.channels, of_states + k * p.channels);
+          } else {
+            rows.state[k] = p.state[k] + pixel * p.channels;
+          }
+        }
         if (backward) {
-          rows.grad_state[k] = p.grad_state[k] + pixel * p.channels;
+          Rule::backward(p, rows);
         } else {
-          rows.state[k] = p.state[k] + pixel * p.channels;
+          Rule::forward(p, rows);
+        }
+        Real* total = totals;
+        for (int k = 0; biases && k < Rule::kPorts; ++k) {
+          const int64_t n = Rule::kMultiple[k] * p.channels;
+          if (p.grad_bias[k] != nullptr) row_add(total, rows.grad_port[k], n);
+          total += n;
         }
       }
-      if (backward) {
-        Rule::backward(p, rows);
-      } else {
-        Rule::forward(p, rows);
+      for (int64_t i = 0; biases && i < size; ++i) p.workspace[chunk * size + i] = double(totals[i]);
+    }
+    // (barrier: a bias needs all chunks)
+    int64_t first = 0;
+    for (int k = 0; biases && k < Rule::kPorts; ++k) {
+      const int64_t n = Rule::kMultiple[k] * p.channels;
+      if (p.grad_bias[k] != nullptr) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; ++i) {
+          double total = 0;
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) total += p.workspace[chunk * size + first + i];
+          p.grad_bias[k][i] = Real(total);
+        }
       }
+      first += n;
     }
     free(scratch);
   }
@@ -346,5 +390,74 @@ void gate_step(const GateStepParams<Real>& p, bool backward) {
       return gate_step_rows<Real, Reciprocal<Real, GateActivation::kElu>>(p, backward);
     case GateActivation::kTanh:
       return gate_step_rows<Real, Reciprocal<Real, GateActivation::kTanh>>(p, backward);
+  }
+}
+
+// ---------------------------------------------------------------- an activation alone, by its value
+
+// f' at an argument with the value y.
+template <GateActivation kActivation, typename Real>
+inline Real slope_of_value(Real y) {
+  if (kActivation == GateActivation::kRelu) return y > Real(0) ? Real(1) : Real(0);
+  if (kActivation == GateActivation::kElu) return y > Real(0) ? Real(1) : y + Real(1);
+  if (kActivation == GateActivation::kTanh) return Real(1) - y * y;
+  return Real(1);
+}
+
+template <typename Real, GateActivation kActivation>
+void activation_backward_rows(const ActivationBackwardParams<Real>& p) {
+  const int64_t c = p.channels, chunks = (p.pixels + kGateChunk - 1) / kGateChunk;
+#pragma omp parallel num_threads(p.num_threads)
+  {
+    Real* totals = static_cast<Real*>(malloc(sizeof(Real) * c));
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t last = (chunk + 1) * kGateChunk < p.pixels ? (chunk + 1) * kGateChunk : p.pixels;
+      row_zero(totals, c);
+      for (int64_t pixel = chunk * kGateChunk; pixel < last; ++pixel) {
+        const Real *grad = p.grad + pixel * c, *state = p.state + pixel * c;
+        Real* out = p.grad_drive + pixel * c;
+        if (p.grad_more != nullptr) {
+          const Real* more = p.grad_more + pixel * c;
+#pragma omp simd
+          for (int64_t i = 0; i < c; ++i) {
+            const Real value = (grad[i] + more[i]) * slope_of_value<kActivation>(state[i]);
+            out[i] = value, totals[i] += value;
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < c; ++i) {
+            const Real value = grad[i] * slope_of_value<kActivation>(state[i]);
+            out[i] = value, totals[i] += value;
+          }
+        }
+      }
+      if (p.grad_bias != nullptr)
+        for (int64_t i = 0; i < c; ++i) p.workspace[chunk * c + i] = double(totals[i]);
+    }
+    // (barrier: a bias needs all chunks)
+    if (p.grad_bias != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < c; ++i) {
+        double total = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += p.workspace[chunk * c + i];
+        p.grad_bias[i] = Real(total);
+      }
+    }
+    free(totals);
+  }
+}
+
+template <typename Real>
+void activation_backward(const ActivationBackwardParams<Real>& p) {
+  switch (p.activation) {
+    case GateActivation::kIdentity:
+      return activation_backward_rows<Real, GateActivation::kIdentity>(p);
+    case GateActivation::kRelu:
+      return activation_backward_rows<Real, GateActivation::kRelu>(p);
+    case GateActivation::kElu:
+      return activation_backward_rows<Real, GateActivation::kElu>(p);
+    case GateActivation::kTanh:
+      return activation_backward_rows<Real, GateActivation::kTanh>(p);
   }
 }

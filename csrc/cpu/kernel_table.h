@@ -22,6 +22,8 @@ struct KernelTable {
   void (*area_step_backward_f64)(const AreaStepBackwardParams<double>&);
   void (*gate_step_f32)(const GateStepParams<float>&, bool backward);
   void (*gate_step_f64)(const GateStepParams<double>&, bool backward);
+  void (*activation_backward_f32)(const ActivationBackwardParams<float>&);
+  void (*activation_backward_f64)(const ActivationBackwardParams<double>&);
   void (*norm_step_forward_f32)(const NormStepForwardParams<float>&);
   void (*norm_step_forward_f64)(const NormStepForwardParams<double>&);
   void (*norm_step_backward_f32)(const NormStepBackwardParams<float>&);
@@ -31,6 +33,7 @@ struct KernelTable {
   void (*depthwise_conv_f64)(const DepthwiseConvParams<double>&);
   void (*depthwise_weight_grad_f32)(const DepthwiseWeightGradParams<float>&);
   void (*depthwise_weight_grad_f64)(const DepthwiseWeightGradParams<double>&);
+  void (*separable_conv)(const SeparableConvParams&);
   void (*channels_last_f32)(const ChannelsLastParams<float>&);
   void (*channels_last_f64)(const ChannelsLastParams<double>&);
   void (*readout_zones_f32)(const ReadoutZonesParams<float>&);

@@ -37,6 +37,7 @@ namespace RNNDYN_ISA {
 #include "cpu/winograd_units_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
 #include "cpu/winograd_weight_grad_kernel.h"
+#include "cpu/separable_conv_kernel.h"
 #include "cpu/amx_conv_kernel.h"
 #include "cpu/amx_weight_grad_kernel.h"
 }  // namespace RNNDYN_ISA
@@ -50,6 +51,8 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::area_step_backward<double>,
       RNNDYN_ISA::gate_step<float>,
       RNNDYN_ISA::gate_step<double>,
+      RNNDYN_ISA::activation_backward<float>,
+      RNNDYN_ISA::activation_backward<double>,
       RNNDYN_ISA::norm_step_forward<float>,
       RNNDYN_ISA::norm_step_forward<double>,
       RNNDYN_ISA::norm_step_backward<float>,
@@ -59,6 +62,7 @@ const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
       RNNDYN_ISA::depthwise_conv<double>,
       RNNDYN_ISA::depthwise_weight_grad<float>,
       RNNDYN_ISA::depthwise_weight_grad<double>,
+      RNNDYN_ISA::separable_conv,
       RNNDYN_ISA::channels_last<float>,
       RNNDYN_ISA::channels_last<double>,
       RNNDYN_ISA::readout_zones<float>,

@@ -97,16 +97,22 @@ struct NormForward {
     }
   }
 
-  // z of some pixels into the state.
+  // z of some pixels into the state; without a norm the state itself.
   void value(int64_t offset, int64_t pixels, Real* scratch) const {
     const int64_t size = pixels * s.channels;
     Real* z = p.state + offset;
     const bool rectify = s.rectify_drive;
-    if (p.num_drive == 0 && p.drive_bias == nullptr) return row_zero(z, size);
+    if (p.num_drive == 0 && p.drive_bias == nullptr) return row_zero(z, size);  // (which activations leave as it is)
     const Real* d = norm_sum(p.drive, p.num_drive, p.drive_bias, p.drive_sum, scratch, offset, pixels, s.channels);
     const Real* m = kSquash ? norm_sum(p.modulator, p.num_modulator, p.modulator_bias, p.modulator_sum, scratch + size,
                                        offset, pixels, s.channels)
                             : nullptr;
+    if (s.norm == NormKind::kNone) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i)
+        z[i] = activate<kActivation>(norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify));
+      return;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) z[i] = norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify);
   }
@@ -174,11 +180,7 @@ struct NormForward {
   void second_pass(int64_t n, int64_t k, Real* scratch) const {
     const int64_t c = s.channels, pixels = count(k);
     Real* z = p.state + (n * s.pixels + k * chunk) * c;
-    if (s.norm == NormKind::kNone) {
-#pragma omp simd
-      for (int64_t i = 0; i < pixels * c; ++i) z[i] = activate<kActivation>(z[i]);
-      return;
-    }
+    if (s.norm == NormKind::kNone) return;
     Real *mean = scratch, *rstd = scratch + c;
     norm_rows(s, n, p.mean, p.rstd, mean, rstd);
     const Real *gamma = p.gamma, *beta = p.beta;

@@ -17,13 +17,14 @@ from rnndyn_fast.graph.again import StatesAgain
 from rnndyn_fast.graph.operands import at_most
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Network, Norm, Operator
 from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import _launch, _launch_steps
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_run_gate_step, gate_scalars
 from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, NormStatistics, norm_step, norm_step_again, norm_step_backward
 from rnndyn_fast.reference.rollout import Statistics, update_area
 
-# Gradient of an activation's argument from that of its value, and the value; written into the last argument.
+# Activations whose slope follows from their value: on devices the gradient of the argument from that of the value, and the value; written
+# into the last argument.
 _GRAD_OF_OUTPUT: dict[Activation, Callable[[Tensor, Tensor, Tensor], Any]] = {
     Activation.RELU: lambda grad, y, out: torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=out),
     Activation.ELU: lambda grad, y, out: torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, y, grad_input=out),
@@ -133,16 +134,30 @@ class Rules:
             return empty(total.shape, total.dtype)
         return at.room(f"grad {name}", total.shape[3])
 
-    def _deposit(self, port: Port, grad: Tensor) -> None:
-        """A port's gradient goes to each of its terms, and its sum over samples and pixels to each of its biases."""
+    def _bias_row(self, port: Port, example: Tensor, channels: int) -> Tensor | None:
+        """Where a kernel writes the gradient of a port's biases; None: it is not wanted, or not the kernel's."""
+        if _launch.on_device(example) or not any(name in self.tape.wanted for name in port.biases):
+            return None
+        return torch.empty((channels,), dtype=example.dtype)
+
+    def _deposit(self, port: Port, grad: Tensor, row: Tensor | None = None) -> None:
+        """A port's gradient goes to each of its terms, and its sum over samples and pixels, ``row``, to each of its biases."""
         biases = [name for name in port.biases if name in self.tape.wanted]
         if biases:
-            row = grad.flatten(0, 2).sum(0, dtype=sums_dtype(grad.dtype))  # (first: what owns the gradient may add to it)
+            if row is None:
+                row = grad.flatten(0, 2).sum(0, dtype=sums_dtype(grad.dtype))  # (first: what owns the gradient may add to it)
             for name in biases:
                 self.tape.add_parameter(name, row)
         for keys in port.keys:
             for key, part in zip(keys, grad.chunk(len(keys)), strict=True):
                 self.tape.grads.add(key, part, own=len(port.keys) == 1)
+
+    def _parts(self, keys: Sequence[Key], shape: tuple[int, ...]) -> list[Tensor]:
+        """What adds up to the gradient of a state over some slots: nothing, one map or two."""
+        if len(keys) == 1:
+            return self.tape.grads.parts(keys[0])
+        grad = self._take(keys, shape)
+        return [] if grad is None else [grad]
 
     def _take(self, keys: Sequence[Key], shape: tuple[int, ...]) -> Tensor | None:
         """The gradient of a state over some slots; None: none of it."""
@@ -185,14 +200,16 @@ class Rules:
         assert cell is not None
         totals = [total if isinstance(total, Tensor) else total() for total in kept]
         shape = (*totals[0].shape[:3], at.area.channels)
-        grads = [self._take(at.keys(state), shape) for state in cell.states]
-        if all(grad is None for grad in grads):
+        grads = [self._parts(at.keys(state), shape) for state in cell.states]
+        if not any(grads):
             return
-        full = [torch.zeros(shape, dtype=self.example.dtype) if grad is None else grad for grad in grads]
+        full = [parts[0] if parts else torch.zeros(shape, dtype=self.example.dtype) for parts in grads]
+        more = [parts[1] if len(parts) > 1 else None for parts in grads]
         rooms = [self._grad_room(at, name, port, total) for (name, port), total in zip(ports, totals, strict=True)]
-        _launch.gate_step(gate_scalars(cell), [[t] for t in totals], [], [], full, rooms, backward=True)
-        for (_, port), room in zip(ports, rooms, strict=True):
-            self._deposit(port, room)
+        rows = [self._bias_row(port, total, total.shape[3]) for (_, port), total in zip(ports, totals, strict=True)]
+        _launch.gate_step(gate_scalars(cell), [[t] for t in totals], [], [], full, rooms, more, rows, backward=True)
+        for (_, port), room, row in zip(ports, rooms, rows, strict=True):
+            self._deposit(port, room, row)
 
     # ---------------------------------------------------------------- norms
 
@@ -321,13 +338,18 @@ class Rules:
         return {None: state}
 
     def _activation_back(self, at: Slots, drive: Port, state: Tensor) -> None:
-        grad = self._take(at.keys(None), tuple(state.shape))
-        if grad is None:
-            return
         assert at.area.activation is not None
+        parts = self._parts(at.keys(None), tuple(state.shape))
+        if not parts:
+            return
         room = empty(state.shape, state.dtype) if self.tape.kept else at.room("grad drive", state.shape[3])
-        _GRAD_OF_OUTPUT[at.area.activation](grad, state, room)
-        self._deposit(drive, room)
+        row = self._bias_row(drive, state, state.shape[3])
+        if _launch.on_device(state):
+            _GRAD_OF_OUTPUT[at.area.activation](parts[0] if len(parts) == 1 else parts[0] + parts[1], state, room)
+        else:
+            more = parts[1] if len(parts) > 1 else None
+            _launch_steps.activation_backward(ACTIVATION_NUMBERS[at.area.activation], parts[0], more, state, room, row)
+        self._deposit(drive, room, row)
 
     # ---------------------------------------------------------------- everything else
 

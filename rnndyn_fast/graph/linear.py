@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from rnndyn_fast.graph.spec import Connection, Network, Operator
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.amx_conv import AmxMap
 from rnndyn_fast.ops.buffers import empty, sums_dtype
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Weight, choose_engine, convolve, convolve_backward
+from rnndyn_fast.ops.convolution import ASKED_FOR, EngineChoice, Geometry, Weight, choose_engine, convolve, convolve_backward
 from rnndyn_fast.ops.depthwise_conv import (
     MAX_GROUP,
     MAX_KERNEL,
@@ -24,6 +25,8 @@ from rnndyn_fast.ops.depthwise_conv import (
     depthwise_data_grad,
     depthwise_weight_grad,
     pack_depthwise,
+    pack_pointwise,
+    separable_conv,
     unpack_depthwise,
 )
 from rnndyn_fast.ops.device_engine import choose_device_engine
@@ -43,8 +46,10 @@ class LinearMap(Protocol):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The map's value, in ``out`` if that is given."""
 
-    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
-        """Gradients of x and of the weights."""
+    def backward(
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Grads]:
+        """Gradients of x and of the weights. ``into``: the map may be added to it, and is then returned as it."""
 
 
 @dataclass
@@ -70,11 +75,14 @@ class DenseMap:
         """The map with its zeros, where the engines do not add them."""
         return x if self.border is None else functional.pad(x, (0, 0, *self.border))
 
-    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+    def backward(
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Grads]:
         _, height, width, _ = x.shape
         if self.border is not None:
             x = self.bordered(x)
-        grad_x, grad_weight = convolve_backward(self.weight, grad, x, need_x=need_x, need_weight=need_weight)
+        into = into if self.border is None else None
+        grad_x, grad_weight = convolve_backward(self.weight, grad, x, need_x=need_x, need_weight=need_weight, into=into)
         if grad_x is not None and self.border is not None:
             left, _, top, _ = self.border
             grad_x = grad_x[:, top : top + height, left : left + width].contiguous()
@@ -105,7 +113,9 @@ class DepthwiseMap:
         y = depthwise_conv(x, self.packed, self.bias, self.stride, self.before, self.size)
         return y if out is None else out.copy_(y)
 
-    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+    def backward(
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Grads]:
         _, h, w, c = x.shape
         grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (h, w, c)) if need_x else None
         if not need_weight:
@@ -138,7 +148,9 @@ class GroupedMap:
         y = functional.conv2d(seen, self.weight, self.bias, self.stride, padding, 1, self.groups).permute(0, 2, 3, 1)
         return y.contiguous() if out is None else out.copy_(y)
 
-    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+    def backward(
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Grads]:
         seen, padding = self._bordered(x)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad.permute(0, 3, 1, 2), seen, self.weight, None, [self.stride] * 2, padding, [1, 1], False, [0, 0], self.groups,
@@ -160,6 +172,7 @@ class SeparableMap:
     first: DepthwiseMap | GroupedMap
     bias: str | None  # name of the bias in between
     second: DenseMap
+    pointwise: Tensor | None = None  # the second weight where one kernel computes both: see pack_pointwise
     postponed = False
 
     @property
@@ -167,9 +180,14 @@ class SeparableMap:
         return self.second.weight
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.second.forward(self.first.forward(x), out)
+        if self.pointwise is None or not isinstance(self.first, DepthwiseMap):
+            return self.second.forward(self.first.forward(x), out)
+        first, channels = self.first, self.second.weight.weight.shape[0]
+        return separable_conv(x, first.packed, first.bias, self.pointwise, channels, first.stride, first.before, first.size, out)
 
-    def backward(self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool) -> tuple[Tensor | None, Grads]:
+    def backward(
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Grads]:
         shape = (*grad.shape[:3], self.second.weight.weight.shape[1])
         middle = self.first.forward(x) if need_weight else empty(shape, grad.dtype)  # (of which only the shape is used)
         grad_middle, grads = self.second.backward(middle, grad, need_x=True, need_weight=need_weight)
@@ -246,11 +264,22 @@ def _own_groups(network: Network, c: Connection, on_device: bool) -> bool:
     return max(inputs, outputs // c.groups) <= most and max(kernel) <= MAX_KERNEL
 
 
-def engines(network: Network, c: Connection, choose: Chooser, *, on_device: bool) -> list[tuple[str, str]]:
+_FEW_CHANNELS = 128  # of a separable convolution, up to which one kernel of vector units is faster than two of which one has matrix units
+
+
+def _one_kernel(network: Network, c: Connection, choice: EngineChoice, dtype: torch.dtype, *, on_device: bool) -> bool:
+    """Whether both maps of a separable convolution are one kernel: in float32, and where no engine or lower precision is asked for."""
+    free = choice.reason != ASKED_FOR and (choice.map is None or (isinstance(choice.map, AmxMap) and choice.map.parts == 3))
+    few = max(network.weight_shape(c)[0], network.term_shape(c)[0]) <= _FEW_CHANNELS
+    return free and few and dtype == torch.float32 and not on_device and _launch.unavailable is None and _own_groups(network, c, on_device)
+
+
+def engines(network: Network, c: Connection, choose: Chooser, dtype: torch.dtype, *, on_device: bool) -> list[tuple[str, str]]:
     """The engine of each linear map of a connection (not the identity), and why.
 
     Args:
         choose: the engine of a convolution, for the device, dtype and batch that are meant.
+        dtype: of the maps.
     """
     if _is_dense(c):
         form = _dense(network, c, choose)
@@ -259,6 +288,8 @@ def engines(network: Network, c: Connection, choose: Chooser, *, on_device: bool
     found = [("depthwise_conv", "groups of few channels") if own else ("torch", "groups of many channels")]
     if c.middle_channels is not None:
         choice = choose(Geometry(Operator.CONV), network.weight_shapes(c)[c.weights[1]], *network.term_shape(c)[1:])
+        if _one_kernel(network, c, choice, dtype, on_device=on_device):
+            return [("separable_conv", "groups of few channels and a 1 x 1 convolution of few channels")]
         found.append((str(choice), choice.reason))
     return found
 
@@ -298,4 +329,6 @@ def linear_map(
     pointwise = parameters[c.weights[1]]
     geometry = Geometry(Operator.CONV)
     choice = choose(geometry, tuple(pointwise.shape), height, width)
-    return SeparableMap(first, bias, DenseMap(Weight(geometry, pointwise, choice, keep=keep), c.weights[1]))
+    together = _one_kernel(network, c, choice, pointwise.dtype, on_device=_launch.on_device(weight))
+    packed = pack_pointwise(pointwise) if together else None
+    return SeparableMap(first, bias, DenseMap(Weight(geometry, pointwise, choice, keep=keep), c.weights[1]), packed)

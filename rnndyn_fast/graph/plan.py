@@ -79,7 +79,7 @@ def _engines(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, s
         return choose_device_engine(geometry, shape, height, width, dtype, engine, samples, where)
 
     connections = dict.fromkeys(d.connection for d in schedule.drives if d.connection.operator is not Operator.IDENTITY)
-    found = [(c, *part) for c in connections for part in engines(schedule.network, c, choose, on_device=device != "cpu")]
+    found = [(c, *part) for c in connections for part in engines(schedule.network, c, choose, dtype, on_device=device != "cpu")]
     width = max((len(c.label) for c, *_ in found), default=0)
     return [f"    {c.label:<{width}} {name:<20} {why}" for c, name, why in found]
 

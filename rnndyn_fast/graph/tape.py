@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty, share_storage, sums_dtype
+from rnndyn_fast.ops.layout import channels_last
 
 Key = tuple[Any, ...] | None
 
@@ -45,30 +46,49 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Gradients:
-    """Sums of gradients by key. A buffer that is ``own`` is read by nobody else, so the next summand may be added in place."""
+    """Sums of gradients by key: of each a summand that others may read too, and the sum of those that are the key's own, in the first one's
+    place. They are added up when the sum is taken, or by the kernel that reads them."""
 
     def __init__(self) -> None:
-        self._found: dict[Key, tuple[Tensor, bool]] = {}
+        self._found: dict[Key, tuple[Tensor | None, Tensor | None]] = {}
 
     def add(self, key: Key, grad: Tensor, *, own: bool) -> None:
-        """One summand; of the key None, which is nothing's, it is dropped."""
+        """One summand; of the key None, which is nothing's, it is dropped. ``own``: it is contiguous, and nobody else reads it."""
         if key is None:
             return
-        if key not in self._found:
-            self._found[key] = (grad, own)
-            return
-        before, ours = self._found[key]
-        if ours:
-            before.add_(grad)
+        shared, ours = self._found.get(key, (None, None))
+        if ours is not None:
+            ours.add_(grad)
+        elif own:
+            ours = grad
+        elif shared is None:
+            shared = grad
         else:
-            self._found[key] = (grad.add_(before) if own else _sum(before, grad), True)
+            ours = _sum(shared, grad)
+            shared = None
+        self._found[key] = shared, ours
+
+    def own(self, key: Key) -> Tensor | None:
+        """The sum of the summands that are the key's own, to be added to; None: there is none yet."""
+        return self._found.get(key, (None, None))[1]
+
+    def parts(self, key: Key) -> list[Tensor]:
+        """What adds up to the sum: nothing, one map or two, contiguous. Gone afterwards."""
+        return [_contiguous(part) for part in self._found.pop(key, (None, None)) if part is not None]
 
     def take(self, key: Key) -> tuple[Tensor | None, bool]:
         """The sum, contiguous, and whether it is the taker's own; None: nothing came. Gone afterwards."""
-        grad, own = self._found.pop(key, (None, False))
-        if grad is None or grad.is_contiguous():
-            return grad, own
-        return grad.contiguous(), True
+        shared, ours = self._found.pop(key, (None, None))
+        if ours is not None:
+            return ours if shared is None else ours.add_(shared), True
+        return (None, False) if shared is None else (_contiguous(shared), not shared.is_contiguous())
+
+
+def _contiguous(grad: Tensor) -> Tensor:
+    """[N, H, W, C]."""
+    if grad.is_contiguous():
+        return grad
+    return channels_last(grad.permute(0, 3, 1, 2), empty(grad.shape, grad.dtype))
 
 
 class Tape:

@@ -151,8 +151,11 @@ class TapedRun(Terms):
         for name, grad in zip(self.schedule.record, grads, strict=True):
             if grad is not None:
                 area = self.network.recorded(name)[0]
+                steps = grad.permute(0, 1, 3, 4, 2)
+                if grad.stride(0) == 0:  # (a sum over time: the same at every step)
+                    steps = steps[0].contiguous().expand(steps.shape)
                 for t, slot in enumerate(self.schedule.slot_of[area][self.schedule.first_step[name] :]):
-                    self.tape.grads.add(self._recorded_key(name, slot), grad[t].permute(0, 2, 3, 1), own=False)
+                    self.tape.grads.add(self._recorded_key(name, slot), steps[t], own=False)
         self.tape.walk_back(keep)
         self.blocks = {}
         self._drop_packed(forward=False)

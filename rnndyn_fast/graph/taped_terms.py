@@ -280,10 +280,11 @@ class Terms:
         need_x = drive.source in self.reaches
         if need_x or need_weight:
             x = self._read(drive, xs, shape_only=not need_weight)
-            grad_x, found_weights = linear.backward(x, stacked(grads), need_x=need_x, need_weight=need_weight)  # type: ignore[arg-type]
+            into = self.tape.grads.own(keys[0]) if need_x and len(keys) == 1 else None
+            grad_x, found_weights = linear.backward(x, stacked(grads), need_x=need_x, need_weight=need_weight, into=into)  # type: ignore[arg-type]
             for name, grad in found_weights:
                 self.tape.add_parameter(name, grad)
-            if grad_x is not None:
+            if grad_x is not None and grad_x is not into:
                 for key, part in zip(keys, grad_x.chunk(len(keys)), strict=True):
                     self.tape.grads.add(key, part, own=True)
         if first == 0 and linear.dense is not None and sum(other is linear for other in self.linear.values()) == 1:

@@ -125,6 +125,8 @@ def gate_step(
     sums: Sequence[Tensor | None],  # [N, H, W, m * D], or None where it is not wanted, or is the port's only term
     states: Sequence[Tensor],  # [N, H, W, D] each: outputs, or in the backward pass their gradients
     grad_ports: Sequence[Tensor],  # [N, H, W, m * D] each: outputs of the backward pass
+    more: Sequence[Tensor | None] = (),  # [N, H, W, D] each: second summands of the states' gradients
+    grad_biases: Sequence[Tensor | None] = (),  # [m * D] each, written: sums of grad_ports over pixels; not on devices
     *,
     backward: bool,
 ) -> None:
@@ -132,12 +134,15 @@ def gate_step(
     if on_device(states[0]):
         from rnndyn_fast.ops import _launch_cells_cuda
 
+        states = [s if m is None else s + m for s, m in zip(states, more, strict=True)] if more else states
         return _launch_cells_cuda.gate_step(scalars, ports, biases, sums, states, grad_ports, backward=backward)
     n, h, w, channels = shape = tuple(states[0].shape)
     dtype = states[0].dtype
     rule, forget_bias, tau, gate, activation = scalars
     sizes = [(n, h, w, terms[0].shape[3]) for terms in ports]
     launch = _core.gate_step_float32 if dtype == torch.float32 else _core.gate_step_float64
+    wanted = any(row is not None for row in grad_biases)
+    held, workspace = workspace_of(2 * _core.gate_step_workspace(n * h * w, sum(size[3] for size in sizes))) if wanted else (None, 0)
     launch(
         rule, n * h * w, channels, torch.get_num_threads(), forget_bias, tau, gate, activation,
         [_addresses(terms, f"ports[{k}]", size, dtype) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
@@ -145,8 +150,12 @@ def gate_step(
         [address_of(total, f"sums[{k}]", sizes[k], dtype) for k, total in enumerate(sums)],
         _addresses(states, "states", shape, dtype),
         [address_of(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],
+        [address_of(grad, f"more[{k}]", shape, dtype) for k, grad in enumerate(more)],
+        [address_of(row, f"grad_biases[{k}]", sizes[k][3:], dtype) for k, row in enumerate(grad_biases)],
+        workspace,
         backward,
     )  # fmt: skip
+    del held
 
 
 def area_step_backward(

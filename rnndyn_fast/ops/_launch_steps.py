@@ -1,4 +1,5 @@
-"""Launches of ``norm_step``, ``depthwise_conv`` and ``channels_last``: like :mod:`rnndyn_fast.ops._launch`, whose rules hold here too."""
+"""Launches of ``norm_step``, ``activation_backward``, ``depthwise_conv``, ``separable_conv`` and ``channels_last``: like
+:mod:`rnndyn_fast.ops._launch`, whose rules hold here too."""
 
 from __future__ import annotations
 
@@ -108,6 +109,27 @@ def norm_step_backward(
     del held
 
 
+def activation_backward(
+    activation: int,
+    grad: Tensor,  # [N, H, W, C]
+    more: Tensor | None,  # [N, H, W, C], added to it
+    state: Tensor,  # [N, H, W, C]
+    grad_drive: Tensor,  # [N, H, W, C]
+    grad_bias: Tensor | None,  # [C]
+) -> None:
+    """Launch ``activation_backward``: grad_drive and grad_bias are written."""
+    n, h, w, c = full = tuple(state.shape)
+    core, dtype = _launch._core, state.dtype
+    launch = core.activation_backward_float32 if dtype == torch.float32 else core.activation_backward_float64
+    held, workspace = (None, 0) if grad_bias is None else _launch.workspace_of(2 * core.gate_step_workspace(n * h * w, c))
+    launch(
+        activation, n * h * w, c, torch.get_num_threads(), address_of(grad, "grad", full, dtype), address_of(more, "more", full, dtype),
+        address_of(state, "state", full, dtype), address_of(grad_drive, "grad_drive", full, dtype),
+        address_of(grad_bias, "grad_bias", (c,), dtype), workspace,
+    )  # fmt: skip
+    del held
+
+
 def depthwise_conv(
     x: Tensor,  # [N, H, W, C]
     weight: Tensor,  # [KH, KW, I, C']
@@ -129,6 +151,30 @@ def depthwise_conv(
         address_of(weight, "weight", (kh, kw, inputs, c), x.dtype),
         address_of(bias, "bias", (c,), x.dtype),
         address_of(out, "out", (x.shape[0], out.shape[1], out.shape[2], c), x.dtype),
+    )
+
+
+def separable_conv(
+    x: Tensor,  # [N, H, W, C]
+    weight: Tensor,  # [KH, KW, I, M]
+    bias: Tensor | None,  # [M]
+    pointwise: Tensor,  # [M, P], P a multiple of 32
+    out: Tensor,  # [N, H', W', C']
+    step: int,
+    before: tuple[int, int],
+) -> None:
+    """Launch ``separable_conv``: out is written."""
+    kh, kw, inputs, c = weight.shape
+    _launch._core.separable_conv(
+        [x.shape[0], c, x.shape[1], x.shape[2], out.shape[1], out.shape[2], kh, kw, step, 1, *before, *_group(x, inputs, c)],
+        torch.get_num_threads(),
+        address_of(x, "x", tuple(x.shape), torch.float32),
+        address_of(weight, "weight", (kh, kw, inputs, c), torch.float32),
+        address_of(bias, "bias", (c,), torch.float32),
+        out.shape[3],
+        pointwise.shape[1],
+        address_of(pointwise, "pointwise", (c, pointwise.shape[1]), torch.float32),
+        address_of(out, "out", (x.shape[0], out.shape[1], out.shape[2], out.shape[3]), torch.float32),
     )
 
 

@@ -34,6 +34,7 @@ from rnndyn_fast.ops.fused_conv import PASSES, FusedWeight, fused_sum
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradForm, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
 ENGINES = ("auto", "direct", "winograd", "amx", "fused")
+ASKED_FOR = "asked for"  # why, where the user chose an engine
 DEVICE_ENGINES = ("auto", "direct", "fused")
 # torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
@@ -215,7 +216,7 @@ def _choose(
     if engine == "fused":
         raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
     if engine == "direct":
-        return EngineChoice(None, "asked for")
+        return EngineChoice(None, ASKED_FOR)
     parts = int(precision or 3)
     units = None
     if engine == "amx" or (engine == "auto" and matrix_units and min(weight_shape[:2]) >= 16):
@@ -226,7 +227,7 @@ def _choose(
             if engine == "amx":
                 return EngineChoice(None, str(error).split(": ", 1)[1])
     if units and (engine == "amx" or parts < 3):
-        return EngineChoice.of(units, "asked for" if engine == "amx" else "matrix units, and torch is asked for less precision")
+        return EngineChoice.of(units, ASKED_FOR if engine == "amx" else "matrix units, and torch is asked for less precision")
     choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples)
     if units is None:
         return choice
@@ -447,16 +448,25 @@ def convolve_backward(
     *,
     need_x: bool,
     need_weight: bool,
+    into: Tensor | None = None,  # [M, H, W, C]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`convolve`: of x, [M, H, W, C] contiguous, and of the weight in the parameter's shape; None where not needed."""
+    """Gradients of :func:`convolve`: of x, [M, H, W, C] contiguous, and of the weight in the parameter's shape; None where not needed.
+
+    ``into``: to which the gradient of x is added, and which is then returned for it.
+    """
     geometry, m = weight.geometry, weight.choice.map
     if m is not None:
         grad_weight = _weight_grad(weight, x, grad) if need_weight and isinstance(x, Tensor) else None
-        return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x) if need_x else None, grad_weight
+        return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x, into) if need_x else None, grad_weight
+    if into is not None:
+        grad_x, grad_weight = convolve_backward(weight, grad, x, need_x=need_x, need_weight=need_weight)
+        return None if grad_x is None else into.add_(grad_x), grad_weight
     fused, shape = weight.choice.fused, x.shape if isinstance(x, Tensor) else x
     if (need_x and "data" in fused) or (need_weight and "weight" in fused):
-        by_vendor = {"need_x": need_x and "data" not in fused, "need_weight": need_weight and "weight" not in fused}
-        grad_x, grad_weight = convolve_backward(weight, grad, x, **by_vendor) if any(by_vendor.values()) else (None, None)
+        vendor_x, vendor_weight = need_x and "data" not in fused, need_weight and "weight" not in fused
+        grad_x, grad_weight = None, None
+        if vendor_x or vendor_weight:
+            grad_x, grad_weight = convolve_backward(weight, grad, x, need_x=vendor_x, need_weight=vendor_weight)
         if need_x and "data" in fused:
             grad_x = weight.fused.data_grad(grad, shape)
         if need_weight and "weight" in fused and isinstance(x, Tensor):
@@ -484,11 +494,11 @@ def convolve_backward(
     return grad_x.permute(0, 2, 3, 1).contiguous() if need_x else None, grad_weight.contiguous() if need_weight else None
 
 
-def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size) -> Tensor:
+def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size, into: Tensor | None) -> Tensor:
     packed = weight.packed_backward
     if isinstance(packed, PackedWeight):
-        return winograd_conv([grad], [packed])
-    return amx_conv(grad, packed, empty(shape, torch.float32))
+        return winograd_conv([grad], [packed], into, accumulate=into is not None)
+    return amx_conv(grad, packed, empty(shape, torch.float32) if into is None else into, accumulate=into is not None)
 
 
 _MANY_TILES = 96  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)

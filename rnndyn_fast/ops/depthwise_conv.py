@@ -46,6 +46,32 @@ def depthwise_conv(
     return out
 
 
+def pack_pointwise(
+    weight: Tensor,  # [C', C, 1, 1]
+) -> Tensor:
+    """A 1 x 1 convolution's parameter as :func:`separable_conv` takes it: [C, C' rounded up to a multiple of 32], zero beyond C'."""
+    outputs, inputs = weight.shape[:2]
+    return torch.cat([weight.flatten(1).t(), weight.new_zeros((inputs, -outputs % 32))], 1).contiguous()
+
+
+def separable_conv(
+    x: Tensor,  # [N, H, W, C]
+    weight: Tensor,  # [KH, KW, I, M]
+    bias: Tensor | None,  # [M]
+    pointwise: Tensor,  # [M, P] of pack_pointwise
+    channels: int,  # C', of the result
+    stride: int,
+    before: tuple[int, int],
+    size: tuple[int, int],
+    out: Tensor | None = None,  # [N, *size, C']
+) -> Tensor:
+    """:func:`depthwise_conv` and a 1 x 1 convolution without bias, float32 on the CPU, without a map in between: [N, *size, C']."""
+    if out is None:
+        out = empty((x.shape[0], *size, channels), x.dtype)
+    _launch_steps.separable_conv(x, weight, bias, pointwise, out, stride, before)
+    return out
+
+
 def depthwise_data_grad(
     grad: Tensor,  # [N, H', W', C']
     weight: Tensor,  # [KH, KW, I, C']

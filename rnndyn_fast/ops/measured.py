@@ -163,15 +163,10 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], obj
     def direct() -> None:  # the vendor's convolution, and the pass that adds what else there is
         torch.add(convolve(weights[1], x), added, out=value)
 
-    def back(weight: Weight, **wanted: bool) -> Callable[[], object]:
-        return lambda: convolve_backward(weight, grad, x, **wanted)
+    def back(weight: Weight, what: str) -> Callable[[], object]:
+        return lambda: convolve_backward(weight, grad, x, need_x=what == "data", need_weight=what == "weight")
 
-    data, weight = {"need_x": True, "need_weight": False}, {"need_x": False, "need_weight": True}
-    return {
-        "forward": (fused, direct),
-        "data": (back(weights[0], **data), back(weights[1], **data)),
-        "weight": (back(weights[0], **weight), back(weights[1], **weight)),
-    }
+    return {"forward": (fused, direct), **{what: (back(weights[0], what), back(weights[1], what)) for what in ("data", "weight")}}
 
 
 def alternate(contenders: list[Callable[[], object]], device: torch.device) -> list[float]:
