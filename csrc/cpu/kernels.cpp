@@ -25,6 +25,7 @@ namespace RNNDYN_ISA {
 #include "cpu/ctrnn_op_kernel.h"
 #include "cpu/ctrnn_train_kernel.h"
 #include "cpu/gate_step_kernel.h"
+#include "cpu/activation_kernel.h"
 #include "cpu/norm_step_kernel.h"
 #include "cpu/depthwise_conv_kernel.h"
 #include "cpu/layout_kernel.h"

@@ -3,7 +3,8 @@
 //
 // Maths: y[i, j, o] = sum over c of w[c, o] m[i, j, c], with m as depthwise_conv makes it.
 // Precision: float32, summed over c in order.
-// Traffic: x and y once; a few rows of m stay in L2, as does w up to 256 to 256 channels. Bound by arithmetic: K^2 C + C C_out multiply-adds per pixel.
+// Traffic: x and y once; a few rows of m stay in L2, as does w up to 256 to 256 channels. Bound by arithmetic: K^2 C + C C_out multiply-adds per
+//   pixel.
 // Threads: over samples, or parts of their rows where samples are fewer. Determinism: each sum by one thread, in one order.
 
 static void separable_conv(const SeparableConvParams& p) {
