@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_what_was_not_reached_for_long_is_given_back(monkeypatch: pytest.MonkeyP
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     monkeypatch.setattr(buffers, "_PATIENCE", 8)
+    gc.collect()  # (what other tests left behind)
     release_memory()
     before = resident()
     empty((64 << 20,), torch.uint8).fill_(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rnndyn_fast.graph.again import StatesAgain
 from rnndyn_fast.graph.operands import at_most
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Network, Norm, Operator
-from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked
+from rnndyn_fast.graph.tape import Key, Tape, map_key, parted, stacked
 from rnndyn_fast.ops import _launch, _launch_steps
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_run_gate_step, gate_scalars
@@ -149,7 +149,7 @@ class Rules:
             for name in biases:
                 self.tape.add_parameter(name, row)
         for keys in port.keys:
-            for key, part in zip(keys, grad.chunk(len(keys)), strict=True):
+            for key, part in zip(keys, parted(grad, len(keys)), strict=True):
                 self.tape.grads.add(key, part, own=len(port.keys) == 1)
 
     def _parts(self, keys: Sequence[Key], shape: tuple[int, ...]) -> list[Tensor]:

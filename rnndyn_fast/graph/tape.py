@@ -45,6 +45,11 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
     return torch.add(a, b, out=empty(a.shape, a.dtype))
 
 
+def parted(maps: Tensor, count: int) -> Sequence[Tensor]:
+    """The inverse of :func:`stacked`: [count * N, ...] as so many [N, ...]."""
+    return (maps,) if count == 1 else maps.chunk(count)
+
+
 class Gradients:
     """Sums of gradients by key: of each a summand that others may read too, and the sum of those that are the key's own, in the first one's
     place. They are added up when the sum is taken, or by the kernel that reads them."""

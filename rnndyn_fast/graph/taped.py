@@ -10,6 +10,7 @@ step by time step, and a map is dropped after its last reader. What no kernel co
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
-from rnndyn_fast.graph.tape import Key, map_key
-from rnndyn_fast.graph.taped_terms import Terms
+from rnndyn_fast.graph.tape import Key, map_key, parted
+from rnndyn_fast.graph.taped_terms import Rooms, Terms
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import empty, same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
@@ -41,7 +42,7 @@ class TapedRun(Terms):
         at = Slots(self.network.area(name), slots, step, lambda kind, channels: self.room(name, slots, kind, channels))
         states = self.rules.update(at, self.ports(name, slots))
         for state, value in states.items():
-            for slot, part in zip(slots, value.chunk(len(slots)), strict=True):
+            for slot, part in zip(slots, parted(value, len(slots)), strict=True):
                 self.maps[map_key(name, slot, state)] = part
         for slot in slots:
             self.pool_early(name, slot)
@@ -108,15 +109,19 @@ class TapedRun(Terms):
         found = {name: self._place_of(name) for name in schedule.record}
         if self.tape.recording:
             self.run()
+        places = {name: out.unbind() for name, out in found.items()}
+        steps: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # of an area's slot, those of what is recorded
+        for name in found:
+            area = self.network.recorded(name)[0]
+            for t, slot in enumerate(schedule.slot_of[area][schedule.first_step[name] :]):
+                steps[area, slot].append((name, t))
         for area, slot in schedule.time_major:
             if not self.tape.recording:
                 self.update(area, range(slot, slot + 1))
-            for name, out in found.items():
-                if self.network.recorded(name)[0] == area:
-                    value = self.maps[self._recorded_key(name, slot)]
-                    for t, s in enumerate(schedule.slot_of[area][schedule.first_step[name] :]):
-                        if s == slot and not same_place(out[t], value):
-                            out[t].copy_(value)
+            for name, t in steps[area, slot]:
+                value, place = self.maps[self._recorded_key(name, slot)], places[name][t]
+                if not same_place(place, value):
+                    place.copy_(value)
             if not self.tape.recording and not self.map_uses[area, slot]:
                 self._drop(area, slot)
         self.maps, self.forms, self.terms = {}, {}, {}
@@ -139,7 +144,7 @@ class TapedRun(Terms):
         steps = self.schedule.slot_of[key[1]][self.schedule.first_step[name] :]
         found = empty((len(steps), self.samples, height, width, channels), self.example.dtype)
         if steps == list(range(self.schedule.num_slots[key[1]])):
-            self.whole.setdefault((key[1], f"state {key[3]}"), found)
+            self.whole.setdefault((key[1], f"state {key[3]}"), Rooms(found))
         return found
 
     def _recorded_key(self, name: str, slot: int) -> Key:

@@ -17,7 +17,7 @@ from rnndyn_fast.graph.linear import DenseMap, LinearMap, linear_map
 from rnndyn_fast.graph.operands import area_step_forward, empty_form
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Connection, Network, Operator, Pool
-from rnndyn_fast.graph.tape import Key, Tape, map_key, stacked, term_key
+from rnndyn_fast.graph.tape import Key, Tape, map_key, parted, stacked, term_key
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
@@ -32,6 +32,19 @@ def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dt
     """Parameters as the kernels take them: weights of the maps' dtype, all others of that of sums."""
     weights = {name for c in network.connections for name in c.weights}
     return {name: p.to(dtype if name in weights else sums_dtype(dtype)) for name, p in parameters.items()}
+
+
+class Rooms:
+    """Maps one after another, [slots, N, H, W, C], from a slot on."""
+
+    def __init__(self, maps: Tensor, first: int = 0) -> None:
+        self.first, self._maps, self._each = first, maps, maps.unbind()
+
+    def of(self, slots: range) -> Tensor:
+        """[len(slots) * N, H, W, C]."""
+        if len(slots) == 1:
+            return self._each[slots[0] - self.first]
+        return self._maps[slots[0] - self.first : slots[-1] + 1 - self.first].flatten(0, 1)
 
 
 class Terms:
@@ -57,8 +70,9 @@ class Terms:
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
         self._form_keys: dict[tuple[int, int], Key] = {}  # of the gradients of forms that were read, by drive and slot
         self.terms: dict[tuple[int, int], Tensor] = {}
-        self.whole: dict[tuple[str, str], Tensor] = {}  # maps of all slots, [slots, N, H, W, C], by area and kind: those that are recorded
-        self.blocks: dict[tuple[str, str], tuple[int, Tensor]] = {}  # other maps: first slot of the latest window, and its room
+        self.whole: dict[tuple[str, str], Rooms] = {}  # maps of all slots, by area and kind: those that are recorded
+        self.blocks: dict[tuple[str, str], Rooms] = {}  # other maps: of the latest window
+        self._frames: dict[str, Sequence[Tensor]] = {}  # of inputs that have some
         self.linear: dict[int, LinearMap | None] = {}
         self._packed: dict[tuple[Any, ...], LinearMap | None] = {}
         self.uses = Counter((t.drive, t.position) for terms in schedule.terms.values() for t in terms)
@@ -108,11 +122,14 @@ class Terms:
         """Maps of an input, [len(slots) * N, H, W, C]."""
         spec, x = self.inputs[node]
         off = spec.off_at is not None
-        frames = [x[slot] if spec.frames else torch.full_like(x, spec.off_value) if off and slot else x for slot in slots]
-        first = frames[0].permute(0, 2, 3, 1)
-        if len(frames) == 1 and first.is_contiguous():
-            return first
-        out = empty((len(frames), *first.shape), x.dtype)
+        if spec.frames and node not in self._frames:
+            self._frames[node] = x.unbind()
+        frames = [self._frames[node][slot] if spec.frames else torch.full_like(x, spec.off_value) if off and slot else x for slot in slots]
+        n, c, h, w = frames[0].shape
+        if len(frames) == 1:
+            frame = frames[0].permute(0, 2, 3, 1)
+            return frame if frame.is_contiguous() else channels_last(frames[0], empty((n, h, w, c), x.dtype))
+        out = empty((len(frames), n, h, w, c), x.dtype)
         for place, frame in zip(out, frames, strict=True):
             channels_last(frame, place)
         return out.flatten(0, 1)
@@ -198,7 +215,7 @@ class Terms:
         else:
             forms = [self.form(drive, slot) for slot in slots]
             value = linear.forward(stacked([x for x, _ in forms]), out)
-            self.terms.update(zip(positions, value.chunk(len(slots)), strict=True))
+            self.terms.update(zip(positions, parted(value, len(slots)), strict=True))
             self._record_linear(index, first, forms)
         self._used_maps(drive, slots)
 
@@ -285,7 +302,7 @@ class Terms:
             for name, grad in found_weights:
                 self.tape.add_parameter(name, grad)
             if grad_x is not None and grad_x is not into:
-                for key, part in zip(keys, grad_x.chunk(len(keys)), strict=True):
+                for key, part in zip(keys, parted(grad_x, len(keys)), strict=True):
                     self.tape.grads.add(key, part, own=True)
         if first == 0 and linear.dense is not None and sum(other is linear for other in self.linear.values()) == 1:
             linear.dense.drop_packed()  # (what is left is its weight's gradient)
@@ -459,12 +476,12 @@ class Terms:
         _, height, width = self.network.shapes[name]
         shape = (self.samples, height, width, channels)
         if (name, kind) in self.whole:
-            return self.whole[name, kind][slots[0] : slots[-1] + 1].flatten(0, 1)
+            return self.whole[name, kind].of(slots)
         if not self.tape.recording:
             return empty(shape, self.example.dtype)
         size, last = self.window(name), self.schedule.num_slots[name]
         stop = last - (last - 1 - slots[0]) // size * size
         first = max(0, stop - size)
-        if (name, kind) not in self.blocks or self.blocks[name, kind][0] != first:
-            self.blocks[name, kind] = first, empty((stop - first, *shape), self.example.dtype)
-        return self.blocks[name, kind][1][slots[0] - first : slots[-1] + 1 - first].flatten(0, 1)
+        if (name, kind) not in self.blocks or self.blocks[name, kind].first != first:
+            self.blocks[name, kind] = Rooms(empty((stop - first, *shape), self.example.dtype), first)
+        return self.blocks[name, kind].of(slots)

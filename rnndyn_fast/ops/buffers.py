@@ -48,8 +48,8 @@ class Region:
         fitting = [(end - first, i) for i, (first, end) in enumerate(self.gaps) if end - first >= nbytes]
         return min(fitting)[1] if fitting else None
 
-    def take(self, gap: int, nbytes: int) -> Tensor:
-        """The first bytes of a gap, until no tensor uses them."""
+    def take(self, gap: int, nbytes: int, dtype: torch.dtype = torch.uint8, count: int = -1) -> Tensor:
+        """The first bytes of a gap, until no tensor uses them: as so many elements, or as many as fit."""
         first, end = self.gaps[gap]
         last = first + nbytes
         self._clean.discard((first, end))
@@ -57,7 +57,7 @@ class Region:
         self.touched, self._reach = max(self.touched, last), max(self._reach, last)
         view, freed = self._bytes[first:last], self._freed
         self._users[first] = weakref.ref(view, lambda _: freed.append((first, last)))
-        return torch.frombuffer(view, dtype=torch.uint8)  # (whose storage holds the view, which nobody else does)
+        return torch.frombuffer(view, dtype=dtype, count=count)  # (whose storage holds the view, which nobody else does)
 
     def _join(self) -> None:
         """Make gaps of the buffers that were freed."""
@@ -121,7 +121,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(size) * dtype.itemsize
     if nbytes < _LARGE:
         return torch.empty(size, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(_take(nbytes).untyped_storage(), 0, size, _strides(size))
+    return _take(nbytes, dtype, math.prod(size)).view(size)
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -148,12 +148,7 @@ class Arena:
         return self._room[first : first + nbytes].view(dtype).view(*shape)
 
 
-def _strides(size: torch.Size) -> list[int]:
-    """Of a contiguous tensor."""
-    return [math.prod(size[i + 1 :]) for i in range(len(size))]
-
-
-def _take(nbytes: int) -> Tensor:
+def _take(nbytes: int, dtype: torch.dtype, count: int) -> Tensor:
     global _handed_out
     nbytes = -(-nbytes // _PAGE) * _PAGE
     with _lock:
@@ -164,8 +159,8 @@ def _take(nbytes: int) -> Tensor:
         for region in _regions:
             gap = region.smallest_gap(nbytes)
             if gap is not None:
-                return region.take(gap, nbytes)
-        return _new_region(nbytes).take(0, nbytes)
+                return region.take(gap, nbytes, dtype, count)
+        return _new_region(nbytes).take(0, nbytes, dtype, count)
 
 
 def _new_region(nbytes: int) -> Region:
