@@ -320,6 +320,16 @@ static void winograd_pack_weight_form(const WinogradPackParams& p) {
       const int* tap = p.tap[panel / phase_panels];
       const int64_t first = panel % phase_panels * kGemmCols, count = smaller(kGemmCols, p.out_channels - first);
       const int64_t ins = smaller(kTogether, p.in_channels - block);
+      float* corner = p.packed + (panel * p.in_channels + block) * kGemmCols;
+      // Its results lie in a^2 places, its kernels in as many as there are lanes: ask for the lines of these, and of the next block's kernels,
+      // now. (Without, loads and stores wait for them one by one. A prefetch past the end is harmless.)
+      for (int64_t f = 0; f < Patch * Patch; ++f)
+        for (int64_t line = 0; line < ins * kGemmCols; line += 16)
+          __builtin_prefetch(corner + f * panels * p.in_channels * kGemmCols + line, 1, 3);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const float* next = p.weight + (first + lane) * p.out_stride + (block + kTogether) * p.in_stride;
+        for (int64_t line = 0; line < kTogether * Kernel * Kernel; line += 16) __builtin_prefetch(next + line, 0, 3);
+      }
       for (int64_t lane = 0; lane < count; ++lane)
         for (int64_t i = 0; i < ins; ++i) {
           const float* kernel = p.weight + (first + lane) * p.out_stride + (block + i) * p.in_stride;
@@ -335,7 +345,7 @@ static void winograd_pack_weight_form(const WinogradPackParams& p) {
             kernel_1d<Patch, Kernel>(column, 1, out, 1);
             for (int a = 0; a < Patch; ++a) half[kw][a] = out[a];
           }
-          float* to = p.packed + (panel * p.in_channels + block + i) * kGemmCols + part;
+          float* to = corner + i * kGemmCols + part;
           for (int a = 0; a < Patch; ++a) {
             vec out[Patch];
             kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
