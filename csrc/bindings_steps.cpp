@@ -11,7 +11,7 @@
 #include "bindings.h"
 #include "cpu/kernel_table.h"
 #include "depthwise_conv.h"
-#include "layout.h"
+#include "channels_last.h"
 #include "norm_step.h"
 
 namespace py = pybind11;

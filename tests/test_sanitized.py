@@ -26,7 +26,7 @@ _OPS = (
     "gate_step",
     "norm_step",
     "depthwise_conv",
-    "layout",
+    "channels_last",
     "ctrnn",
     "ctrnn_train",
 )

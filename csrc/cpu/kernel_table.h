@@ -6,7 +6,7 @@
 #include "ctrnn.h"
 #include "depthwise_conv.h"
 #include "gate_step.h"
-#include "layout.h"
+#include "channels_last.h"
 #include "norm_step.h"
 #include "readout_zones.h"
 #include "trajectory_norms.h"

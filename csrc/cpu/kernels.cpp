@@ -28,7 +28,7 @@ namespace RNNDYN_ISA {
 #include "cpu/activation_kernel.h"
 #include "cpu/norm_step_kernel.h"
 #include "cpu/depthwise_conv_kernel.h"
-#include "cpu/layout_kernel.h"
+#include "cpu/channels_last_kernel.h"
 #include "cpu/winograd_transform_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/readout_zones_kernel.h"

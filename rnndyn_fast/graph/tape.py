@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty, share_storage, sums_dtype
-from rnndyn_fast.ops.layout import channels_last
+from rnndyn_fast.ops.channels_last import channels_last
 
 Key = tuple[Any, ...] | None
 

@@ -20,8 +20,8 @@ from rnndyn_fast.graph.spec import Connection, Network, Operator, Pool
 from rnndyn_fast.graph.tape import Key, Tape, map_key, parted, stacked, term_key
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty, sums_dtype
+from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
-from rnndyn_fast.ops.layout import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled, term
 
 WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many

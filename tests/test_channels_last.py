@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnndyn_fast.ops.layout import channels_last
+from rnndyn_fast.ops.channels_last import channels_last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""``channels_last``: maps as the kernels take them, from the layout of PyTorch's tensors. Traffic: ``csrc/cpu/layout_kernel.h``."""
+"""``channels_last``: maps as the kernels take them, from the layout of PyTorch's tensors. Traffic: ``csrc/cpu/channels_last_kernel.h``."""
 
 from __future__ import annotations
 
