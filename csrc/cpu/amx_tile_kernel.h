@@ -93,8 +93,6 @@ static void emulate_product(Tile& sum, const Tile& a, const Tile& b) {
 
 struct TileScope {
   Tile slot[8];
-
-  explicit TileScope(bool = true) {}
 };
 
 // To the nearest, ties to even; denormals become zero, as the instructions have it.

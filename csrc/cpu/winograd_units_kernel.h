@@ -3,15 +3,19 @@
 // Maths: as amx_conv with three parts, x = x_1 + x_2 + x_3, of which the six largest products are summed in float32. Parts are cut off, not rounded:
 //   three times eight bits are all that a float32 has, and cutting takes an AND and a subtraction. (Infinity becomes NaN, as in the transforms.)
 // Layout: a line is 64 bytes, one part of a row; a row of a pair of tiles i and i + 16 of a group of 32 holds 16 channels, a row of a channel 16 pairs.
-// Without matrix units the emulated ones are never chosen here: vector units are there.
+// Only where there are matrix units: elsewhere the products run on vector units, which emulated ones would not speed up.
 
 constexpr int kUnitParts = 3;
 constexpr int64_t kUnitLine = 64, kUnitTiles = 32;          // bytes of a line; tiles of a product
 constexpr int64_t kUnitStep = kUnitParts * 2 * kTileBytes;  // what one side of a product takes: 32 channels by 32 tiles
 
 #ifdef RNNDYN_AMX
-
 constexpr bool kHasUnits = true;
+#else
+constexpr bool kHasUnits = false;
+#endif
+
+#ifdef RNNDYN_AMX
 
 // Two vectors of 16 values as lines of words (low, high), `part` bytes apart.
 static inline void unit_lines(const float* low, const float* high, char* out, int64_t part) {
@@ -25,24 +29,6 @@ static inline void unit_lines(const float* low, const float* high, char* out, in
     x0 = _mm512_sub_ps(x0, _mm512_castsi512_ps(h0)), x1 = _mm512_sub_ps(x1, _mm512_castsi512_ps(h1));
   }
 }
-
-#else
-
-constexpr bool kHasUnits = false;
-
-static inline void unit_lines(const float* low, const float* high, char* out, int64_t part) {
-  for (int i = 0; i < 16; ++i) {
-    float x[2] = {low[i], high[i]};
-    for (int k = 0; k < kUnitParts; ++k)
-      for (int side = 0; side < 2; ++side) {
-        const uint32_t bits = as_bits(x[side]) & 0xffff0000u;
-        reinterpret_cast<uint16_t*>(out + k * part)[2 * i + side] = uint16_t(bits >> 16);
-        x[side] -= as_float(bits);
-      }
-  }
-}
-
-#endif
 
 // 32 tiles of 16 channels of one frequency, [tiles, 16], as rows of pairs of tiles (i, i + 16): one tile of matrix units per part, `part` bytes apart;
 // transposed, as rows of channels.
@@ -67,3 +53,5 @@ static inline void unit_sums(TileScope& scope, const char* v, const char* q, int
   for (int i = 0; accumulate && i < 64; ++i) __builtin_prefetch(sums + 1024 + i * 16, 1, 3);
   tile_sums_store(scope, sums, 128);
 }
+
+#endif  // RNNDYN_AMX

@@ -43,6 +43,7 @@ struct WinogradWeightGradSizes {
   }
 };
 
+#ifdef RNNDYN_AMX
 // 32 tiles from `first` on, of which `count` exist, and 16 channels, of x or, where those are past them, of the gradient, as a product takes them.
 template <int Patch, int Kernel>
 static void winograd_weight_grad_tiles(const WinogradWeightGradParams& p,
@@ -66,6 +67,7 @@ static void winograd_weight_grad_tiles(const WinogradWeightGradParams& p,
   for (int64_t f = 0; f < Patch * Patch; ++f)
     unit_tiles(room + f * s.kFrequencyRoom, of_x, to + f * blocks * s.steps * kUnitStep, 2 * kTileBytes);
 }
+#endif
 
 // Blocks of tiles are transformed by all threads; then each frequency is accumulated by one thread into its own sum.
 template <int Patch, int Kernel>
@@ -78,6 +80,7 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
 
 #pragma omp parallel num_threads(p.num_threads)
   {
+#ifdef RNNDYN_AMX
     TileScope scope(s.units);
     float* room = q + s.q_size + omp_get_thread_num() * (s.units ? s.kRoom : 0);
     for (int64_t b = 0; s.units && b < s.blocks; ++b) {
@@ -101,6 +104,7 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
                         sums + ((f * s.panels + panel) * pairs + i) * 1024);
       // (barrier: the next block writes v and q again)
     }
+#endif
     for (int64_t b = 0; !s.units && b < s.blocks; ++b) {
       const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
 #pragma omp for schedule(static)
