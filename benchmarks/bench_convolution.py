@@ -22,7 +22,8 @@ from measure import QUICK, alternate, summary, write_result
 from torch import Tensor
 
 from rnndyn_fast.ops.amx_conv import AmxMap
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Operator, Weight, choose_engine, convolve, convolve_backward
+from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
 
 ROUNDS, WARMUP = (2, 1) if QUICK else (15, 3)
 # The largest relative errors in norm that may be: of ours the documented budget, of bfloat16 its 8 bits.

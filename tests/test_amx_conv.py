@@ -12,21 +12,10 @@ from torch.nn import functional
 
 from rnndyn_fast import _core
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, convolution
+from rnndyn_fast.ops import _launch, engines
 from rnndyn_fast.ops.amx_conv import AmxMap
-from rnndyn_fast.ops.convolution import (
-    EngineChoice,
-    Geometry,
-    Operator,
-    Weight,
-    can_run_amx,
-    can_sum,
-    choose_engine,
-    convolve,
-    convolve_backward,
-    convolve_sum,
-    with_precision,
-)
+from rnndyn_fast.ops.convolution import Weight, can_sum, convolve, convolve_backward, convolve_sum
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_amx, choose_engine, with_precision
 
 # operator, kernel, stride, padding, output padding; then M, H, W, C_source, C_target.
 CONV, TRANSPOSE = Operator.CONV, Operator.CONV_TRANSPOSE
@@ -176,7 +165,7 @@ def test_what_is_not_finite_stays_so_and_where_it_is() -> None:
 
 
 def test_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(engines, "has_matrix_units", lambda: True)
     conv, transposed = Geometry(CONV, 1, 1), Geometry(TRANSPOSE, 2, 1, 1)
 
     def choice(geometry: Geometry, shape: tuple[int, ...], engine: str = "auto") -> str:

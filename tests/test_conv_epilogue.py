@@ -14,7 +14,8 @@ from rnndyn_fast.graph.operands import AreaOperands
 from rnndyn_fast.graph.update import Pending, update_area
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_conv, pack_amx_weight
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Operator, Weight, can_end, convolve_sum
+from rnndyn_fast.ops.convolution import Weight, can_end, convolve_sum
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
 

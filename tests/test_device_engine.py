@@ -19,8 +19,8 @@ from rnndyn_fast.graph.plan import describe
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch_cuda, measured
 from rnndyn_fast.ops import buffers as buffers_module
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Operator, choose_engine
 from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
 from rnndyn_fast.ops.measured import Case, Times
 
 pytestmark = in_harness

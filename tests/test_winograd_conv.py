@@ -10,18 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, convolution
-from rnndyn_fast.ops.convolution import (
-    EngineChoice,
-    Geometry,
-    Operator,
-    Weight,
-    can_run_winograd,
-    choose_engine,
-    convolve,
-    convolve_backward,
-    convolve_sum,
-)
+from rnndyn_fast.ops import _launch, convolution, engines
+from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward, convolve_sum
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, taps
 
 MAPS = [
@@ -173,7 +164,7 @@ def test_one_network_step_is_accurate() -> None:
 
 @pytest.fixture
 def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(engines, "has_matrix_units", lambda: False)
 
 
 @pytest.mark.usefixtures("no_matrix_units")

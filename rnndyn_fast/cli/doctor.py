@@ -43,7 +43,7 @@ def report() -> str:
     from rnndyn_fast.models import blt_net_64
     from rnndyn_fast.nn import CTRNN
     from rnndyn_fast.ops import _launch_cuda
-    from rnndyn_fast.ops.convolution import ENGINES
+    from rnndyn_fast.ops.engines import ENGINES
 
     lines = ["versions"]
     lines += _rows({"rnndyn_fast": rnndyn_fast.__version__, "python": f"{platform.python_version()} ({sys.executable})"})

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
-from rnndyn_fast.ops.convolution import Geometry, Operator
+from rnndyn_fast.ops.engines import Geometry, Operator
 
 Shape = tuple[int, int, int]  # channels, height, width
 SAME: Literal["same"] = "same"

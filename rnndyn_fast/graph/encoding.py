@@ -11,7 +11,7 @@ from rnndyn_fast.graph.areas import Interaction, Norm
 from rnndyn_fast.graph.connections import Pool, Role
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import Cell, cell_from_plain
-from rnndyn_fast.ops.convolution import Operator
+from rnndyn_fast.ops.engines import Operator
 
 T = TypeVar("T")
 

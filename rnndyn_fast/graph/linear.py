@@ -17,7 +17,7 @@ from rnndyn_fast.graph.spec import Connection, Network, Operator
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import AmxMap
 from rnndyn_fast.ops.buffers import empty, sums_dtype
-from rnndyn_fast.ops.convolution import ASKED_FOR, EngineChoice, Geometry, Weight, choose_engine, convolve, convolve_backward
+from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward
 from rnndyn_fast.ops.depthwise_conv import (
     MAX_GROUP,
     MAX_KERNEL,
@@ -30,6 +30,7 @@ from rnndyn_fast.ops.depthwise_conv import (
     unpack_depthwise,
 )
 from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.engines import ASKED_FOR, EngineChoice, Geometry, choose_engine
 
 Grads = list[tuple[str, Tensor]]  # of parameters, by name; those of one name add up
 

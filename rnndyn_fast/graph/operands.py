@@ -12,8 +12,9 @@ from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
 from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import Arena, empty, sums_dtype
-from rnndyn_fast.ops.convolution import EngineChoice, Weight, choose_engine
+from rnndyn_fast.ops.convolution import Weight
 from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.engines import EngineChoice, choose_engine
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
 from rnndyn_fast.graph.support import unknown_to_native
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, choose_engine
 from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, choose_engine
 
 _POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MAX_SAME: "maxpool2same({})", Pool.MEAN: "mean({})"}
 _FACTOR = {Interaction.MULTIPLICATIVE: "(1 + {})", Interaction.SQUASHED: "2 sigmoid({})"}

@@ -22,7 +22,7 @@ from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.graph.support import unknown_to_native
 from rnndyn_fast.graph.taped import can_run_taped, rollout_taped
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops.convolution import ENGINES, with_precision
+from rnndyn_fast.ops.engines import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
@@ -118,7 +118,7 @@ def rollout(
             in other dtypes and in functional transforms in PyTorch's operations), "reference" (nothing is scheduled), or None: native
             where it can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
         engine: how convolutions are computed: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
-            (see :func:`rnndyn_fast.ops.convolution.choose_engine`), on CUDA devices "fused" (see
+            (see :func:`rnndyn_fast.ops.engines.choose_engine`), on CUDA devices "fused" (see
             :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),

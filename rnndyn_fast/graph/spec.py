@@ -31,7 +31,7 @@ from rnndyn_fast.graph.areas import ABSENT, ZERO, Area, Input, Interaction, Norm
 from rnndyn_fast.graph.connections import FIT, SAME, Connection, Pool, Role, Shape, Window, pooled_shape
 from rnndyn_fast.graph.encoding import from_plain, to_plain
 from rnndyn_fast.ops.activations import Activation
-from rnndyn_fast.ops.convolution import Operator
+from rnndyn_fast.ops.engines import Operator
 
 __all__ = [
     "ABSENT", "FIT", "SAME", "ZERO", "Activation", "Area", "Connection", "Input", "Interaction", "Network", "Norm", "Operator", "Pool",

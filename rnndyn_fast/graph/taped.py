@@ -232,7 +232,7 @@ def rollout_taped(
 ) -> list[Tensor]:
     """Run a schedule on tensors that :func:`can_run_taped` takes. Returns, for each recorded area, its states [T', N, C, H, W].
 
-    ``engine``: as :func:`rnndyn_fast.ops.convolution.choose_engine` takes it, or on a device
+    ``engine``: as :func:`rnndyn_fast.ops.engines.choose_engine` takes it, or on a device
     :func:`rnndyn_fast.ops.device_engine.choose_device_engine`. Differentiable once, in reverse mode.
     """
     names = (*(node.name for node in schedule.network.inputs), *parameters)

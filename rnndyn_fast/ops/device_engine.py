@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rnndyn_fast.ops import fused_conv, measured
-from rnndyn_fast.ops.convolution import DEVICE_ENGINES, EngineChoice, Geometry, Operator
+from rnndyn_fast.ops.engines import DEVICE_ENGINES, EngineChoice, Geometry, Operator
 
 
 def why_not_fused(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype) -> str | None:

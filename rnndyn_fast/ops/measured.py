@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rnndyn_fast.files import write_text
 from rnndyn_fast.ops import _launch_cuda
-from rnndyn_fast.ops.convolution import EngineChoice, Geometry, Operator, Weight, convolve, convolve_backward
+from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.fused_conv import PASSES
 
 MOST_SAMPLES = 256  # of a measurement: more fill no device better

@@ -1,0 +1,240 @@
+"""Which engine computes a linear map of a rollout on the CPU, and why (on CUDA devices: :mod:`rnndyn_fast.ops.device_engine`).
+
+``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`), ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`), or ``direct`` (the vendor's,
+through torch).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap
+from rnndyn_fast.ops.fused_conv import PASSES
+from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
+
+ENGINES = ("auto", "direct", "winograd", "amx", "fused")
+ASKED_FOR = "asked for"  # why, where the user chose an engine
+DEVICE_ENGINES = ("auto", "direct", "fused")
+# torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
+_PARTS = {"highest": 3, "high": 2, "medium": 1}
+
+
+class Operator(enum.Enum):
+    """The linear map of a connection.
+
+    CONV: cross-correlation, weight [C_target, C_source, K, K]; CONV_TRANSPOSE: its transpose, weight [C_source, C_target, K, K]; LINEAR: a
+    dense map between 1 x 1 maps, weight [C_target, C_source]; IDENTITY: no parameters.
+    """
+
+    CONV = "conv"
+    CONV_TRANSPOSE = "conv_transpose"
+    LINEAR = "linear"
+    IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """An operator with its stride and padding, the same in both directions; the weight tells the rest.
+
+    ``output_padding``: transposed, as torch takes it; of a convolution zeros below and right of the map, beyond the padding, which only
+    the engine of matrix units reads.
+    """
+
+    operator: Operator
+    stride: int = 1
+    padding: int = 0
+    output_padding: int = 0
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine of a connection and why; a map is None for the direct one.
+
+    ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight; but over many tiles
+    (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many. On a GPU there are no
+    maps: ``fused`` names the passes (of :data:`rnndyn_fast.ops.fused_conv.PASSES`) that the fused convolution computes.
+    """
+
+    map: WinogradMap | AmxMap | None
+    reason: str
+    grad_map: WinogradMap | AmxMap | None = None
+    fused: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, m: WinogradMap | AmxMap | None, reason: str) -> EngineChoice:
+        """The same for both."""
+        return cls(m, reason, m)
+
+    def __str__(self) -> str:
+        if self.fused:
+            return "fused" if len(self.fused) == len(PASSES) else f"fused {'+'.join(self.fused)}"
+        if isinstance(self.map, WinogradMap):
+            return f"winograd {self.map.form}"
+        return f"amx {self.map}" if self.map else "direct"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question; it guards on autocast and on precision itself
+def with_precision(engine: str) -> str:
+    """The engine with the precision that is asked for now, as :func:`choose_engine` takes it: "auto", "auto:2", ...
+
+    CPU autocast to bfloat16 asks for one part of a value, ``torch.set_float32_matmul_precision`` for three, two or one.
+    """
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    parts = 1 if autocast else _PARTS[torch.get_float32_matmul_precision()]
+    return engine if parts == 3 else f"{engine}:{parts}"
+
+
+def has_matrix_units() -> bool:
+    """Whether the native core runs on matrix units here (elsewhere their engine is emulated, for tests)."""
+    return _launch.unavailable is None and _launch.isa() == "amx"
+
+
+def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
+    """Whether the engine of matrix units computes this map; with ``raise_error``, ``ValueError`` with the reason instead of False."""
+    reason = _launch.unavailable
+    if reason is None and dtype != torch.float32:
+        reason = f"it computes in float32, not {dtype}"
+    elif reason is None and geometry.operator is Operator.IDENTITY:
+        reason = "nothing to compute"
+    elif reason is None and geometry.operator is not Operator.LINEAR:
+        kernel = weight_shape[2] * weight_shape[3]
+        if kernel > MAX_TAPS or geometry.stride**2 > MAX_PHASES:
+            reason = f"it computes kernels of at most {MAX_TAPS} elements and strides up to 4, not {kernel} and {geometry.stride}"
+    if reason and raise_error:
+        raise ValueError(f'engine="amx": {reason}')
+    return reason is None
+
+
+def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> AmxMap:
+    if geometry.operator is Operator.LINEAR:
+        return AmxMap((1, 1), parts=parts)
+    kernel = (weight_shape[2], weight_shape[3])
+    transposed = geometry.operator is Operator.CONV_TRANSPOSE
+    return AmxMap(kernel, geometry.stride, geometry.padding, geometry.output_padding, transposed, parts)
+
+
+def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
+    """Whether the Winograd engine computes this map; with ``raise_error``, ``ValueError`` with the reason instead of False."""
+    reason = _launch.unavailable
+    if reason is None and geometry.operator is Operator.LINEAR:
+        reason = "a matrix product"
+    elif reason is None:
+        kernel = weight_shape[-1]
+        same = geometry.stride == 1 and geometry.output_padding == 0
+        doubling = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 2 and geometry.output_padding == 1
+        if dtype != torch.float32:
+            reason = f"it computes in float32, not {dtype}"
+        elif not (same or doubling) or kernel not in ((3, 5, 7) if same else (3, 5)) or 2 * geometry.padding != kernel - 1:
+            reason = (
+                "it computes 3 x 3, 5 x 5 and 7 x 7 convolutions that keep the size, and 3 x 3 and 5 x 5 transposed ones that double it, "
+                f"not {geometry.operator.value} {kernel} of stride {geometry.stride} with padding {geometry.padding}"
+            )
+    if reason and raise_error:
+        raise ValueError(f'engine="winograd": {reason}')
+    return reason is None
+
+
+def _best_map(geometry: Geometry, kernel: int, height: int, width: int) -> WinogradMap:
+    """The form with the fewer products on a grid; the larger patch must save 10%, as its transforms cost more."""
+    turned = geometry.operator is Operator.CONV_TRANSPOSE and geometry.stride == 1
+    if geometry.operator is Operator.CONV_TRANSPOSE and not turned:
+        return WinogradMap(WinogradForm(5, 2) if kernel == 3 else WinogradForm(6, 3), kernel, transposed=True)
+    if kernel == 7:
+        return WinogradMap(WinogradForm(8, 4), kernel, turned=turned)
+    small, large = WinogradForm(6, kernel), WinogradForm(8, kernel)
+    form = large if large.products(height, width) < 0.9 * small.products(height, width) else small
+    return WinogradMap(form, kernel, turned=turned)
+
+
+def choose_engine(
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    engine: str = "auto",
+    samples: int = 16,
+) -> EngineChoice:
+    """Choose how a linear map is computed.
+
+    The rule of ``engine="auto"``, from the measurements in docs/kernels.md. With at least 16 channels on both sides, on a processor with
+    matrix units:
+
+    - where torch asks for less than full precision of float32 products (``torch.set_float32_matmul_precision("high")`` or "medium", or CPU
+      autocast to bfloat16): matrix units, with two parts of each value or one;
+    - else Winograd for convolutions that keep the size, and matrix units with three parts for other maps and for
+      gradients of weights over few tiles.
+
+    Elsewhere Winograd wherever it can run. Winograd must save a quarter of the products (tiles past the map's edge counted) and have at
+    least 8 tiles: its weights are up to four times as large, and fewer tiles do not pay for reading them.
+
+    Args:
+        weight_shape: of the parameter.
+        height, width: of the source map (after pooling).
+        engine: "auto", "direct", "winograd" or "amx" (wherever they can run at all), perhaps :func:`with_precision`.
+        samples: of a time step.
+    """
+    return _choose(geometry, weight_shape, height, width, dtype, engine, samples, has_matrix_units())
+
+
+@lru_cache(maxsize=1024)
+def _choose(
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    engine: str,
+    samples: int,
+    matrix_units: bool,
+) -> EngineChoice:
+    engine, _, precision = engine.partition(":")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "fused":
+        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
+    if engine == "direct":
+        return EngineChoice(None, ASKED_FOR)
+    parts = int(precision or 3)
+    units = None
+    if engine == "amx" or (engine == "auto" and matrix_units and min(weight_shape[:2]) >= 16):
+        try:
+            can_run_amx(geometry, weight_shape, dtype, raise_error=True)
+            units = _amx_map(geometry, weight_shape, parts)
+        except ValueError as error:
+            if engine == "amx":
+                return EngineChoice(None, str(error).split(": ", 1)[1])
+    if units and (engine == "amx" or parts < 3):
+        return EngineChoice.of(units, ASKED_FOR if engine == "amx" else "matrix units, and torch is asked for less precision")
+    choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples)
+    if units is None:
+        return choice
+    if not isinstance(choice.map, WinogradMap) or choice.map.transposed:
+        return EngineChoice.of(units, "this processor has matrix units")
+    return EngineChoice(choice.map, f"{choice.reason}; gradients of the weight over few tiles on matrix units", units)
+
+
+def _choose_winograd(
+    geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str, samples: int
+) -> EngineChoice:
+    if engine == "auto" and min(weight_shape[:2]) < 16:
+        return EngineChoice(None, f"only {min(weight_shape[:2])} channels: packing and transforms would cost more than they save")
+    try:
+        can_run_winograd(geometry, weight_shape, dtype, raise_error=True)
+    except ValueError as error:
+        return EngineChoice(None, str(error).split(": ", 1)[1])
+    kernel = weight_shape[-1]
+    chosen = _best_map(geometry, kernel, height, width)
+    saving = height * width * kernel**2 / chosen.products(height, width)
+    if engine == "auto":
+        tiles = samples * chosen.tiles(height, width)
+        if saving < 4 / 3:
+            return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
+        if tiles < 8:
+            return EngineChoice(None, f"only {tiles} tiles: reading the larger transformed weights would cost more than is saved")
+    return EngineChoice.of(chosen, f"{saving:.3g}x fewer products on a {height} x {width} map")
