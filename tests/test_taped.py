@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph import rollout, taped_terms
+from rnndyn_fast.graph import rollout, taped_maps, taped_terms
 from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.tape import Gradients, stacked
@@ -98,7 +98,7 @@ def test_windows_change_nothing(kind: str, slots: int, monkeypatch: pytest.Monke
     net = cell_of(kind, 4, 5)
     inputs = inputs_of(net, 2)
     whole = results(net, inputs, "scheduled", torch.float64)
-    monkeypatch.setattr(taped_terms, "WINDOW_BYTES", slots * 2 * 4 * 25 * 8)
+    monkeypatch.setattr(taped_maps, "WINDOW_BYTES", slots * 2 * 4 * 25 * 8)
     for name, found in results(net, inputs, "scheduled", torch.float64).items():
         torch.testing.assert_close(found, whole[name], rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     loss = sum(s.square().sum() for s in net.states(inputs, net.recorded))

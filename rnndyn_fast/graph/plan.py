@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rnndyn_fast.graph import backward, taped_terms
+from rnndyn_fast.graph import backward, taped_maps
 from rnndyn_fast.graph.linear import engines
 from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
 from rnndyn_fast.graph.schedule import Component, Schedule
@@ -153,7 +153,7 @@ def describe(
     ]
     reason = unknown_to_native(network)
     name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
-    window = taped_terms.WINDOW_BYTES if reason else backward.WINDOW_BYTES
+    window = taped_maps.WINDOW_BYTES if reason else backward.WINDOW_BYTES
     lines += [
         f"  weight gradients: one call per connection and window of its steps ({window >> 20} MiB)",
         "  inference: time step by time step, a state is dropped after its last reader",

@@ -23,7 +23,8 @@ from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key, parted
-from rnndyn_fast.graph.taped_terms import Rooms, Terms
+from rnndyn_fast.graph.taped_maps import Rooms
+from rnndyn_fast.graph.taped_terms import Terms
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import empty, same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
