@@ -78,12 +78,8 @@ WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad,
   p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
   for (size_t k = 0; k < terms.size(); ++k) {
     const auto& [x, strides, channels, packed, vanishing, shift] = terms[k];
-    p.term[k] = {pointer<const float>(x),
-                 grid_strides(strides),
-                 channels,
-                 pointer<const float>(packed),
-                 {vanishing[0], vanishing[1]},
-                 {shift[0], shift[1]}};
+    p.term[k] = {pointer<const float>(x),      grid_strides(strides),        channels,
+                 pointer<const float>(packed), {vanishing[0], vanishing[1]}, {shift[0], shift[1]}};
   }
   for (size_t k = 0; k < y.size(); ++k) {
     const auto& [address, vanishing] = y[k];
