@@ -277,7 +277,7 @@ def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size, into: Tensor | N
     return amx_conv(grad, packed, empty(shape, torch.float32) if into is None else into, accumulate=into is not None)
 
 
-_MANY_TILES = 96  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
+_MANY_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
 
 
 def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
