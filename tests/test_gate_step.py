@@ -199,6 +199,19 @@ def test_activation_backward(activation: Activation, dtype: torch.dtype, isa: st
             torch.testing.assert_close(row.double(), room.double().sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
+def test_activation_backward_of_what_is_not_finite_is_pytorchs(isa: str) -> None:
+    """A rectifier cuts infinite gradients to 0, and a NaN value lets its gradient through."""
+    state = torch.tensor([0.0, 0.0, 2.0, 2.0, torch.nan, 0.0, -0.5]).expand(1, 1, 3, 7).contiguous()
+    grad = torch.tensor([torch.inf, -torch.inf, torch.inf, torch.nan, 3.0, torch.nan, 2.0]).expand(1, 1, 3, 7).contiguous()
+    for activation, expected in (
+        (Activation.RELU, torch.ops.aten.threshold_backward(grad, state, 0)),
+        (Activation.ELU, torch.ops.aten.elu_backward(grad, 1, 1, 1, True, state)),
+    ):
+        room = torch.full_like(state, -7.0)
+        _launch_steps.activation_backward(ACTIVATION_NUMBERS[activation], grad, None, state, room, None)
+        torch.testing.assert_close(room, expected, equal_nan=True)
+
+
 def test_gradients_by_finite_differences() -> None:
     for name, cell in CELLS.items():
         ports, parameters = tensors(cell, (1, 2, 2, 1), 1, torch.float64)

@@ -5,13 +5,14 @@
 // Precision: a chunk of pixels in Real, chunks in double. Traffic: each map once. Bound by memory.
 // Threads: over chunks of pixels. Determinism: chunks depend on the shape alone and are added in order.
 
-// f' at an argument with the value y.
+// The gradient of an argument with the value y. (Selected, not multiplied, where the slope is 0: infinite gradients of what a rectifier cut
+// are 0, and a NaN value lets the gradient through, as in PyTorch.)
 template <GateActivation kActivation, typename Real>
-inline Real slope_of_value(Real y) {
-  if (kActivation == GateActivation::kRelu) return y > Real(0) ? Real(1) : Real(0);
-  if (kActivation == GateActivation::kElu) return y > Real(0) ? Real(1) : y + Real(1);
-  if (kActivation == GateActivation::kTanh) return Real(1) - y * y;
-  return Real(1);
+inline Real grad_of_value(Real grad, Real y) {
+  if (kActivation == GateActivation::kRelu) return y <= Real(0) ? Real(0) : grad;
+  if (kActivation == GateActivation::kElu) return y <= Real(0) ? grad * (y + Real(1)) : grad;
+  if (kActivation == GateActivation::kTanh) return grad * (Real(1) - y * y);
+  return grad;
 }
 
 template <typename Real, GateActivation kActivation>
@@ -31,13 +32,13 @@ void activation_backward_rows(const ActivationBackwardParams<Real>& p) {
           const Real* more = p.grad_more + pixel * c;
 #pragma omp simd
           for (int64_t i = 0; i < c; ++i) {
-            const Real value = (grad[i] + more[i]) * slope_of_value<kActivation>(state[i]);
+            const Real value = grad_of_value<kActivation>(grad[i] + more[i], state[i]);
             out[i] = value, totals[i] += value;
           }
         } else {
 #pragma omp simd
           for (int64_t i = 0; i < c; ++i) {
-            const Real value = grad[i] * slope_of_value<kActivation>(state[i]);
+            const Real value = grad_of_value<kActivation>(grad[i], state[i]);
             out[i] = value, totals[i] += value;
           }
         }
