@@ -5,7 +5,8 @@
     python scripts/benchmark_tables.py --check README.md    fail where the page says something else
 
 Several pages may be named. A page that begins with GENERATED is made anew as a whole. Two kinds of file are read: of benchmarks
-that alternate their contenders (write_result in benchmarks/measure.py), and pytest-benchmark's own.
+that alternate their contenders (write_result in benchmarks/measure.py), and pytest-benchmark's own. README.md has a summary, the other
+pages have the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,7 +149,11 @@ TITLES = {
     "convolutions": "Convolutions",
     "device": "On a GPU",
 }
-OVERVIEW = ("rollout", "memory", "ctrnn", "analysis", "extraction")
+PASS_OF_NETWORK = re.compile(r"(?:peak memory of )?(forward|training|latency)(?: of |, )(.+)")  # what a result of a network is of
+SUMMARY = (
+    "Times are medians; by how many times ours is the faster: against eager PyTorch, and against `torch.compile` of the same model where "
+    "that was measured. Memory: our peak above the imports, as a share of eager's."
+)
 
 
 def section_of(results: Json) -> str:
@@ -158,8 +164,8 @@ def section_of(results: Json) -> str:
     return next((section for key, section in kinds.items() if key in results), "rollout")
 
 
-def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, commands: bool = False) -> str:
-    """Results of a folder as Markdown, empty where there are none. Rows of equal conditions share a table."""
+def tables(folder: Path = RESULTS, sections: tuple[str, ...] = tuple(TITLES), *, commands: bool = False) -> str:
+    """Results of a folder as Markdown (all), empty where there are none. Rows of equal conditions share a table."""
     found: dict[tuple[str, str], list[tuple[str, dict[str, str]]]] = {}
     for path in sorted(folder.glob("[!.]*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -186,6 +192,56 @@ def tables(folder: Path = RESULTS, sections: tuple[str, ...] = OVERVIEW, *, comm
         lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
         lines += ["| " + " | ".join([title, *(cells.get(name, "") for name in columns)]) + " |" for title, cells in rows]
         parts.append("\n".join([*lines, "", f"{NOTES[kind]} Measured with {line}."]))
+    return "\n\n".join(parts)
+
+
+def time_cell(result: Json | None) -> str:
+    """Our median time, and by how many times it is the shorter of eager's and the compiled one's."""
+    if result is None:
+        return ""
+    peers = [result["contenders"][name] for name in ("eager", "compiled") if name in result["contenders"]]
+    ours = next(result["contenders"][name] for name in OURS if name in result["contenders"])
+    return f"{seconds(ours['median_s'])}: {', '.join(times(peer['ours_is_faster_by']) for peer in peers)}"
+
+
+def share_cell(result: Json | None) -> str:
+    """Our peak of memory as a share of eager's."""
+    return f"{result['peak_bytes']['rnndyn'] / result['peak_bytes']['eager']:.0%}" if result else ""
+
+
+def network_rows(found: Mapping[str, Mapping[str, Json]]) -> list[str]:
+    """A table of networks, with times and memory of a forward pass and of a training step."""
+    lines = ["|  | forward | training step | one image | memory, forward | memory, training |", "|---|---|---|---|---|---|"]
+    for network, results in sorted(found.items()):
+        cells = [time_cell(results.get(key)) for key in ("forward", "training", "latency")]
+        cells += [share_cell(results.get(f"{key} memory")) for key in ("forward", "training")]
+        lines.append("| " + " | ".join([network, *cells]) + " |")
+    return lines
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """Two short tables, of networks and of other work; empty where there are no results of either."""
+    networks: dict[str, dict[str, Json]] = {}
+    others, machines = [], []
+    for path in sorted(folder.glob("[!.]*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        section = section_of(results)
+        if section in ("rollout", "memory", "networks") and (known := PASS_OF_NETWORK.fullmatch(results["what"])):
+            network = known[2].replace(", lateral_additive", ", lateral").replace(", topdown_multiplicative", ", all terms, multiplicative")
+            networks.setdefault(network, {})[f"{known[1]} memory" if "peak_bytes" in results else known[1]] = results
+            machines.append(results["machine"])
+        elif section in ("ctrnn", "memory", "extraction"):
+            others.append((extraction if section == "extraction" else alternated)(results))
+        elif section == "analysis":
+            others += [row for rows in pytest_benchmark(results).values() for row in rows]
+    parts = []
+    if networks:
+        commits = ", ".join(sorted({machine["commit"] for machine in machines}))
+        parts.append("\n".join(network_rows(networks)))
+        parts.append(f"{SUMMARY} {conditions({**machines[0], 'commit': commits}, {})}.")
+    if others:
+        lines = [f"| {title} | " + "; ".join(f"{name} {cell}" for name, cell in cells.items()) + " |" for title, cells in others]
+        parts.append("\n".join(["| other work |  |", "|---|---|", *(re.sub(r" \([^()]* - [^()]*\)", "", line) for line in lines)]))
     return "\n\n".join(parts)
 
 
@@ -217,7 +273,7 @@ def renewed(page: str, folder: Path = RESULTS) -> str:
         return whole_page(folder)
     if KERNELS[0] in page:
         return replaced(page, tables(folder, ("convolutions",)) or NOT_YET, KERNELS)
-    return replaced(page, tables(folder))
+    return replaced(page, summary(folder))
 
 
 def main() -> int:
@@ -228,7 +284,7 @@ def main() -> int:
     mode.add_argument("--check", type=Path, metavar="PAGE", nargs="+", default=[])
     options = parser.parse_args()
     if not options.update and not options.check:
-        print(tables(sections=tuple(TITLES)))
+        print(tables())
     differing = 0
     for page in options.check:
         old = page.read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def test_convolutions_and_networks_stand_in_their_sections(benchmark_tables: Any
     assert "| forward | 2 ms (1 ms - 3 ms) | 2 ms (1 ms - 3 ms), x 5 |" in whole.splitlines()
     assert "commit abc: `pytest b.py`." in whole
     assert whole.count(benchmark_tables.NOT_YET) == 5  # memory, cells, continuous-time networks, analysis and extraction
-    assert "v2 lateral" not in benchmark_tables.tables(tmp_path)
+    assert "v2 lateral" not in benchmark_tables.summary(tmp_path)
 
 
 def test_extraction_is_told_over_the_bare_forward(benchmark_tables: Any, tmp_path: Path) -> None:
@@ -76,6 +76,25 @@ def test_times_and_memory_of_cells_share_a_section(benchmark_tables: Any, tmp_pa
     section = benchmark_tables.whole_page(tmp_path).partition("## Cells and further networks")[2].partition("## ")[0]
     assert "| forward, gru | 1 s (1 s - 2 s) | 1 s (1 s - 2 s), x 3.2 |" in section.splitlines()
     assert "| forward, gru | 8 MiB | 16 MiB, 50% |" in section.splitlines()
+
+
+def test_the_summary_has_a_row_of_each_network_and_of_other_work(benchmark_tables: Any, tmp_path: Path) -> None:
+    assert benchmark_tables.summary(tmp_path) == ""
+    machine = {"processor": "A processor", "threads": 2, "python": "3.11", "torch": "2.13"}
+    ratios = {"rnndyn": 1.0, "eager": 5.0, "eager_channels_last": 4.0, "compiled": 3.5}
+    contenders = {name: {"median_s": 0.2 * x, "min_s": 0.1, "max_s": 9.0, "ours_is_faster_by": x} for name, x in ratios.items()}
+    for number, (commit, result) in enumerate(
+        (
+            ("abc", {"what": "forward of one_net, lateral_additive", "contenders": contenders}),
+            ("def", {"what": "peak memory of training, one_net, lateral_additive", "peak_bytes": {"rnndyn": 3, "eager": 10}}),
+            ("abc", {"what": "a network's epoch", "section": "ctrnn", "contenders": contenders}),
+        )
+    ):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"machine": {**machine, "commit": commit}, **result}), encoding="utf-8")
+    lines = benchmark_tables.summary(tmp_path).splitlines()
+    assert "| one_net, lateral | 200 ms: x 5, x 3.5 |  |  |  | 30% |" in lines
+    assert "| a network's epoch | rnndyn 200 ms; eager 1 s, x 5; eager channels last 800 ms, x 4; compiled 700 ms, x 3.5 |" in lines
+    assert any(line.endswith("commit abc, def.") for line in lines)
 
 
 def test_pages_are_those_of_the_results() -> None:
