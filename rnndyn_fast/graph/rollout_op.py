@@ -17,6 +17,7 @@ from rnndyn_fast.graph.backward import backward
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
+from rnndyn_fast.graph.replay import recording_of, run_inference
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
@@ -49,9 +50,15 @@ def _forward_native(
     inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
     with on_its_device(inputs[0]):
-        operands = _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
         if not training:
-            return forward_inference(operands)
+            recording = recording_of((network, timesteps, tuple(record), engine), inputs, parameters)
+            return run_inference(
+                recording,
+                inputs,
+                parameters,
+                lambda: forward_inference(_operands(inputs, parameters, network, timesteps, record, engine, keep=True)),
+            )
+        operands = _operands(inputs, parameters, network, timesteps, record, engine)
         outputs, saved = forward_training(operands)
         return [*outputs, *saved]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from rnndyn_fast.graph.area_rules import Slots
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
+from rnndyn_fast.graph.replay import recording_of, run_inference
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key, parted
@@ -240,7 +241,13 @@ def rollout_taped(
     tensors = (*inputs, *parameters.values())
     wanted = {name for name, t in zip(names, tensors, strict=True) if t.requires_grad} if torch.is_grad_enabled() else set()
     with torch.no_grad(), on_its_device(inputs[0]):
-        run = TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
+        key = (id(schedule), engine, statistics is None, tuple(name in wanted for name in names))
+        recording = None if statistics is not None else recording_of(key, inputs, tensors[len(inputs) :])
+
+        def start() -> TapedRun:
+            return TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
+
         if not wanted:
-            return [out.permute(0, 1, 4, 2, 3) for out in run.outputs()]
-    return list(_Taped.apply(run, names, *tensors))
+            outputs = run_inference(recording, inputs, tensors[len(inputs) :], lambda: start().outputs())
+            return [out.permute(0, 1, 4, 2, 3) for out in outputs]
+    return list(_Taped.apply(start(), names, *tensors))

@@ -8,18 +8,23 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.recording import Core, address, recorder
 
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
-    from rnndyn_fast import _core
+    from rnndyn_fast import _core as _module
 
-    _core.build_info()  # raises for an RNNDYN_ISA that cannot run
+    _module.build_info()  # raises for an RNNDYN_ISA that cannot run
+    if TYPE_CHECKING:
+        _core = _module
+    else:
+        _core = Core(_module)
 except (ImportError, ValueError) as error:
     unavailable = f"the native core cannot be used ({error})"
 
@@ -47,7 +52,7 @@ def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: 
             f"{name}: expected a contiguous CPU tensor {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
         )
-    return tensor.data_ptr()
+    return address(tensor)
 
 
 def _addresses(tensors: Sequence[Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
@@ -192,7 +197,7 @@ def area_step_backward(
         )  # fmt: skip
     n, h, w, c = shape
     pooled = (n, h // 2, w // 2, c)
-    partial = torch.empty((n, num_chunks(h, w, c), 2), dtype=torch.float64) if gamma is not None else None
+    partial = empty((n, num_chunks(h, w, c), 2), torch.float64) if gamma is not None else None
     launch = _core.area_step_backward_float32 if dtype == torch.float32 else _core.area_step_backward_float64
     launch(
         list(shape),
@@ -216,7 +221,7 @@ def area_step_backward(
         address_of(grad_modulator, "grad_modulator", shape, dtype),
         address_of(grad_gamma, "grad_gamma", (h, w, c), dtype),
         address_of(grad_beta, "grad_beta", (h, w, c), dtype),
-        0 if partial is None else partial.data_ptr(),
+        0 if partial is None else address(partial),
     )
 
 
@@ -230,7 +235,7 @@ def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype
             f"{name}: expected a CPU tensor {list(shape)} of {dtype} with contiguous rows, got {list(tensor.shape)} of "
             f"{tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}"
         )
-    return tensor.data_ptr(), list(tensor.stride()[:-1])
+    return address(tensor), list(tensor.stride()[:-1])
 
 
 def readout_zones(
@@ -264,7 +269,7 @@ def readout_zones(
         address_of(weight_norm, "weight_norm", (c,), dtype),
         address_of(inverse_distance, "inverse_distance", (c, c), dtype),
         address_of(weight, "weight", (c, d), torch.float32),
-        0 if packed is None else packed.data_ptr(),
+        0 if packed is None else address(packed),
         address_of(cosine, "cosine", (t, n, c), dtype),
         *(
             address_of(table, name, (t, n), torch.int64 if name == "predicted" else dtype)
@@ -294,9 +299,13 @@ def trajectory_norms(
 def fingerprint(tensor: Tensor) -> tuple[int, int]:
     """128 bits that any change of a tensor's bytes changes, but for one in 2^64 (csrc/fingerprint.h); the tensor is on the CPU."""
     contiguous = tensor.contiguous()
-    address = address_of(contiguous, "tensor", tuple(contiguous.shape), contiguous.dtype)
-    first, second = _core.fingerprint(address, contiguous.nbytes, torch.get_num_threads())
-    return first, second
+    return fingerprint_at(address_of(contiguous, "tensor", tuple(contiguous.shape), contiguous.dtype), contiguous.nbytes)
+
+
+def fingerprint_at(first: int, nbytes: int) -> tuple[int, int]:
+    """:func:`fingerprint` of memory."""
+    one, other = _core.fingerprint(first, nbytes, torch.get_num_threads())
+    return one, other
 
 
 _workspaces = threading.local()
@@ -306,12 +315,13 @@ _KEPT_FLOATS = 1 << 20
 def workspace_of(floats: int) -> tuple[Tensor, int]:
     """Scratch of at least that many floats, kept from call to call if it is small, and its first address that is a multiple of 64."""
     kept: Tensor | None = getattr(_workspaces, "scratch", None)
-    if floats > _KEPT_FLOATS:
+    if floats > _KEPT_FLOATS or recorder() is not None:
         kept = empty((floats + 16,), torch.float32)
     elif kept is None or kept.numel() < floats + 16:
         _workspaces.scratch = kept = None  # free the old one before taking the new one
         _workspaces.scratch = kept = empty((floats + 16,), torch.float32)
-    return kept, -(-kept.data_ptr() // 64) * 64
+    first = address(kept)
+    return kept, first + -first % 64
 
 
 def scratch() -> tuple[list[Tensor], Callable[[int], int]]:
@@ -331,7 +341,7 @@ def room(held: list[Tensor]) -> Callable[[int], int]:
 
     def take(nbytes: int) -> int:
         held.append(empty((nbytes // 4,), torch.float32))
-        return held[-1].data_ptr()
+        return address(held[-1])
 
     return take
 

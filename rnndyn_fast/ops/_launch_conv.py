@@ -13,7 +13,7 @@ from rnndyn_fast.ops._launch import _addresses, address_of
 from rnndyn_fast.ops.epilogue import Epilogue
 
 if _launch.unavailable is None:
-    from rnndyn_fast import _core
+    from rnndyn_fast.ops._launch import _core
 
 
 @dataclass(frozen=True)

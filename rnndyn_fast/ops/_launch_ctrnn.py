@@ -12,7 +12,7 @@ from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 
 if _launch.unavailable is None:
-    from rnndyn_fast import _core
+    from rnndyn_fast.ops._launch import _core
 
 ACTIVATIONS = tuple(Activation)  # in the order of CtrnnActivation (ctrnn.h)
 

@@ -14,14 +14,16 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 _LARGE = 1 << 20  # bytes; smaller ones the C library reuses by itself
 _PAGE = 4096  # bytes; buffers are whole pages
+_LINE = 64  # bytes; what those of a region of one's own are multiples of
 _SPAN = 64 << 20  # bytes of a region, at least, where the system does not let us have all at once
 _PATIENCE = 4096  # large buffers handed out, after which what none of them reached is given back to the system
 
@@ -47,6 +49,24 @@ class Region:
         self._join()
         fitting = [(end - first, i) for i, (first, end) in enumerate(self.gaps) if end - first >= nbytes]
         return min(fitting)[1] if fitting else None
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return torch.frombuffer(self._bytes, dtype=torch.uint8)
+
+    @property
+    def start(self) -> int:
+        """Address of the first byte."""
+        return self._whole.data_ptr()
+
+    def alias(self, address: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory at an address as a tensor, whether it is in use or not."""
+        return self._whole.view(dtype).as_strided(size, stride, (address - self.start) // dtype.itemsize)
+
+    def in_use(self) -> bool:
+        """Whether any tensor lies here."""
+        self._join()
+        return bool(self._users)
 
     def take(self, gap: int, nbytes: int, dtype: torch.dtype = torch.uint8, count: int = -1) -> Tensor:
         """The first bytes of a gap, until no tensor uses them: as so many elements, or as many as fit."""
@@ -112,6 +132,17 @@ def buffers_on(device: torch.device) -> Iterator[None]:
         _where.device = before
 
 
+@contextmanager
+def taking_from(region: Region | None, note: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Buffers of this thread, small ones too, come from this region; ``note`` is told the first byte and the size of each."""
+    before = getattr(_where, "region", None)
+    _where.region = None if region is None else (region, note)
+    try:
+        yield
+    finally:
+        _where.region = before
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous tensor, like ``torch.empty``; on the CPU, a large one takes memory that nothing uses any more."""
     size = torch.Size(shape)
@@ -119,6 +150,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if device is not None:
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize
+    special = getattr(_where, "region", None)
+    if special is not None and nbytes:
+        region, note = special
+        rounded = -(-nbytes // _LINE) * _LINE
+        gap = region.smallest_gap(rounded)
+        if gap is None:
+            raise MemoryError(f"no room for {nbytes} bytes")
+        note(region.gaps[gap][0], rounded)
+        return region.take(gap, rounded, dtype, math.prod(size)).view(size)
     if nbytes < _LARGE:
         return torch.empty(size, dtype=dtype)
     return _take(nbytes, dtype, math.prod(size)).view(size)

@@ -28,6 +28,7 @@ from rnndyn_fast.ops.buffers import empty, release_buffers
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.fused_conv import FusedWeight, fused_sum
+from rnndyn_fast.ops.recording import recorder, unnoted
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h and cuda/recurrent_conv.h; the core checks it
@@ -106,10 +107,13 @@ def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
     mark = _launch.fingerprint(weight.detach())
     with _kept_lock:
         entry = _kept.get(key)
+        if noting := recorder():
+            noting.mark(weight, mark)
         if entry is not None and entry[0] == mark:
             _kept.move_to_end(key)
             return entry[1]
-        packed = _pack(m, weight)
+        with unnoted():
+            packed = _pack(m, weight)
         _kept[key] = mark, packed
         _kept.move_to_end(key)
         while len(_kept) > 1 and sum(p.nbytes for _, p in _kept.values()) > _KEPT_BYTES:
