@@ -7,6 +7,7 @@ stage, so one rollout at a time runs there, from its forward pass to its backwar
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import Region, release_buffers
-from rnndyn_fast.ops.recording import Mark, Program, Recorder
+from rnndyn_fast.ops.recording import Mark, Program, Recorder, Strided, layout
 
 _MOST = 32  # programs that are kept
 _lock = threading.Lock()
@@ -34,10 +35,14 @@ class _Stage:
     def __init__(self) -> None:
         self.region: Region | None = None
         self.turn: weakref.ref[Turn] | None = None
+        self.flight: weakref.ref[Flight] | None = None  # the last one
+        self.recorded: Flight | None = None  # one that is being recorded
 
     def take(self) -> Turn | None:
         """The stage, if it is free."""
         with _lock:
+            if self.recorded is not None and not self.in_use():
+                self.recorded = None  # (there was no backward pass)
             if self.turn is not None and self.turn() is not None:
                 return None
             if self.region is None:
@@ -61,6 +66,12 @@ class _Stage:
         assert self.region is not None
         return Recorder(self.region, inputs, parameters)
 
+    def kept(self, where: Strided, holder: object) -> Tensor:
+        """What a replayed forward pass kept; ``holder`` lives as long as it does."""
+        assert self.region is not None
+        count = math.prod(where.size)
+        return self.region.held(where.place.offset, count * where.dtype.itemsize, holder).view(where.dtype).view(where.size)
+
     def give_up(self, turn: Turn | None) -> None:
         """End a turn."""
         with _lock:
@@ -77,6 +88,8 @@ class Recording:
     def __init__(self) -> None:
         self.forward: Program | None = None
         self.backward: Program | None = None
+        self.kept: list[Strided] = []  # what the forward pass keeps for the backward pass, at fixed addresses
+        self.names: tuple[str, ...] = ()  # of statistics, which come after the other results
         self.pattern: Hashable = None  # of the gradients that backward takes
         self.attempts = 0
         self.marks: list[Mark] = []  # of the weights that are packed ahead
@@ -85,14 +98,9 @@ class Recording:
 _known: OrderedDict[Hashable, Recording] = OrderedDict()
 
 
-def layout(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """What a program depends on of tensors whose values change."""
-    return tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-
-
 def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recording | None:
     """What is known of a rollout; None where it is run for the first time, or nothing can be noted of it."""
-    if any(t.device.type != "cpu" for t in inputs):
+    if _launch.on_device(inputs[0]):  # (there, nn.cuda_graphs does it)
         return None
     whole = (
         key,
@@ -163,8 +171,9 @@ class Flight:
     """A training step between its forward and its backward pass: recorded, or replayed."""
 
     def __init__(self, recording: Recording, turn: Turn, recorder: Recorder | None) -> None:
-        self.recording, self.turn, self.recorder = recording, turn, recorder
-        self.made: list[Tensor] = []  # what the results of the forward pass lie in
+        self.recording, self.recorder, self._turn = recording, recorder, turn
+        self.replays = recorder is None
+        self._made: list[Tensor] = []  # what the results of the forward pass lie in
 
     @staticmethod
     def begin(recording: Recording | None, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Flight | None:
@@ -174,51 +183,66 @@ class Flight:
         ready = recording.forward is not None and recording.backward is not None
         if not ready:
             recording.attempts += 1
-        return Flight(recording, turn, None if ready else _stage.recorder(inputs, parameters))
+        flight = Flight(recording, turn, None if ready else _stage.recorder(inputs, parameters))
+        _stage.flight = weakref.ref(flight)
+        return flight
 
-    def forward(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor], run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The forward pass; where it is recorded, ``run`` is its."""
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        run: Callable[[], tuple[list[Tensor], list[Tensor]]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The forward pass: its results, and what it keeps for the backward pass; where it is recorded, ``run`` gives them."""
         if self.recorder is None:
             assert self.recording.forward is not None
-            results, self.made = self.recording.forward([*inputs, *parameters])
-            return [t for t in results if t is not None]
+            results, self._made = self.recording.forward([*inputs, *parameters])
+            return [t for t in results if t is not None], [_stage.kept(where, self) for where in self.recording.kept]
+        _stage.recorded = self
         with self.recorder.noting():
-            found = run()
+            found, kept = run()
         self.recording.forward = self.recorder.program(found)
-        return [t.clone() for t in found]
+        self.recording.kept = [self.recorder.kept(t) for t in kept]
+        return [t.clone() for t in found], kept
 
     def backward(
         self,
         inputs: Sequence[Tensor],
         parameters: Sequence[Tensor],
         grads: Sequence[Tensor | None],
+        needs: Hashable,
         run: Callable[[], list[Tensor | None]],
     ) -> list[Tensor | None]:
-        """The backward pass; where it is recorded, ``run`` is its. Ends the turn."""
+        """The backward pass; where it is recorded, ``run`` is its. ``needs``: what it depends on besides."""
         given = [g for g in grads if g is not None]
-        try:
-            if self.recorder is None:
-                assert self.recording.backward is not None
-                return self.recording.backward([*inputs, *parameters, *self.made, *given])[0]
-            self.recorder.give(given)
-            with self.recorder.noting():
-                found = run()
-            self.recording.backward = self.recorder.program(found)
-            self.recording.pattern = _pattern(grads)
-            if self.recording.backward is not None:
-                self.recording.attempts = 0
-            return [None if t is None else t.clone() for t in found]
-        finally:
-            self.end()
+        if self.replays:
+            assert self.recording.backward is not None
+            return self.recording.backward([*inputs, *parameters, *self._made, *given])[0]
+        recorder, self.recorder = self.recorder, None
+        assert recorder is not None
+        recorder.give(given)
+        with recorder.noting():
+            found = run()
+        self.recording.backward = recorder.program(found)
+        self.recording.pattern = needs, layout(grads)
+        if self.recording.forward is not None and self.recording.backward is not None:
+            self.recording.attempts = 0
+        _stage.recorded = None
+        return [None if t is None else t.clone() for t in found]
 
-    def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether the backward pass can run, or be recorded, with gradients of this layout."""
-        return self.recorder is not None or self.recording.pattern == _pattern(grads)
+    def fits(self, grads: Sequence[Tensor | None], needs: Hashable) -> bool:
+        """Whether the backward pass can be replayed, or recorded, with gradients of this layout."""
+        return self.recording.pattern == (needs, layout(grads)) if self.replays else self.recorder is not None
 
     def end(self) -> None:
         """Leave the stage to others."""
-        _stage.give_up(self.turn)
+        _stage.give_up(self._turn)
 
 
-def _pattern(grads: Sequence[Tensor | None]) -> Hashable:
-    return tuple(None if g is None else layout([g]) for g in grads)
+def flight_of(saved: Sequence[Tensor]) -> Flight | None:
+    """The one whose forward pass kept these tensors, if any."""
+    flight = _stage.flight() if _stage.flight is not None else None
+    if flight is None or [where.place.offset for where in flight.recording.kept] != [t.data_ptr() for t in saved]:
+        return None
+    return flight
+

@@ -17,7 +17,7 @@ from rnndyn_fast.graph.backward import backward
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.forward import forward_inference, forward_training
 from rnndyn_fast.graph.operands import Operands
-from rnndyn_fast.graph.replay import recording_of, run_inference
+from rnndyn_fast.graph.replay import Flight, flight_of, recording_of, run_inference
 from rnndyn_fast.graph.saved import saved_buffers
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
@@ -49,17 +49,18 @@ def _operands(
 def _forward_native(
     inputs: list[Tensor], parameters: list[Tensor], network: str, timesteps: int, record: list[str], training: bool, engine: str
 ) -> list[Tensor]:
+    def operands() -> Operands:
+        return _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
+
     with on_its_device(inputs[0]):
+        recording = recording_of((network, timesteps, tuple(record), engine, training), inputs, parameters)
         if not training:
-            recording = recording_of((network, timesteps, tuple(record), engine), inputs, parameters)
-            return run_inference(
-                recording,
-                inputs,
-                parameters,
-                lambda: forward_inference(_operands(inputs, parameters, network, timesteps, record, engine, keep=True)),
-            )
-        operands = _operands(inputs, parameters, network, timesteps, record, engine)
-        outputs, saved = forward_training(operands)
+            return run_inference(recording, inputs, parameters, lambda: forward_inference(operands()))
+        flight = Flight.begin(recording, inputs, parameters)
+        if flight is None:
+            outputs, saved = forward_training(operands())
+        else:
+            outputs, saved = flight.forward(inputs, parameters, lambda: forward_training(operands()))
         return [*outputs, *saved]
 
 
@@ -91,12 +92,20 @@ def _backward_native(
     needs: list[bool],
     engine: str,
 ) -> list[Tensor]:
-    with on_its_device(inputs[0]):
+    def walk_back() -> list[Tensor | None]:
         operands = _operands(inputs, parameters, network, timesteps, record, engine)
         names = [*operands.inputs, *operands.parameters]
-        result = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
+        found = backward(operands, saved, grads, dict(zip(names, needs, strict=True)))
+        return [found.get(name) for name in names]
+
+    with on_its_device(inputs[0]):
+        flight = flight_of(saved)
+        if flight is not None and flight.fits(grads, tuple(needs)):
+            result = flight.backward(inputs, parameters, grads, tuple(needs), walk_back)
+        else:
+            result = walk_back()
     # An op returns tensors: an empty one of shape [0] stands for "no gradient" (no parameter or input has that shape).
-    return [grad if (grad := result.get(name)) is not None else inputs[0].new_empty(0) for name in names]
+    return [inputs[0].new_empty(0) if grad is None else grad for grad in result]
 
 
 def _backward_fake(

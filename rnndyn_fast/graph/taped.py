@@ -11,7 +11,7 @@ step by time step, and a map is dropped after its last reader. What no kernel co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from rnndyn_fast.graph.area_rules import Slots
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
-from rnndyn_fast.graph.replay import recording_of, run_inference
+from rnndyn_fast.graph.replay import Flight, Recording, recording_of, run_inference
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key, parted
@@ -167,6 +167,19 @@ class TapedRun(Terms):
         self.blocks = {}
         self._drop_packed(forward=False)
 
+    def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[str | None], keep: bool) -> list[Tensor | None]:
+        """:meth:`walk_back`, and what is needed, by name: in the parameters' shapes."""
+        self.walk_back(grads, keep)
+        found: list[Tensor | None] = []
+        for name in needed:
+            grad = None if name is None else self.input_grad(name) if name in self.inputs else self.tape.parameter_grads.get(name)
+            if grad is not None and name not in self.inputs:
+                parameter = self.given[name]
+                grad = grad.reshape(parameter.shape).to(parameter.dtype)
+            found.append(grad)
+        self.tape.parameter_grads = {}
+        return found
+
     def input_grad(self, name: str) -> Tensor | None:
         """[N, C, H, W], or [T, N, C, H, W] of frames."""
         node, x = self.inputs[name]
@@ -178,13 +191,45 @@ class TapedRun(Terms):
         return result
 
 
+def _flat(states: list[Tensor], statistics: Statistics | None) -> list[Tensor]:
+    """States, and then mean and variance of each batch norm."""
+    return [*states, *(t for pair in (statistics or {}).values() for t in pair)]
+
+
+def _states(found: list[Tensor], statistics: Statistics | None, recording: Recording) -> list[Tensor]:
+    """Undo :func:`_flat`, and put the statistics where they belong."""
+    if statistics is None:
+        return found
+    recording.names = recording.names or tuple(statistics)
+    states = found[: len(found) - 2 * len(recording.names)]
+    moments = iter(found[len(states) :])
+    statistics.update({name: (mean, variance) for name, mean, variance in zip(recording.names, moments, moments, strict=True)})
+    return states
+
+
 class _Taped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: TapedRun, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        with on_its_device(run.example):
-            outputs = run.outputs()
-        ctx.run, ctx.names = run, names
-        ctx.dtypes = {name: t.dtype for name, t in zip(names, tensors, strict=True)}
+    def forward(
+        ctx: Any,
+        start: Callable[[], TapedRun],
+        flight: Flight | None,
+        statistics: Statistics | None,
+        names: tuple[str, ...],
+        num_inputs: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.start, ctx.flight, ctx.names, ctx.num_inputs = None, start, flight, names, num_inputs
+
+        def run() -> list[Tensor]:
+            ctx.run = start()
+            return ctx.run.outputs()
+
+        with on_its_device(tensors[0]):
+            if flight is None:
+                outputs = run()
+            else:
+                found, _ = flight.forward(tensors[:num_inputs], tensors[num_inputs:], lambda: (_flat(run(), statistics), []))
+                outputs = _states(found, statistics, flight.recording)
         ctx.set_materialize_grads(False)
         results = tuple(out.permute(0, 1, 4, 2, 3) for out in outputs)
         ctx.save_for_backward(*tensors, *results)  # (so that a change in place between forward and backward raises)
@@ -194,20 +239,24 @@ class _Taped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('the scheduled rollout cannot be differentiated twice; use backend="reference" for second derivatives')
-        _ = ctx.saved_tensors
-        run: TapedRun = ctx.run
-        with on_its_device(run.example):
-            run.walk_back(grads, torch._C._autograd._get_current_graph_task_keep_graph())
-        found: list[Tensor | None] = []
-        for name, needed in zip(ctx.names, ctx.needs_input_grad[2:], strict=True):
-            grad = None
-            if needed:
-                grad = run.input_grad(name) if name in run.inputs else run.tape.parameter_grads.get(name)
-                if grad is not None and name not in run.inputs:
-                    grad = grad.reshape(run.tape.parameters[name].shape).to(ctx.dtypes[name])
-            found.append(grad)
-        run.tape.parameter_grads = {}
-        return None, None, *found
+        tensors = ctx.saved_tensors[: len(ctx.names)]
+        keep, flight = torch._C._autograd._get_current_graph_task_keep_graph(), ctx.flight
+        needed = [name if need else None for name, need in zip(ctx.names, ctx.needs_input_grad[5:], strict=True)]
+
+        def walk_back() -> list[Tensor | None]:
+            found = ctx.run.gradients(grads, needed, keep)
+            if not keep:
+                ctx.run = None
+            return found
+
+        with on_its_device(tensors[0]):
+            if flight is not None and not keep and flight.fits(grads, tuple(needed)):
+                split = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+                return None, None, None, None, None, *flight.backward(*split, grads, tuple(needed), walk_back)
+            if ctx.run is None:  # (it was replayed, and there is no tape)
+                ctx.run = ctx.start()
+                ctx.run.outputs()
+            return None, None, None, None, None, *walk_back()
 
 
 def can_run_taped(tensors: Sequence[Tensor]) -> bool:
@@ -241,13 +290,18 @@ def rollout_taped(
     tensors = (*inputs, *parameters.values())
     wanted = {name for name, t in zip(names, tensors, strict=True) if t.requires_grad} if torch.is_grad_enabled() else set()
     with torch.no_grad(), on_its_device(inputs[0]):
-        key = (id(schedule), engine, statistics is None, tuple(name in wanted for name in names))
-        recording = None if statistics is not None else recording_of(key, inputs, tensors[len(inputs) :])
+        values = tensors[len(inputs) :]
+        recording = recording_of((schedule, engine, statistics is None, tuple(name in wanted for name in names)), inputs, values)
 
         def start() -> TapedRun:
             return TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
 
         if not wanted:
-            outputs = run_inference(recording, inputs, tensors[len(inputs) :], lambda: start().outputs())
-            return [out.permute(0, 1, 4, 2, 3) for out in outputs]
-    return list(_Taped.apply(start(), names, *tensors))
+            if recording is None:
+                states = start().outputs()
+            else:
+                found = run_inference(recording, inputs, values, lambda: _flat(start().outputs(), statistics))
+                states = _states(found, statistics, recording)
+            return [out.permute(0, 1, 4, 2, 3) for out in states]
+        flight = Flight.begin(recording, inputs, values)
+    return list(_Taped.apply(start, flight, statistics, names, len(inputs), *tensors))

@@ -55,7 +55,7 @@ class Maps:
         self.schedule, self.network = schedule, schedule.network
         nodes = {node.name: node for node in self.network.inputs}
         self.inputs = {name: (nodes[name], x) for name, x in zip(nodes, inputs, strict=True)}
-        self.example = inputs[0]
+        self.example, self.given = inputs[0], parameters
         self.samples = inputs[0].shape[1 if self.network.inputs[0].frames else 0]
         self.tape = Tape(prepared(self.network, parameters, self.example.dtype), wanted, bool(wanted), self.example.dtype)
         self.rules = Rules(self.network, self.tape, statistics, self.example)

@@ -63,6 +63,13 @@ class Region:
         """Memory at an address as a tensor, whether it is in use or not."""
         return self._whole.view(dtype).as_strided(size, stride, (address - self.start) // dtype.itemsize)
 
+    def held(self, address: int, nbytes: int, holder: object) -> Tensor:
+        """Memory at an address as bytes that keep ``holder`` alive as long as any tensor lies in them."""
+        first = address - self.start
+        view = self._bytes[first : first + nbytes]
+        weakref.finalize(view, id, holder)  # (which holds it until then)
+        return torch.frombuffer(view, dtype=torch.uint8)
+
     def in_use(self) -> bool:
         """Whether any tensor lies here."""
         self._join()

@@ -11,7 +11,7 @@ What cannot be noted (a value read back into Python) makes the recording fail, w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -51,6 +51,19 @@ class Strided:
     stride: tuple[int, ...]
     dtype: torch.dtype
     tensor: Tensor | None = None  # itself, where it is fixed
+
+
+def layout(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
+    """What a program depends on of tensors whose values change: layouts, and which of them lie in one storage, how far apart."""
+    first: dict[int, tuple[int, int]] = {}
+    found: list[Hashable] = []
+    for k, t in enumerate(tensors):
+        if t is None:
+            found.append(None)
+            continue
+        number, start = first.setdefault(t.untyped_storage().data_ptr(), (k, t.data_ptr()))
+        found.append((t.shape, t.stride(), t.dtype, number, t.data_ptr() - start))
+    return tuple(found)
 
 
 class Address(int):
@@ -118,14 +131,12 @@ class Program:
         """Run it. Returns its results, new tensors each time, and the buffers that they lie in."""
         made = [empty((nbytes // dtype.itemsize,), dtype) for nbytes, dtype in self._made]
         self._run(*given, *made)
-        results: list[Tensor | None] = []
+        found: dict[tuple[int, Strided] | None, Tensor | None] = {None: None}  # (what was one tensor is one again)
         for result in self._results:
-            if result is None:
-                results.append(None)
-                continue
-            number, where = result
-            results.append(made[number].as_strided(where.size, where.stride, where.place.offset // where.dtype.itemsize))
-        return results, made
+            if result is not None and result not in found:
+                number, where = result
+                found[result] = made[number].as_strided(where.size, where.stride, where.place.offset // where.dtype.itemsize)
+        return [found[result] for result in self._results], made
 
 
 Mark = tuple[int, int, tuple[int, int]]  # where a weight is, its bytes, and their fingerprint
@@ -158,12 +169,13 @@ class Recorder(TorchDispatchMode):
         self.give([*given, *fixed])
 
     def give(self, tensors: Sequence[Tensor]) -> None:
-        """Further tensors that change from run to run."""
+        """Further tensors that change from run to run. Those that share a storage do so in every run (:func:`layout` tells)."""
+        before = set(self._given)
         for t in tensors:
             storage = t.untyped_storage().data_ptr()
-            if storage in self._given and storage not in self._fixed:
+            if storage in before:
                 self.failed = "two of its arguments lie in one storage"
-            self._given[storage] = len(self._starts)
+            self._given.setdefault(storage, len(self._starts))
             self._starts.append(t.data_ptr())
             self._layouts.append((tuple(t.shape), t.stride(), t.dtype))
 
@@ -297,6 +309,13 @@ class Recorder(TorchDispatchMode):
         return Strided(place, tuple(t.shape), t.stride(), t.dtype, t if place.kind == "fixed" else None)
 
     # ---------------------------------------------------------------- programs
+
+    def kept(self, tensor: Tensor) -> Strided:
+        """Where a tensor, contiguous and no result, lies in every run."""
+        place = self.settled(self.place(tensor))
+        if place.kind != "fixed" or not tensor.is_contiguous() or tensor.numel() == 0:
+            self.failed = "what is kept changes its place"
+        return Strided(place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def program(self, results: Sequence[Tensor | None]) -> Program | None:
         """What was noted since the last one, whose results lie where these lie; None where that cannot be.
