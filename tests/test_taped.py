@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rnndyn_fast.graph import rollout, taped_maps, taped_terms
 from rnndyn_fast.graph.linear import DenseMap
+from rnndyn_fast.graph.replay import release_memory
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.tape import Gradients, stacked
 from rnndyn_fast.graph.taped import TapedRun
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import ConvCell
 from rnndyn_fast.ops import buffers
-from rnndyn_fast.ops.convolution import release_memory
 
 KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
 

@@ -20,6 +20,7 @@ from rnndyn_fast.graph.spec import Norm, Operator, Pool
 from rnndyn_fast.graph.update import Pending, Value, update_area
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.convolution import can_wait, convolve
+from rnndyn_fast.ops.recording import empty_result
 
 
 def _hwc(schedule: Schedule, name: str) -> tuple[int, int, int]:
@@ -31,7 +32,7 @@ def _outputs(operands: Operands) -> list[Tensor]:
     """Buffers [T', N, H, W, C] for the recorded areas."""
     schedule = operands.schedule
     return [
-        empty((schedule.timesteps - schedule.first_step[name], operands.samples, *_hwc(schedule, name)), operands.dtype)
+        empty_result((schedule.timesteps - schedule.first_step[name], operands.samples, *_hwc(schedule, name)), operands.dtype)
         for name in schedule.record
     ]
 

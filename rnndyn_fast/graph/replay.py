@@ -19,7 +19,10 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import Region, release_buffers
-from rnndyn_fast.ops.recording import Mark, Program, Recorder, Strided, layout
+from rnndyn_fast.ops.convolution import release_packed
+from rnndyn_fast.ops.places import Strided, layout
+from rnndyn_fast.ops.program import Program
+from rnndyn_fast.ops.recording import Mark, Recorder
 
 _MOST = 32  # programs that are kept
 _lock = threading.Lock()
@@ -59,6 +62,13 @@ class _Stage:
     def in_use(self) -> bool:
         """Whether anything of the last rollout is still there."""
         return self.region is not None and self.region.in_use()
+
+    def clear(self) -> int:
+        """Give back the memory that nothing is in. (Results of a recorded run lay where none will lie again.) Returns its bytes."""
+        if self.region is None:
+            return 0
+        self.region.written_unseen()
+        return self.region.give_back()
 
     def recorder(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recorder:
         """Of a rollout that has the stage. (Its memory is that which others leave.)"""
@@ -100,14 +110,15 @@ _known: OrderedDict[Hashable, Recording] = OrderedDict()
 
 def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recording | None:
     """What is known of a rollout; None where it is run for the first time, or nothing can be noted of it."""
-    if _launch.on_device(inputs[0]):  # (there, nn.cuda_graphs does it)
+    if _launch.on_device(inputs[0]) or os.environ.get("RNNDYN_REPLAY") == "0":  # (on devices nn.cuda_graphs does it)
         return None
     whole = (
         key,
         layout(inputs),
         tuple((p.data_ptr(), p.shape, p.stride()) for p in parameters),
+        _launch.isa(),
         torch.get_num_threads(),
-        torch.is_autocast_enabled("cpu"),
+        torch.is_inference_mode_enabled(),
     )
     with _lock:
         found = _known.get(whole)
@@ -120,11 +131,16 @@ def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[T
         return found
 
 
-def forget() -> int:
-    """Drop all programs, and give their memory back. Returns its bytes."""
+def release_memory() -> int:
+    """Give back to the system what rollouts keep for the next one: recorded calls and their memory, packed weights, and buffers that no
+    tensor uses.
+
+    Returns: the bytes given back. The next rollout takes and makes them anew.
+    """
     with _lock:
         _known.clear()
-        return 0 if _stage.region is None else _stage.region.give_back()
+        free = _stage.turn is None or _stage.turn() is None
+        return (_stage.clear() if free else 0) + release_packed()
 
 
 _ATTEMPTS = 3  # failed ones, after which a rollout is not recorded any more
@@ -145,7 +161,7 @@ def run_inference(
         if all(_launch.fingerprint_at(first, nbytes) == mark for first, nbytes, mark in recording.marks):
             results, _ = recording.forward([*inputs, *parameters])
             return [t for t in results if t is not None]
-        recording.forward = None
+        recording.forward = None  # (weights were changed)
     finally:
         _stage.give_up(turn)
     return run()
@@ -157,13 +173,14 @@ def _record_inference(
     recorder = _stage.recorder(inputs, parameters)
     with recorder.noting():
         results = run()
-    copies = [t.clone() for t in results]
     program = recorder.program(results)
+    copies = [recorder.returned(t) for t in results]
     del results
     if program is None or _stage.in_use():
         recording.attempts += 1
     else:
         recording.forward, recording.marks = program, recorder.marks
+    _stage.clear()
     return copies
 
 
@@ -203,7 +220,7 @@ class Flight:
             found, kept = run()
         self.recording.forward = self.recorder.program(found)
         self.recording.kept = [self.recorder.kept(t) for t in kept]
-        return [t.clone() for t in found], kept
+        return [self.recorder.returned(t) for t in found], kept
 
     def backward(
         self,
@@ -228,7 +245,8 @@ class Flight:
         if self.recording.forward is not None and self.recording.backward is not None:
             self.recording.attempts = 0
         _stage.recorded = None
-        return [None if t is None else t.clone() for t in found]
+        _stage.clear()
+        return [None if t is None else recorder.returned(t) for t in found]
 
     def fits(self, grads: Sequence[Tensor | None], needs: Hashable) -> bool:
         """Whether the backward pass can be replayed, or recorded, with gradients of this layout."""
@@ -245,4 +263,3 @@ def flight_of(saved: Sequence[Tensor]) -> Flight | None:
     if flight is None or [where.place.offset for where in flight.recording.kept] != [t.data_ptr() for t in saved]:
         return None
     return flight
-

@@ -27,8 +27,9 @@ from rnndyn_fast.graph.tape import Key, map_key, parted
 from rnndyn_fast.graph.taped_maps import Rooms
 from rnndyn_fast.graph.taped_terms import Terms
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops.buffers import empty, same_place, sums_dtype
+from rnndyn_fast.ops.buffers import same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
+from rnndyn_fast.ops.recording import empty_result
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.reference.rollout import Statistics
 
@@ -144,7 +145,7 @@ class TapedRun(Terms):
         assert key is not None
         channels, height, width = self.network.shapes[key[1]]
         steps = self.schedule.slot_of[key[1]][self.schedule.first_step[name] :]
-        found = empty((len(steps), self.samples, height, width, channels), self.example.dtype)
+        found = empty_result((len(steps), self.samples, height, width, channels), self.example.dtype)
         if steps == list(range(self.schedule.num_slots[key[1]])):
             self.whole.setdefault((key[1], f"state {key[3]}"), Rooms(found))
         return found
@@ -173,7 +174,7 @@ class TapedRun(Terms):
         found: list[Tensor | None] = []
         for name in needed:
             grad = None if name is None else self.input_grad(name) if name in self.inputs else self.tape.parameter_grads.get(name)
-            if grad is not None and name not in self.inputs:
+            if grad is not None and name is not None and name not in self.inputs:
                 parameter = self.given[name]
                 grad = grad.reshape(parameter.shape).to(parameter.dtype)
             found.append(grad)

@@ -41,6 +41,7 @@ class Region:
         self._freed: deque[tuple[int, int]] = deque()  # by any thread, at any moment
         self.gaps = [(0, nbytes)]
         self.touched = 0  # no buffer has reached further since memory was given back
+        self._farthest = 0  # nor ever
         self._reach = 0  # nor, since the last trim, than here
         self._clean: set[tuple[int, int]] = set()  # gaps without memory
 
@@ -81,7 +82,7 @@ class Region:
         last = first + nbytes
         self._clean.discard((first, end))
         self.gaps[gap : gap + 1] = [(last, end)] if last < end else []
-        self.touched, self._reach = max(self.touched, last), max(self._reach, last)
+        self.touched, self._reach, self._farthest = max(self.touched, last), max(self._reach, last), max(self._farthest, last)
         view, freed = self._bytes[first:last], self._freed
         self._users[first] = weakref.ref(view, lambda _: freed.append((first, last)))
         return torch.frombuffer(view, dtype=dtype, count=count)  # (whose storage holds the view, which nobody else does)
@@ -105,6 +106,7 @@ class Region:
         if not hasattr(mmap, "MADV_DONTNEED"):
             return 0
         parts = [(max(first, beyond), min(end, self.touched)) for first, end in self.gaps if (first, end) not in self._clean]
+        parts = [(-(-first // _PAGE) * _PAGE, end if end == self.touched else end // _PAGE * _PAGE) for first, end in parts]
         parts = [(first, end) for first, end in parts if first < end]
         for first, end in parts:
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
@@ -113,6 +115,11 @@ class Region:
         if not beyond:
             self._clean = set(self.gaps)
         return sum(end - first for first, end in parts)
+
+    def written_unseen(self) -> None:
+        """Aliases may have been written to: no gap counts as without memory any more."""
+        self._clean = set()
+        self.touched = self._farthest
 
     def trim(self) -> None:
         """Give back what no buffer has reached since the last time."""

@@ -121,11 +121,8 @@ def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
         return packed
 
 
-def release_memory() -> int:
-    """Give back to the system what rollouts keep for the next one: packed weights, and buffers that no tensor uses.
-
-    Returns: the bytes given back. The next rollout takes and makes them anew.
-    """
+def release_packed() -> int:
+    """Give back to the system packed weights that are kept, and buffers that no tensor uses. Returns the bytes given back."""
     with _kept_lock:
         _kept.clear()  # (the packed forms lie in the buffers)
     return release_buffers()

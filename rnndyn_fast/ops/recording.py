@@ -11,9 +11,8 @@ What cannot be noted (a value read back into Python) makes the recording fail, w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from rnndyn_fast.ops.buffers import Region, empty, taking_from
+from rnndyn_fast.ops.places import Address, Place, Rooms, Strided
+from rnndyn_fast.ops.program import Code, Layout, Program
 
 _active = threading.local()
 
@@ -32,57 +33,16 @@ def recorder() -> Recorder | None:
     return getattr(_active, "recorder", None)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: in a ``kind`` of storage ("given": an argument of the program, "taken": a buffer, "fixed": memory that stays as
-    it is), which one of these, and how many bytes from its begin."""
-
-    kind: str
-    number: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Strided:
-    """A tensor at a place."""
-
-    place: Place
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    tensor: Tensor | None = None  # itself, where it is fixed
-
-
-def layout(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
-    """What a program depends on of tensors whose values change: layouts, and which of them lie in one storage, how far apart."""
-    first: dict[int, tuple[int, int]] = {}
-    found: list[Hashable] = []
-    for k, t in enumerate(tensors):
-        if t is None:
-            found.append(None)
-            continue
-        number, start = first.setdefault(t.untyped_storage().data_ptr(), (k, t.data_ptr()))
-        found.append((t.shape, t.stride(), t.dtype, number, t.data_ptr() - start))
-    return tuple(found)
-
-
-class Address(int):
-    """An address that knows its place."""
-
-    place: Place
-
-    def __add__(self, other: int) -> Address:
-        moved = Address(int(self) + other)
-        moved.place = Place(self.place.kind, self.place.number, self.place.offset + other)
-        return moved
-
-    __radd__ = __add__
-
-
 def address(tensor: Tensor) -> int:
     """Of a tensor's first element; the only way to one that is for the core."""
     noting = recorder()
     return tensor.data_ptr() if noting is None else noting.address(tensor)
+
+
+def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor that outlives the rollout: a result."""
+    noting = recorder()
+    return empty(shape, dtype) if noting is None else noting.result(shape, dtype)
 
 
 class Core:
@@ -121,24 +81,6 @@ def unnoted() -> Iterator[None]:
         yield
 
 
-class Program:
-    """A recorded run. ``given``: the tensors that it was recorded with, replaced by others of the same layout."""
-
-    def __init__(self, run: Callable[..., None], made: Sequence[tuple[int, torch.dtype]], results: Sequence[tuple[int, Strided] | None]) -> None:
-        self._run, self._made, self._results = run, made, results
-
-    def __call__(self, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Run it. Returns its results, new tensors each time, and the buffers that they lie in."""
-        made = [empty((nbytes // dtype.itemsize,), dtype) for nbytes, dtype in self._made]
-        self._run(*given, *made)
-        found: dict[tuple[int, Strided] | None, Tensor | None] = {None: None}  # (what was one tensor is one again)
-        for result in self._results:
-            if result is not None and result not in found:
-                number, where = result
-                found[result] = made[number].as_strided(where.size, where.stride, where.place.offset // where.dtype.itemsize)
-        return [found[result] for result in self._results], made
-
-
 Mark = tuple[int, int, tuple[int, int]]  # where a weight is, its bytes, and their fingerprint
 
 
@@ -160,9 +102,13 @@ class Recorder(TorchDispatchMode):
         self._sizes: list[tuple[int, int]] = []  # of each buffer: first byte, and bytes
         self._given: dict[int, int] = {}  # address of a storage -> number
         self._starts: list[int] = []  # of each given tensor
-        self._layouts: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
+        self._layouts: list[Layout] = []
         self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
         self._lasting: dict[int, int] = {}  # buffers that are results -> number as what is given
+        self._made: list[
+            tuple[int, torch.dtype]
+        ] = []  # bytes and dtypes of results that lie elsewhere from the start; the last of what is given
+        self._alive: list[Tensor] = []  # those results: nothing else lies there as long as calls are noted
         self._steps: list[tuple[Any, ...]] = []
         self._held: set[int] = set()
         self.marks: list[Mark] = []
@@ -178,6 +124,15 @@ class Recorder(TorchDispatchMode):
             self._given.setdefault(storage, len(self._starts))
             self._starts.append(t.data_ptr())
             self._layouts.append((tuple(t.shape), t.stride(), t.dtype))
+
+    def result(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A new tensor, of which each run gets another one."""
+        with self.paused():
+            found = empty(shape, dtype)
+        self.give([found.flatten()])
+        self._made.append((found.nbytes, dtype))
+        self._alive.append(found)
+        return found
 
     # ---------------------------------------------------------------- noting
 
@@ -250,7 +205,7 @@ class Recorder(TorchDispatchMode):
 
         function(*(watched(a) if callable(a) else a for a in args))
         rooms = iter(scratch)
-        self._steps.append(("launch", function, tuple(_Rooms(next(rooms)) if callable(a) else a for a in args)))
+        self._steps.append(("launch", function, tuple(Rooms(next(rooms)) if callable(a) else a for a in args)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's, and note it where it computes."""
@@ -323,6 +278,8 @@ class Recorder(TorchDispatchMode):
         The buffers of the results are given to the programs of later phases.
         """
         steps, self._steps = self._steps, []
+        elsewhere, self._made = self._made, []
+        first = len(self._starts) - len(elsewhere)  # (nothing is given between a phase's first result and its end)
         made: dict[int, tuple[int, torch.dtype]] = {}
         found: list[tuple[int, Strided] | None] = []
         for result in results:
@@ -331,11 +288,14 @@ class Recorder(TorchDispatchMode):
                 continue
             where = self._strided(result)
             number = where.place.number
+            if where.place.kind == "given" and number >= first:
+                found.append((number - first, where))
+                continue
             if where.place.kind != "taken" or number in self._lasting or made.get(number, (0, where.dtype))[1] != where.dtype:
                 self.failed = "a result is no new tensor"
                 return None
             made.setdefault(number, (self._sizes[number][1], where.dtype))
-            found.append((list(made).index(number), where))
+            found.append((len(elsewhere) + list(made).index(number), where))
         count = len(self._starts)
         self._lasting.update({number: count + k for k, number in enumerate(made)})
         for nbytes, dtype in made.values():
@@ -343,10 +303,15 @@ class Recorder(TorchDispatchMode):
             self._layouts.append(((nbytes // dtype.itemsize,), (1,), dtype))
         if self.failed:
             return None
-        code = _Code(self)
+        code = Code(self.region, self._layouts, self.settled)
         for step in steps:
             code.add(step)
-        return None if self.failed else Program(code.function(count + len(made)), list(made.values()), found)
+        self.failed = code.failed
+        return None if self.failed else Program(code.function(), [*elsewhere, *made.values()], found)
+
+    def returned(self, result: Tensor) -> Tensor:
+        """A result as its receiver may have it: a copy of what lies in the region."""
+        return result.clone() if self.place(result).kind == "taken" else result
 
     def settled(self, place: Place) -> Place:
         """A place, as a program knows it: buffers of results are given, others lie at fixed addresses."""
@@ -356,14 +321,6 @@ class Recorder(TorchDispatchMode):
             return Place("given", self._lasting[place.number], place.offset)
         return Place("fixed", -1, self.region.start + self._sizes[place.number][0] + place.offset)
 
-    def layout(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-        """Of what is given."""
-        return self._layouts[number]
-
-
-class _Rooms(tuple[int, ...]):
-    """The addresses that a launch's scratch had."""
-
 
 def _out_variant(func: Any, count: int) -> tuple[list[str], Any] | None:
     """The operation that writes where it is told, and the names of where."""
@@ -371,127 +328,9 @@ def _out_variant(func: Any, count: int) -> tuple[list[str], Any] | None:
     for overload in func.overloadpacket.overloads():
         other = getattr(func.overloadpacket, overload)
         outs = [a.name for a in other._schema.arguments if a.is_out]
-        if len(outs) == count == len(func._schema.returns) and [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out] == own:
+        if (
+            len(outs) == count == len(func._schema.returns)
+            and [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out] == own
+        ):
             return outs, other
     return None
-
-
-class _Code:
-    """Lines of a program."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._names: dict[str, Any] = {}
-        self._known: dict[int, str] = {}  # functions, by id
-        self._lines: list[str] = []
-        self._addresses: set[int] = set()  # numbers of what is given whose address is read
-
-    def add(self, step: tuple[Any, ...]) -> None:
-        """One call."""
-        kind, what, *rest = step
-        if kind == "hold":
-            self._constant(what)
-        elif kind == "launch":
-            (args,) = rest
-            self._lines.append(f"{self._function(what)}({', '.join(self._argument(a) for a in args)})")
-        else:
-            args, kwargs, *copied = rest
-            parts = [self._argument(a) for a in args] + [f"{name}={self._argument(value)}" for name, value in kwargs.items()]
-            call = f"{self._function(what)}({', '.join(parts)})"
-            if kind == "torch":
-                self._lines.append(call)
-                return
-            self._lines.append(f"r = {call}")
-            places = copied[0]
-            if len(what._schema.returns) == 1 and not str(what._schema.returns[0].type).startswith("List"):
-                self._lines.append(f"{self._argument(places[0])}.copy_(r)")
-            else:
-                self._lines.append("r = [t for t in r if t is not None]")
-                self._lines += [f"{self._argument(place)}.copy_(r[{k}])" for k, place in enumerate(places)]
-
-    def _function(self, function: Any) -> str:
-        if id(function) not in self._known:
-            self._known[id(function)] = self._constant(function)
-        return self._known[id(function)]
-
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self._names)}"
-        self._names[name] = value
-        return name
-
-    def _argument(self, value: Any) -> str:
-        """As source: a constant, unless it has to do with what is given."""
-        text, constant = self._source(value)
-        return text if text else self._constant(self._value(value))
-
-    def _source(self, value: Any) -> tuple[str, bool]:
-        if isinstance(value, Address):
-            place = self._recorder.settled(value.place)
-            if place.kind == "fixed":
-                return str(place.offset), True
-            self._addresses.add(place.number)
-            return f"a{place.number}+{place.offset}", False
-        if isinstance(value, Strided):
-            place = self._recorder.settled(value.place)
-            return ("", True) if place.kind == "fixed" else (self._tensor(place, value), False)
-        if isinstance(value, _Rooms):
-            parts = [self._source(a) for a in value]
-            if not all(constant for _, constant in parts):
-                self._recorder.failed = "scratch is a result"
-            return "", True
-        if isinstance(value, list | tuple):
-            parts = [self._source(v) for v in value]
-            if all(constant for _, constant in parts):
-                return "", True
-            texts = [text if text and not constant else self._argument(v) for (text, constant), v in zip(parts, value, strict=True)]
-            return (f"[{', '.join(texts)}]" if isinstance(value, list) else f"({''.join(t + ',' for t in texts)})"), False
-        return repr(value) if value is None or type(value) in (int, bool) else "", True
-
-    def _value(self, value: Any) -> Any:
-        """A constant itself."""
-        if isinstance(value, Address):
-            return self._recorder.settled(value.place).offset
-        if isinstance(value, Strided):
-            if value.tensor is not None:
-                return value.tensor
-            return self._recorder.region.alias(self._recorder.settled(value.place).offset, value.size, value.stride, value.dtype)
-        if isinstance(value, _Rooms):
-            return _taker([self._value(a) for a in value])
-        if isinstance(value, list | tuple):
-            return type(value)(self._value(v) for v in value)
-        return value
-
-    def _tensor(self, place: Place, value: Strided) -> str:
-        size, stride, dtype = self._recorder.layout(place.number)
-        name = f"x{place.number}"
-        if dtype != value.dtype or place.offset % dtype.itemsize:
-            self._recorder.failed = "what is given is read as another dtype"
-        if (size, stride, 0) == (value.size, value.stride, place.offset):
-            return name
-        return f"{name}.as_strided({value.size}, {value.stride}, {name}.storage_offset()+{place.offset // dtype.itemsize})"
-
-    def function(self, count: int) -> Callable[..., None]:
-        """Of what is given."""
-        lines = [f"def run({', '.join(f'x{k}' for k in range(count))}):"]
-        lines += [f"    a{k} = x{k}.data_ptr()" for k in sorted(self._addresses)]
-        lines += [f"    {line}" for line in self._lines] or ["    pass"]
-        exec("\n".join(lines), self._names)
-        return self._names["run"]
-
-
-def _taker(rooms: Sequence[int]) -> Callable[[int], int]:
-    """Gives out the same addresses in every run."""
-    if len(rooms) == 1:
-        (only,) = rooms
-        return lambda _: only
-    again = iter(())
-
-    def take(_: int) -> int:
-        nonlocal again
-        found = next(again, None)
-        if found is None:
-            again = iter(rooms)
-            found = next(again)
-        return found
-
-    return take

@@ -1,0 +1,60 @@
+"""Where tensors lie, as recorded calls know it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: in a ``kind`` of storage ("given": an argument of the program, "taken": a buffer, "fixed": memory that stays as
+    it is), which one of these, and how many bytes from its begin."""
+
+    kind: str
+    number: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A tensor at a place."""
+
+    place: Place
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    tensor: Tensor | None = None  # itself, where it is fixed
+
+
+def layout(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
+    """What a program depends on of tensors whose values change: layouts, and which of them lie in one storage, how far apart."""
+    first: dict[int, tuple[int, int]] = {}
+    found: list[Hashable] = []
+    for k, t in enumerate(tensors):
+        if t is None:
+            found.append(None)
+            continue
+        number, start = first.setdefault(t.untyped_storage().data_ptr(), (k, t.data_ptr()))
+        found.append((t.shape, t.stride(), t.dtype, number, t.data_ptr() - start))
+    return tuple(found)
+
+
+class Address(int):
+    """An address that knows its place."""
+
+    place: Place
+
+    def __add__(self, other: int) -> Address:
+        moved = Address(int(self) + other)
+        moved.place = Place(self.place.kind, self.place.number, self.place.offset + other)
+        return moved
+
+    __radd__ = __add__
+
+
+class Rooms(tuple[int, ...]):
+    """The addresses that a launch's scratch had."""
