@@ -24,7 +24,7 @@ def measure() -> ModuleType:
 def test_contenders_alternate_and_busy_cores_are_counted(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     calls: list[str] = []
-    times = measure.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    times = measure.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
     assert calls == ["a", "b", *"abbaab"]
     clock = iter([0.0, 2.0, 2.0, 3.0])
     work = iter([0.0, 3.0, 3.0, 3.5])

@@ -20,7 +20,7 @@ from torch import Tensor
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import Region, release_buffers
 from rnndyn_fast.ops.convolution import release_packed
-from rnndyn_fast.ops.places import Strided, layout
+from rnndyn_fast.ops.places import Strided, first_element, layout
 from rnndyn_fast.ops.program import Program
 from rnndyn_fast.ops.recording import Mark, Recorder
 
@@ -115,7 +115,7 @@ def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[T
     whole = (
         key,
         layout(inputs),
-        tuple((p.data_ptr(), p.shape, p.stride()) for p in parameters),
+        tuple((first_element(p), p.shape, p.stride()) for p in parameters),
         _launch.isa(),
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
@@ -260,6 +260,6 @@ class Flight:
 def flight_of(saved: Sequence[Tensor]) -> Flight | None:
     """The one whose forward pass kept these tensors, if any."""
     flight = _stage.flight() if _stage.flight is not None else None
-    if flight is None or [where.place.offset for where in flight.recording.kept] != [t.data_ptr() for t in saved]:
+    if flight is None or [where.place.offset for where in flight.recording.kept] != [first_element(t) for t in saved]:
         return None
     return flight

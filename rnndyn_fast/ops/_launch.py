@@ -1,4 +1,4 @@
-"""The only file that takes addresses of tensors: it hands them to the native core.
+"""Launches of the native core, to which addresses of tensors are handed (:mod:`rnndyn_fast.ops.places`).
 
 Callers hold every tensor in their own frame for the length of the call, so that no address outlives its storage.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.places import first_element
 from rnndyn_fast.ops.recording import Core, address, recorder
 
 unavailable: str | None = None  # why there is no native core, if there is none
@@ -293,7 +294,7 @@ def trajectory_norms(
         raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")
     launch = _core.trajectory_norms_float32 if values.dtype == torch.float32 else _core.trajectory_norms_float64
     outputs = (address_of(norm, "norm", (t, n), torch.float64), address_of(change, "change", (t - 1, n), torch.float64))
-    launch([t, n, d], torch.get_num_threads(), values.data_ptr(), values.stride(0), values.stride(1), *outputs)
+    launch([t, n, d], torch.get_num_threads(), address(values), values.stride(0), values.stride(1), *outputs)
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, int]:
@@ -349,7 +350,7 @@ def room(held: list[Tensor]) -> Callable[[int], int]:
 def packed_room(size: int) -> Tensor:
     """An uninitialised int16 vector that starts at a multiple of 64."""
     room = empty((size + 32,), torch.int16)
-    return room[(-room.data_ptr() % 64) // 2 :][:size]
+    return room[(-first_element(room) % 64) // 2 :][:size]
 
 
 # ---------------------------------------------------------------- devices (for _launch_cuda)
@@ -390,7 +391,7 @@ def device_address(
             f"{name}: expected a contiguous tensor {list(shape)} of {dtype} on {device}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
         )
-    return tensor.data_ptr()
+    return first_element(tensor)
 
 
 def device_queue(device: torch.device) -> tuple[int, int]:

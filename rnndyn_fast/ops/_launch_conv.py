@@ -1,4 +1,4 @@
-"""Launches of ``winograd_conv`` and ``amx_conv``; addresses come from :mod:`rnndyn_fast.ops._launch`, the only file that takes them."""
+"""Launches of ``winograd_conv`` and ``amx_conv``; addresses come from :mod:`rnndyn_fast.ops._launch`."""
 
 from __future__ import annotations
 

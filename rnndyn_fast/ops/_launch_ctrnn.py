@@ -1,4 +1,4 @@
-"""Launches of the continuous-time kernels; addresses come from :mod:`rnndyn_fast.ops._launch`, the only file that takes them."""
+"""Launches of the continuous-time kernels; addresses come from :mod:`rnndyn_fast.ops._launch`."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rnndyn_fast.ops.places import first_element
+
 _LARGE = 1 << 20  # bytes; smaller ones the C library reuses by itself
 _PAGE = 4096  # bytes; buffers are whole pages
 _LINE = 64  # bytes; what those of a region of one's own are multiples of
@@ -58,7 +60,7 @@ class Region:
     @property
     def start(self) -> int:
         """Address of the first byte."""
-        return self._whole.data_ptr()
+        return first_element(self._whole)
 
     def alias(self, address: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory at an address as a tensor, whether it is in use or not."""

@@ -1,4 +1,4 @@
-"""Where tensors lie, as recorded calls know it."""
+"""Where tensors lie: their addresses, which are taken in this file alone, and their places as recorded calls know them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def first_element(tensor: Tensor) -> int:
+    """Its address. Whoever uses it holds the tensor meanwhile."""
+    return tensor.data_ptr()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of what a tensor and its views lie in."""
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ def layout(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
         if t is None:
             found.append(None)
             continue
-        number, start = first.setdefault(t.untyped_storage().data_ptr(), (k, t.data_ptr()))
-        found.append((t.shape, t.stride(), t.dtype, number, t.data_ptr() - start))
+        number, start = first.setdefault(storage_of(t), (k, first_element(t)))
+        found.append((t.shape, t.stride(), t.dtype, number, first_element(t) - start))
     return tuple(found)
 
 

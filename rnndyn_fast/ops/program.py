@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import Region, empty
-from rnndyn_fast.ops.places import Address, Place, Rooms, Strided
+from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element
 
 
 class Program:
@@ -49,7 +49,7 @@ class Code:
     def __init__(self, region: Region, layouts: Sequence[Layout], settled: Callable[[Place], Place]) -> None:
         self._region, self._layouts, self._settled = region, layouts, settled
         self.failed: str | None = None
-        self._names: dict[str, Any] = {}
+        self._names: dict[str, Any] = {"first_element": first_element}
         self._known: dict[int, str] = {}  # functions, by id
         self._lines: list[str] = []
         self._addresses: set[int] = set()  # numbers of what is given whose address is read
@@ -141,7 +141,7 @@ class Code:
     def function(self) -> Callable[..., None]:
         """Of what is given."""
         lines = [f"def run({', '.join(f'x{k}' for k in range(len(self._layouts)))}):"]
-        lines += [f"    a{k} = x{k}.data_ptr()" for k in sorted(self._addresses)]
+        lines += [f"    a{k} = first_element(x{k})" for k in sorted(self._addresses)]
         lines += [f"    {line}" for line in self._lines] or ["    pass"]
         exec("\n".join(lines), self._names)
         run: Callable[..., None] = self._names["run"]

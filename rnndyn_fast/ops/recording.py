@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from rnndyn_fast.ops.buffers import Region, empty, taking_from
-from rnndyn_fast.ops.places import Address, Place, Rooms, Strided
+from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element, storage_of
 from rnndyn_fast.ops.program import Code, Layout, Program
 
 _active = threading.local()
@@ -36,7 +36,7 @@ def recorder() -> Recorder | None:
 def address(tensor: Tensor) -> int:
     """Of a tensor's first element; the only way to one that is for the core."""
     noting = recorder()
-    return tensor.data_ptr() if noting is None else noting.address(tensor)
+    return first_element(tensor) if noting is None else noting.address(tensor)
 
 
 def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -103,7 +103,7 @@ class Recorder(TorchDispatchMode):
         self._given: dict[int, int] = {}  # address of a storage -> number
         self._starts: list[int] = []  # of each given tensor
         self._layouts: list[Layout] = []
-        self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
+        self._fixed = {storage_of(t) for t in fixed}
         self._lasting: dict[int, int] = {}  # buffers that are results -> number as what is given
         self._made: list[
             tuple[int, torch.dtype]
@@ -118,11 +118,11 @@ class Recorder(TorchDispatchMode):
         """Further tensors that change from run to run. Those that share a storage do so in every run (:func:`layout` tells)."""
         before = set(self._given)
         for t in tensors:
-            storage = t.untyped_storage().data_ptr()
+            storage = storage_of(t)
             if storage in before:
                 self.failed = "two of its arguments lie in one storage"
             self._given.setdefault(storage, len(self._starts))
-            self._starts.append(t.data_ptr())
+            self._starts.append(first_element(t))
             self._layouts.append((tuple(t.shape), t.stride(), t.dtype))
 
     def result(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -163,20 +163,20 @@ class Recorder(TorchDispatchMode):
 
     def place(self, tensor: Tensor) -> Place:
         """Of a tensor."""
-        storage = tensor.untyped_storage().data_ptr()
+        storage = storage_of(tensor)
         first = storage - self.region.start
         if first in self._taken:
-            return Place("taken", self._taken[first], tensor.data_ptr() - storage)
+            return Place("taken", self._taken[first], first_element(tensor) - storage)
         if storage in self._given and storage not in self._fixed:
             number = self._given[storage]
-            return Place("given", number, tensor.data_ptr() - self._starts[number])
-        return Place("fixed", -1, tensor.data_ptr())
+            return Place("given", number, first_element(tensor) - self._starts[number])
+        return Place("fixed", -1, first_element(tensor))
 
     def address(self, tensor: Tensor) -> Address:
         """Of a tensor, for the core."""
-        found = Address(tensor.data_ptr())
+        found = Address(first_element(tensor))
         found.place = self.place(tensor)
-        storage = tensor.untyped_storage().data_ptr()
+        storage = storage_of(tensor)
         if found.place.kind == "fixed" and storage not in self._fixed and storage not in self._held:
             self._held.add(storage)
             self._steps.append(("hold", tensor))
@@ -184,9 +184,9 @@ class Recorder(TorchDispatchMode):
 
     def mark(self, weight: Tensor, fingerprint: tuple[int, int]) -> None:
         """The program is right as long as this weight is what it is now."""
-        if not weight.is_contiguous() or weight.untyped_storage().data_ptr() not in self._fixed:
+        if not weight.is_contiguous() or storage_of(weight) not in self._fixed:
             self.failed = "a weight that is packed ahead is no parameter"
-        self.marks.append((weight.data_ptr(), weight.nbytes, fingerprint))
+        self.marks.append((first_element(weight), weight.nbytes, fingerprint))
 
     def launch(self, function: Callable[..., None], args: tuple[Any, ...]) -> None:
         """Call the core, and note the call."""
@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.name()
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        given = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+        given = {storage_of(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
         results = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         if writes:
             self._steps.append(("torch", func, *self._frozen(args, kwargs)))
@@ -222,7 +222,7 @@ class Recorder(TorchDispatchMode):
             if result is not None:
                 self.failed = f"{name} gives a value to Python"
             return result
-        if all(t.untyped_storage().data_ptr() in given for t in results):
+        if all(storage_of(t) in given for t in results):
             return result  # views
         rooms: list[Tensor] = []
 
@@ -257,10 +257,10 @@ class Recorder(TorchDispatchMode):
 
     def _strided(self, t: Tensor) -> Strided:
         place = self.place(t)
-        storage = t.untyped_storage().data_ptr()
+        storage = storage_of(t)
         if storage in self._fixed and place.kind == "fixed":
             number = self._given[storage]
-            return Strided(Place("given", number, t.data_ptr() - self._starts[number]), tuple(t.shape), t.stride(), t.dtype)
+            return Strided(Place("given", number, first_element(t) - self._starts[number]), tuple(t.shape), t.stride(), t.dtype)
         return Strided(place, tuple(t.shape), t.stride(), t.dtype, t if place.kind == "fixed" else None)
 
     # ---------------------------------------------------------------- programs
