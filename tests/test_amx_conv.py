@@ -25,6 +25,8 @@ CASES = [
     (CONV, 3, 1, 1, 0, (3, 5, 7, 17, 3)),
     (CONV, 3, 1, 1, 0, (17, 2, 2, 40, 17)),
     (CONV, 3, 1, 1, 0, (1, 3, 35, 5, 16)),
+    (CONV, 3, 1, 1, 0, (1, 7, 8, 33, 40)),  # one sample on a narrow map: tiles reach into the next row
+    (CONV, 5, 1, 2, 0, (1, 9, 5, 17, 3)),
     (CONV, 7, 1, 3, 0, (4, 3, 3, 8, 8)),
     (CONV, 5, 2, 2, 0, (5, 9, 6, 3, 18)),
     (CONV, 3, 3, 0, 0, (2, 19, 13, 4, 5)),
@@ -32,6 +34,7 @@ CASES = [
     (CONV, 2, 4, 0, 0, (2, 9, 8, 3, 3)),
     (CONV, 1, 1, 0, 0, (37, 1, 1, 50, 20)),
     (TRANSPOSE, 3, 2, 1, 1, (2, 4, 4, 33, 17)),
+    (TRANSPOSE, 3, 2, 1, 1, (1, 5, 7, 20, 33)),
     (TRANSPOSE, 5, 2, 2, 1, (3, 4, 5, 20, 3)),
     (TRANSPOSE, 2, 3, 0, 0, (2, 3, 5, 4, 4)),
     (TRANSPOSE, 3, 1, 1, 0, (1, 6, 3, 3, 9)),
@@ -139,8 +142,9 @@ def test_large_blocks(parts: int) -> None:
         assert _relative(grad_weight, expected_weight) < 2 * TOLERANCE[parts]
 
 
-def test_independent_of_the_number_of_threads() -> None:
-    x, weight = _operands(CONV, 3, (5, 9, 9, 40, 70))
+@pytest.mark.parametrize("shape", [(5, 9, 9, 40, 70), (1, 5, 8, 96, 96)], ids=["bands", "panels"])
+def test_independent_of_the_number_of_threads(shape: tuple[int, ...]) -> None:
+    x, weight = _operands(CONV, 3, shape)
     prepared = _prepared(CONV, 3, 1, 1, 0, 2, weight)
     before, results = torch.get_num_threads(), []
     try:

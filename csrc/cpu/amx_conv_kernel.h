@@ -1,18 +1,20 @@
-// amx_conv: forward, backward-data and packing. Included inside namespace rnndyn::<isa>; parameters are documented in amx_conv.h.
+// amx_conv: forward and backward-data. Included inside namespace rnndyn::<isa>; parameters are documented in amx_conv.h.
 //
 // Maths: y[m, i, j, o] = sum over taps t and channels c of x[m, s i + row_t, s j + column_t, c] w[o, c, index_t], per phase, as matrix products of
 //   rows (pixels and samples) by columns (output channels), 32 x 32 sums in registers over all taps and channels.
 // Precision: relative error against float64 in norm with 3 parts 2e-7, as float32 has it; with 2 parts 4.5e-6; with 1 part that of bfloat16.
 // Traffic: x is read and split once per band of rows, which then stays in L2; the packed weights (as large as float32 ones) stream from L2 or
-//   L3 once per band and panel of 32 output channels, the next panel prefetched meanwhile. Sums never leave the registers. A step of 12 products of
-//   tiles takes 192 cycles and 8 KB of loads, so the products are the limit.
+//   L3 once per band and panel of 32 output channels, as fast as the processor prefetches them by itself (asked for by instructions they came more
+//   slowly: 10 to 25%). Sums never leave the registers. A step of 12 products of tiles takes 192 cycles and 8 KB of loads, so the products are the
+//   limit.
 // Layout: a band of x is stored as lines of 64 bytes, 32 channels of one part of one pixel of one sample: [C_in / 32, parts, rows, residue of
 //   the column modulo in_step, columns, samples of the group]. So 16 neighbouring results of a row of a grid read 16 adjacent lines, whatever
-//   the tap, and a few samples side by side fill tiles where maps are narrow. Outside the map lines are zero; taps that see only them are left out.
+//   the tap, and a few samples side by side fill tiles where maps are narrow; where there are no more samples, tiles go on into the next row, and
+//   what they compute between rows is left out. Outside the map lines are zero; taps that see only them are left out.
 // Threads share bands of groups of samples, and panels where those are few. Determinism: each sum has one order, whatever the threads.
 // Limits: kAmxMaxTaps, kAmxMaxPhases. With several parts infinity becomes NaN (times the zero of another part).
 
-constexpr int64_t kAmxBandBytes = 896 * 1024;  // of the 2 MB L2; the rest is for a panel of weights
+constexpr int64_t kAmxBandBytes = 1152 * 1024;  // of the 2 MB L2; the rest is for a panel of weights
 
 static inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
@@ -86,8 +88,10 @@ struct AmxConvSizes {
     band = height;
     while (band > 1 && bytes_of(band) > kAmxBandBytes) band = ceil_div(band, 2);
     bands = ceil_div(height, band);
-    // A whole number of bands per thread, if a few more bands give it.
-    if (groups * bands < 8 * p.num_threads)
+    // Weights that are larger than x are read by one thread each: threads share panels.
+    const bool share_panels = groups * bands < p.num_threads && panels >= p.num_threads && weights > bytes_of(height);
+    // Else a whole number of bands per thread, if a few more bands give it.
+    if (groups * bands < 8 * p.num_threads && !share_panels)
       for (int64_t more = bands; more <= smaller(2 * bands, height); ++more)
         if (groups * more % p.num_threads == 0) {
           bands = more;
@@ -142,20 +146,29 @@ struct AmxActiveTaps {
   int position[kAmxMaxTaps];
 };
 
-// 16 results: row of the grid within the band, lines [first, first + 16) of (column, sample).
+// 16 results: lines [first, first + 16) of (column, sample) of a row of the grid within the band, perhaps reaching into rows up to `last`.
 struct AmxResults {
-  int64_t row, first;
+  int64_t row, last, first;
 };
 
-template <int Parts>
+// Where the results of a pair of tiles go: asked for, some at each step, while they are computed. Stores to lines that are in no cache wait for
+// them, and all asked for at once keep the loads of tiles waiting.
+struct AmxTargets {
+  int count;
+  float* pixel[32];
+};
+
+template <int Parts, bool kPair>
 static void amx_sum(TileScope& scope, const AmxActiveTaps& taps, int num_taps, int64_t blocks, const char* a0,
-                    const char* a1, int64_t part, const char* b, const char* next, int64_t next_step) {
+                    const char* a1, int64_t part, const char* b, const AmxTargets& targets) {
   constexpr int64_t kStep = Parts * 2 * kTileBytes;
+  const int at_once = static_cast<int>(ceil_div(targets.count, larger(1, blocks * taps.count)));
+  int asked = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int t = 0; t < taps.count; ++t) {
-      for (int64_t i = 0; i < next_step; i += 64) __builtin_prefetch(next + i, 0, 2);
-      next += next_step;
-      tile_step<Parts>(scope, a0 + taps.offset[t], a1 + taps.offset[t], part, b + taps.position[t] * kStep);
+      for (const int last = static_cast<int>(smaller(targets.count, asked + at_once)); asked < last; ++asked)
+        __builtin_prefetch(targets.pixel[asked], 1, 3), __builtin_prefetch(targets.pixel[asked] + 16, 1, 3);
+      tile_step<Parts, kPair>(scope, a0 + taps.offset[t], a1 + taps.offset[t], part, b + taps.position[t] * kStep);
     }
     a0 += Parts * part, a1 += Parts * part;
     b += num_taps * kStep;
@@ -171,7 +184,8 @@ struct AmxBand {
   const char* lines;
   float* sums;         // [pairs, 32, 32], or of the last two pairs where all is summed at once
   LaneMoments* cells;  // of the phase's first row in sample 0, [rows, panels]; or null
-  int64_t width_lines, row_tiles, tiles, offset[kAmxMaxTaps];
+  int64_t row_lines, width_lines, row_tiles, tiles, offset[kAmxMaxTaps];
+  bool flat;  // tiles reach into the next row
 
   AmxBand(const AmxConvParams& params, const AmxConvSizes& sizes, const AmxPhase& grid, int64_t first_sample,
           int64_t samples, int64_t first_row, int64_t num_rows, const char* x, float* scratch, LaneMoments* moments)
@@ -185,21 +199,28 @@ struct AmxBand {
         lines(x),
         sums(scratch),
         cells(moments) {
+    row_lines = s.layout.step * s.layout.step * s.layout.columns * group;
     width_lines = phase.width * group;
     row_tiles = ceil_div(width_lines, 16);
     tiles = rows * row_tiles;
+    const int64_t flat_tiles = ceil_div((rows - 1) * row_lines + width_lines, 16);
+    flat = flat_tiles < tiles;
+    if (flat) tiles = flat_tiles;
     for (int t = 0; t < phase.num_taps; ++t) offset[t] = s.layout.offset(phase.tap[t], group) * 64;
   }
 
   float* sum_of(int64_t pair) const { return sums + pair % s.sums * 1024; }
 
-  AmxResults results(int64_t tile) const { return {tile / row_tiles, tile % row_tiles * 16}; }
+  AmxResults results(int64_t tile) const {
+    if (!flat) return {tile / row_tiles, tile / row_tiles, tile % row_tiles * 16};
+    return {tile * 16 / row_lines, smaller((tile * 16 + 15) / row_lines, rows - 1), tile * 16 % row_lines};
+  }
 
   AmxActiveTaps active(const AmxResults& one, const AmxResults& two) const {
     // The rectangle of x that both see, but for the taps.
-    const int64_t step = s.layout.step, top = (first + one.row) * step, bottom = (first + two.row) * step;
-    const int64_t left = one.row == two.row ? one.first / group * step : 0;
-    const int64_t right = one.row == two.row ? (two.first + 15) / group * step : p.in_width;
+    const int64_t step = s.layout.step, top = (first + one.row) * step, bottom = (first + two.last) * step;
+    const int64_t left = one.row == two.last ? one.first / group * step : 0;
+    const int64_t right = one.row == two.last ? (two.first + 15) / group * step : p.in_width;
     AmxActiveTaps taps;
     taps.count = 0;
     for (int t = 0; t < phase.num_taps; ++t) {
@@ -212,23 +233,25 @@ struct AmxBand {
     return taps;
   }
 
-  // function(pixel of y, line, sample, column) for each result of a tile.
+  // function(pixel of y, line, sample, row, column) for each result of a tile.
   template <class Function>
   void each_result(int64_t tile, int64_t panel, Function function) const {
     const AmxResults r = results(tile);
-    int64_t n = r.first % group, column = r.first / group;
-    float* y = phase.y + sample * p.y_strides.sample + (first + r.row) * p.y_strides.row + column * p.y_strides.column +
-               panel * 32;
-    for (int64_t line = 0; line < smaller(16, width_lines - r.first); ++line) {
-      function(y + n * p.y_strides.sample, line, sample + n, column);
-      if (++n == group) n = 0, ++column, y += p.y_strides.column;
+    for (int64_t row = r.row, line = 0, skip = r.first; row <= r.last; ++row, line += row_lines - skip, skip = 0) {
+      int64_t n = skip % group, column = skip / group;
+      float* y = phase.y + sample * p.y_strides.sample + (first + row) * p.y_strides.row + column * p.y_strides.column +
+                 panel * 32;
+      for (int64_t at = line; at < smaller(16, line + width_lines - skip); ++at) {
+        function(y + n * p.y_strides.sample, at, sample + n, row, column);
+        if (++n == group) n = 0, ++column, y += p.y_strides.column;
+      }
     }
   }
 
   void write(int64_t pair, int64_t panel, const float* from) const {
     const int64_t channels = smaller(32, p.out_channels - panel * 32);
     for (int half = 0; half < 2 && 2 * pair + half < tiles; ++half)
-      each_result(2 * pair + half, panel, [&](float* y, int64_t line, int64_t n, int64_t column) {
+      each_result(2 * pair + half, panel, [&](float* y, int64_t line, int64_t n, int64_t row_of, int64_t column) {
         const float* row = from + (half * 16 + line) * 32;
         for (int64_t c = 0; c < channels; c += kVectorFloats) {
           vec value = load(row + c);
@@ -238,11 +261,23 @@ struct AmxBand {
         if (p.epilogue == nullptr) return;
         LaneMoments* cell = nullptr;
         if (cells != nullptr) {
-          cell = cells + n * s.cells + (first + results(2 * pair + half).row) * s.panels + panel;
+          cell = cells + n * s.cells + (first + row_of) * s.panels + panel;
           if (column == 0) *cell = LaneMoments{};  // (a thread walks a row from its first column on)
         }
         epilogue_block(*p.epilogue, y, 1, 0, 1, 0, panel * 32, channels, cell);
       });
+  }
+
+  // Sums of a pair of tiles, or of the last one alone.
+  template <int Parts>
+  void sum(TileScope& scope, int64_t pair, const char* x, int64_t blocks, const char* b,
+           const AmxTargets& targets) const {
+    const bool both = 2 * pair + 1 < tiles;
+    const AmxResults one = results(2 * pair), two = both ? results(2 * pair + 1) : one;
+    const int64_t part = s.band_lines * 64;
+    const char *a0 = x + (one.row * row_lines + one.first) * 64, *a1 = x + (two.row * row_lines + two.first) * 64;
+    (both ? amx_sum<Parts, true> : amx_sum<Parts, false>)(scope, active(one, two), phase.num_taps, blocks, a0, a1, part,
+                                                          b, targets);
   }
 
   void panel(TileScope& scope, int64_t panel) const {
@@ -250,35 +285,30 @@ struct AmxBand {
     const int64_t part = s.band_lines * 64, block_bytes = phase.num_taps * p.parts * 2 * kTileBytes,
                   pairs = ceil_div(tiles, 2);
     const char* b = reinterpret_cast<const char*>(phase.packed) + panel * l.blocks * block_bytes;
-    const auto sum_of_parts = p.parts == 3 ? amx_sum<3> : p.parts == 2 ? amx_sum<2> : amx_sum<1>;
     for (int64_t low = 0; low < l.blocks; low += s.depth) {
       const int64_t blocks = smaller(s.depth, l.blocks - low);
       const bool last = low + blocks == l.blocks;
-      // Meanwhile the weights that come next are brought into L2, a share per step.
-      const bool more = !last || panel + 1 < s.panels;
-      const int64_t next_step = more ? ceil_div(p.parts * 2 * kTileBytes, pairs * 64) * 64 : 0;
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        const AmxResults one = results(2 * pair), two = results(smaller(2 * pair + 1, tiles - 1));
-        const AmxActiveTaps taps = active(one, two);
-        // Stores to lines that are in no cache wait for them; so ask for them now.
-        if (last)
-          for (int half = 0; half < 2 && 2 * pair + half < tiles; ++half)
-            each_result(2 * pair + half, panel, [](float* y, int64_t, int64_t, int64_t) {
-              __builtin_prefetch(y, 1, 3), __builtin_prefetch(y + 16, 1, 3);
-            });
+        AmxTargets targets;
+        targets.count = 0;
+        for (int64_t tile = 2 * pair; last && tile < smaller(2 * pair + 2, tiles); ++tile)
+          each_result(tile, panel,
+                      [&](float* y, int64_t, int64_t, int64_t, int64_t) { targets.pixel[targets.count++] = y; });
         const char* x = lines + low * p.parts * part;
-        const int64_t row_bytes = l.step * l.step * l.columns * group * 64;
-        float* sum = sum_of(pair);
+        float* to = sum_of(pair);
         if (low > 0)
-          tile_sums_load(scope, sum, 128);
+          tile_sums_load(scope, to, 128);
         else
           tile_sums_zero(scope);
-        sum_of_parts(scope, taps, phase.num_taps, blocks, x + one.row * row_bytes + one.first * 64,
-                     x + two.row * row_bytes + two.first * 64, part, b + low * block_bytes,
-                     b + (low + blocks) * block_bytes + pair * blocks * phase.num_taps * next_step, next_step);
+        if (p.parts == 3)
+          sum<3>(scope, pair, x, blocks, b + low * block_bytes, targets);
+        else if (p.parts == 2)
+          sum<2>(scope, pair, x, blocks, b + low * block_bytes, targets);
+        else
+          sum<1>(scope, pair, x, blocks, b + low * block_bytes, targets);
         // (The sums of the pair before are written while the last products of this one are under way.)
         if (last && pair > 0) write(pair - 1, panel, sum_of(pair - 1));
-        tile_sums_store(scope, sum, 128);
+        tile_sums_store(scope, to, 128);
       }
       if (last) write(pairs - 1, panel, sum_of(pairs - 1));
     }
@@ -322,72 +352,4 @@ static void amx_conv(const AmxConvParams& p) {
 static int64_t amx_conv_workspace(const AmxConvParams& p) {
   const AmxConvSizes s(p);
   return s.cells_bytes(p) + s.bytes(p) * p.num_threads;
-}
-
-// ---------------------------------------------------------------- weights
-
-static int64_t amx_packed_size(const AmxPackParams& p) {
-  return ceil_div(p.out_channels, 32) * ceil_div(p.in_channels, 32) * p.num_taps * p.parts * kTileBytes;
-}
-
-#ifdef RNNDYN_AMX
-
-// 16 floats `stride` apart; those beyond the first `lanes` are not read and count as zero.
-static inline __m512 amx_lanes(const float* from, int64_t stride, int64_t lanes) {
-  const __mmask16 mask = first_lanes(lanes);
-  if (stride == 1) return _mm512_maskz_loadu_ps(mask, from);
-  const __m512i step = _mm512_mullo_epi32(_mm512_set1_epi32(int(stride)),
-                                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step, from, 4);
-}
-
-// A tile of weights: row i / 2 holds a pair of input channels for each of 16 output channels; parts kTileBytes elements apart. The channels
-// that are nearer in memory fill the lanes.
-static inline void amx_pack_tile(const AmxPackParams& p, const float* from, int64_t outs, int64_t ins, uint16_t* out) {
-  if (p.out_stride < p.in_stride) {
-    alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i interleave = _mm512_load_si512(kInterleave);
-    for (int64_t i = 0; i < 32; i += 2) {
-      __m512 x0 = amx_lanes(from + i * p.in_stride, p.out_stride, i < ins ? outs : 0);
-      __m512 x1 = amx_lanes(from + (i + 1) * p.in_stride, p.out_stride, i + 1 < ins ? outs : 0);
-      for (int part = 0; part < p.parts; ++part)
-        _mm512_storeu_si512(out + part * kTileBytes + i * 16, _mm512_permutexvar_epi16(interleave, next_part(x0, x1)));
-    }
-    return;
-  }
-  alignas(64) uint16_t rows[3][512];
-  for (int64_t o = 0; o < 16; ++o) {
-    const float* row = from + o * p.out_stride;
-    __m512 x0 = amx_lanes(row, p.in_stride, o < outs ? ins : 0);
-    __m512 x1 = amx_lanes(row + 16 * p.in_stride, p.in_stride, o < outs ? ins - 16 : 0);
-    for (int part = 0; part < p.parts; ++part) _mm512_store_si512(rows[part] + o * 32, next_part(x0, x1));
-  }
-  for (int part = 0; part < p.parts; ++part)
-    amx_transpose(rows[part], reinterpret_cast<char*>(out + part * kTileBytes), 64);
-}
-
-#else
-
-static inline void amx_pack_tile(const AmxPackParams& p, const float* from, int64_t outs, int64_t ins, uint16_t* out) {
-  for (int64_t o = 0; o < 16; ++o)
-    for (int64_t i = 0; i < 32; ++i)
-      split_value(o < outs && i < ins ? from[o * p.out_stride + i * p.in_stride] : 0.0f, p.parts,
-                  out + i / 2 * 32 + o * 2 + i % 2, kTileBytes);
-}
-
-#endif
-
-static void amx_pack_weight(const AmxPackParams& p) {
-  const int64_t blocks = ceil_div(p.in_channels, 32), panels = ceil_div(p.out_channels, 32);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads)
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t block = 0; block < blocks; ++block)
-      for (int half = 0; half < 2; ++half)
-        for (int t = 0; t < p.num_taps; ++t) {
-          uint16_t* out = p.packed + ((panel * blocks + block) * p.num_taps + t) * p.parts * kTileBytes;
-          const int64_t first_out = panel * 32 + half * 16, outs = smaller(16, larger(0, p.out_channels - first_out));
-          const float* from = p.weight + first_out * p.out_stride + block * 32 * p.in_stride + p.tap[t].index;
-          amx_pack_tile(p, from, outs, smaller(32, p.in_channels - block * 32), out + half * (kTileBytes / 2));
-        }
 }
