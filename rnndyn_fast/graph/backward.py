@@ -22,6 +22,7 @@ from rnndyn_fast.graph.schedule import Component, FormSlot, Schedule, Term, is_d
 from rnndyn_fast.graph.spec import Input, Interaction, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.ops.convolution import convolve_backward
 
 # Bytes of a window: several time steps of an area, so that a call over it is worth its start, and few enough that not all of them are held.
@@ -123,7 +124,7 @@ class _Backward:
             assert rstd is not None
             scratch = empty(shape, operands.dtype) if kept is None else None
             for k, slot in enumerate(slots):
-                drives, modulators = operands.split_terms(schedule.terms[name, slot])
+                drives, modulators = schedule.split_terms[name, slot]
                 area_step_forward(
                     [kept[slot]] if kept is not None else at_most([self._drive_value(t) for t in drives]),
                     [self._factor(name, slot)] if modulators else [],
@@ -225,7 +226,7 @@ class _Backward:
         if slot not in self.windows.get(name, ()):
             self._finish_window(name)
             self.windows[name] = range(max(0, slot + 1 - self._window_slots(name)), slot + 1)
-        drives, modulators = operands.split_terms(schedule.terms[name, slot])
+        drives, modulators = schedule.split_terms[name, slot]
         multiplicative = spec.interaction is Interaction.MULTIPLICATIVE
 
         def kept(kind: str) -> Tensor | None:
@@ -382,7 +383,8 @@ class _Backward:
             a.norm is Norm.LAYER and name in (f"{a.norm_parameter}.weight", f"{a.norm_parameter}.bias") for a in self.schedule.network.areas
         )
         if is_norm:  # [H, W, C] as the kernel sums it, in a room that others share
-            grad = grad.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+            height, width, channels = grad.shape
+            grad = channels_last(grad.view(1, height * width, 1, channels), grad.new_empty((1, 1, channels, height * width)))
         parameter = self.operands.parameters[name]
         return grad.reshape(parameter.shape).to(parameter.dtype)
 

@@ -33,6 +33,8 @@ class Pool(enum.Enum):
     MEAN = "mean"
     MAX_SAME = "max_same"
 
+    __hash__ = object.__hash__  # (members are looked up at every time step; Enum's is Python)
+
 
 @dataclass(frozen=True)
 class Window:

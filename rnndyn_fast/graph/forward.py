@@ -220,7 +220,7 @@ class Training:
 
     def _update(self, name: str, first: int, last: int) -> None:
         operands, area, slots = self.operands, self.operands.areas[name], slice(first, last)
-        drives, modulators = operands.split_terms(self.schedule.terms[name, first])
+        drives, modulators = self.schedule.split_terms[name, first]
 
         def buffer(kind: str, where: slice = slots) -> Tensor | None:
             stack = self.buffers.get((name, kind))
@@ -228,7 +228,8 @@ class Training:
 
         value = buffer("value")
         scratch = buffer("scratch", slice(0, last - first))
-        drives.sort(key=lambda t: t.drive != self.in_place.get(name))  # the term whose memory the value takes must be the first
+        # (The term whose memory the value takes must be the first.)
+        drives = tuple(sorted(drives, key=lambda t: t.drive != self.in_place.get(name)))
         values = [self._term_value(t, slots) for t in drives]
         forms = {}
         for pool, kind in POOL_KIND.items():
@@ -357,7 +358,7 @@ class _Inference:
         """Compute one slot of an area; ``state`` is where it is recorded, if it is."""
         schedule, operands, area = self.schedule, self.operands, self.operands.areas[name]
         shape = (operands.samples, *_hwc(schedule, name))
-        drives, modulators = operands.split_terms(schedule.terms[name, slot])
+        drives, modulators = schedule.split_terms[name, slot]
         values, modulating = [self._term_value(t) for t in drives], [self._term_value(t) for t in modulators]
         value: Tensor | None = None
         mean: Tensor | None = None

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.schedule import Drive, Schedule, Term, is_drive_term
+from rnndyn_fast.graph.schedule import Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Activation, Input, Norm, Operator, Pool, pooled_shape
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import Arena, empty, sums_dtype
+from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.ops.convolution import Weight
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, choose_engine
@@ -68,15 +69,10 @@ class Operands:
             if not norm:
                 return None
             parameter = self.parameters[f"{area.norm_parameter}.{kind}"].to(self.sums_dtype)
-            parameter = parameter.reshape(shape).permute(1, 2, 0)
-            return self.affine_room.take(parameter.shape, self.sums_dtype).copy_(parameter)
+            channels, height, width = shape
+            return channels_last(parameter.reshape(1, *shape), self.affine_room.take((1, height, width, channels), self.sums_dtype))[0]
 
         return AreaOperands(affine("weight"), affine("bias"), area.eps, area.activation is Activation.RELU)
-
-    def split_terms(self, terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
-        """Drive terms and modulator terms."""
-        drives = [t for t in terms if is_drive_term(self.schedule.network, t.connection)]
-        return drives, [t for t in terms if t not in drives]
 
     def bias(self, terms: Sequence[Term]) -> Tensor | None:
         """The sum of the terms' biases, [C]; None if none has one."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from rnndyn_fast.graph.schedule import Component, Schedule, is_drive_term
+from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Interaction, Norm, Operator, Pool
 
 _AGAIN = 1 / 32  # of all multiply-adds, which backward may do a second time
@@ -70,23 +71,18 @@ def recomputes_pooled(schedule: Schedule, name: str, pool: Pool) -> bool:
 
 def modulated_slots(schedule: Schedule, name: str) -> list[int]:
     """The slots of an area that have a modulator term (at the first time step there is often none): those whose modulator is kept."""
-    network = schedule.network
-    return [
-        slot
-        for slot in range(schedule.num_slots[name])
-        if any(not is_drive_term(network, t.connection) for t in schedule.terms.get((name, slot), ()))
-    ]
+    return [slot for slot in range(schedule.num_slots[name]) if schedule.split_terms.get((name, slot), ((), ()))[1]]
 
 
-def multiplied_drives(schedule: Schedule) -> set[int]:
+@lru_cache(maxsize=256)
+def multiplied_drives(schedule: Schedule) -> frozenset[int]:
     """Drives whose values enter a product and so are needed for its gradient."""
-    return {
+    return frozenset(
         t.drive
-        for (name, _), terms in schedule.terms.items()
+        for (name, _), (drives, _) in schedule.split_terms.items()
         if schedule.network.area(name).interaction is Interaction.MULTIPLICATIVE
-        for t in terms
-        if is_drive_term(schedule.network, t.connection)
-    }
+        for t in drives
+    )
 
 
 def recomputes_state(schedule: Schedule, name: str) -> bool:
@@ -114,6 +110,7 @@ def _hwc(shape: tuple[int, int, int], pool: Pool) -> tuple[int, int, int]:
     return height, width, channels
 
 
+@lru_cache(maxsize=256)
 def computed_again(schedule: Schedule) -> tuple[Component, ...]:
     """Components of which nothing is kept: backward runs them forward a second time.
 
@@ -134,17 +131,19 @@ def computed_again(schedule: Schedule) -> tuple[Component, ...]:
     return tuple(again)
 
 
-def saved_buffers(schedule: Schedule) -> list[SavedBuffer]:
+@lru_cache(maxsize=256)
+def saved_buffers(schedule: Schedule) -> tuple[SavedBuffer, ...]:
     """What forward keeps for the backward pass, in the order in which the rollout op returns it."""
     again = computed_again(schedule)
     areas = {name for c in again for name in c.areas}
     drives = {f"drive{d}" for c in again for d in c.drives_in}
-    return [b for b in needed_buffers(schedule) if b.owner not in areas | drives]
+    return tuple(b for b in needed_buffers(schedule) if b.owner not in areas | drives)
 
 
-def needed_buffers(schedule: Schedule) -> list[SavedBuffer]:
+@lru_cache(maxsize=256)
+def needed_buffers(schedule: Schedule) -> tuple[SavedBuffer, ...]:
     """What the backward pass reads: :func:`saved_buffers`, and what it makes by running some components again."""
-    network, buffers = schedule.network, []
+    network, buffers = schedule.network, list[SavedBuffer]()
     multiplied = multiplied_drives(schedule)
     nodes = [name for name in network.shapes if schedule.num_slots[name]]
     inputs = {node.name: node for node in network.inputs}
@@ -171,4 +170,4 @@ def needed_buffers(schedule: Schedule) -> list[SavedBuffer]:
         if d.index in multiplied and d.connection.operator is not Operator.IDENTITY:
             channels, height, width = d.shape
             buffers.append(SavedBuffer(f"drive{d.index}", "drive", len(d.slots), (height, width, channels)))
-    return buffers
+    return tuple(buffers)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
@@ -87,6 +87,7 @@ class Schedule:
     num_slots: distinct values of each input and area.
     first_step: the first time step at which an area has a state.
     terms: for each (area, slot) the terms that enter and have to be evaluated.
+    split_terms: the same, those of the drive apart from those of the modulator.
     zeros: for each (area, slot) the connections that read a map of zeros: of each, its bias enters.
     drives, components: see :class:`Drive`, :class:`Component`.
     """
@@ -215,6 +216,11 @@ class Schedule:
             item: tuple(Term(r.connection, index[key(r)], position[index[key(r)]][r.slot]) for r in entries)
             for item, entries in evaluated.items()
         }
+        drives = {c: is_drive_term(self.network, c) for c in self.network.connections}
+        self.split_terms: dict[AreaSlot, tuple[tuple[Term, ...], tuple[Term, ...]]] = {
+            item: (tuple(t for t in terms if drives[t.connection]), tuple(t for t in terms if not drives[t.connection]))
+            for item, terms in self.terms.items()
+        }
 
     # ---------------------------------------------------------------- order
 
@@ -258,17 +264,21 @@ class Schedule:
                     seen.setdefault((area.name, slot))
         return list(seen)
 
-    @property
+    @cached_property
     def time_major(self) -> list[AreaSlot]:
         """All updates, time step by time step: the order of inference."""
         return self._time_order()
 
     # ---------------------------------------------------------------- what is read of a node
 
-    def pools_read(self, name: str) -> set[Pool]:
+    @cached_property
+    def _pools_read(self) -> dict[str, frozenset[Pool]]:
+        recorded = {name: frozenset([Pool.NONE] if name in self.record else []) for name in self.num_slots}
+        return {name: pools | {d.connection.pool for d in self.drives if d.source == name} for name, pools in recorded.items()}
+
+    def pools_read(self, name: str) -> frozenset[Pool]:
         """Forms of a node's map that its drives read (and, for a recorded area, the map itself)."""
-        pools = {d.connection.pool for d in self.drives if d.source == name}
-        return pools | ({Pool.NONE} if name in self.record else set())
+        return self._pools_read[name]
 
     def multiplications(self, samples: int = 1) -> tuple[int, int]:
         """Multiply-adds of all drives as scheduled, and with every term of every area evaluated at every time step."""

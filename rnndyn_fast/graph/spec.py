@@ -95,6 +95,13 @@ class Network:
         # At once, not at first use: torch.compile can read an attribute, but not trace the encoder.
         object.__setattr__(self, "_json", json.dumps(to_plain(self), separators=(",", ":")))
 
+    # (By its text: schedules are looked up by network, several times in every rollout.)
+    def __eq__(self, other: object) -> bool:
+        return self._json == other._json if isinstance(other, Network) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
     # ---------------------------------------------------------------- checks
 
     def _check_names(self) -> None:
