@@ -59,11 +59,12 @@ struct AmxWeightGradParams {
   int64_t samples, in_height, in_width, in_channels;  // of x, which taps shift
   int64_t height, width, out_channels;                // of grad
   int in_step, parts, num_threads;
+  bool accumulate;  // add to grad_weight
   int num_taps;
   const AmxTap* tap;
   const float* x;      // [M, in_height, in_width, C_in], contiguous
   const float* grad;   // [M, height, width, C_out], contiguous
-  float* grad_weight;  // element o * out_stride + i * in_stride + index_t, written
+  float* grad_weight;  // element o * out_stride + i * in_stride + index_t, written, or added to
   int64_t out_stride, in_stride;
   void* workspace;  // amx_weight_grad_workspace(...) bytes, scratch, 64-byte aligned
 };

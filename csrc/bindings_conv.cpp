@@ -142,8 +142,8 @@ WinogradWeightGradParams winograd_weight_grad_params(const std::array<int, 2>& f
 void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& taps, const std::array<int64_t, 3>& grid,
                           const std::array<int64_t, 4>& sizes, int num_threads, Address x,
                           const std::array<int64_t, 3>& x_strides, const Pair& shift, const std::vector<Phase>& grad,
-                          const std::array<int64_t, 3>& grad_strides, Address grad_weight, const Scratch& workspace,
-                          const Scratch& sums) {
+                          const std::array<int64_t, 3>& grad_strides, Address grad_weight, bool accumulate,
+                          const Scratch& workspace, const Scratch& sums) {
   WinogradWeightGradParams p = winograd_weight_grad_params(form, pad, taps, grid, sizes, num_threads);
   if (grad.size() != taps.size()) throw std::invalid_argument("grad: expected one grid per phase");
   p.x = pointer<const float>(x), p.x_strides = grid_strides(x_strides), p.shift = {shift[0], shift[1]};
@@ -152,7 +152,7 @@ void winograd_weight_grad(const std::array<int, 2>& form, int pad, const Taps& t
     p.grad[k] = pointer<const float>(address), p.vanishing[k] = {vanishing[0], vanishing[1]};
   }
   p.grad_strides = grid_strides(grad_strides);
-  p.grad_weight = pointer<float>(grad_weight);
+  p.grad_weight = pointer<float>(grad_weight), p.accumulate = accumulate;
   p.sums = pointer<float>(sums(4 * kernels().winograd_weight_grad_sums(p)).cast<Address>());
   p.workspace = pointer<float>(workspace(4 * kernels().winograd_weight_grad_workspace(p)).cast<Address>());
   py::gil_scoped_release release;
@@ -222,14 +222,14 @@ void amx_pack_weight(const AmxTaps& taps, const std::array<int64_t, 4>& sizes, i
 // input: of x, as above. grid: height and width of grad. sizes: as above.
 void amx_weight_grad(const Shape& input, const std::array<int64_t, 2>& grid, const AmxTaps& taps,
                      const std::array<int64_t, 4>& sizes, int in_step, int parts, int num_threads, Address x,
-                     Address grad, Address grad_weight, const Scratch& workspace) {
+                     Address grad, Address grad_weight, bool accumulate, const Scratch& workspace) {
   AmxTap tap[kAmxMaxTaps];
   AmxWeightGradParams p{};
   p.tap = tap, p.num_taps = fill_amx_taps(tap, taps);
   p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3];
   p.height = grid[0], p.width = grid[1];
   p.out_channels = sizes[0], p.out_stride = sizes[2], p.in_stride = sizes[3];
-  p.in_step = in_step, p.parts = parts, p.num_threads = num_threads;
+  p.in_step = in_step, p.parts = parts, p.num_threads = num_threads, p.accumulate = accumulate;
   p.x = pointer<const float>(x), p.grad = pointer<const float>(grad), p.grad_weight = pointer<float>(grad_weight);
   p.workspace = pointer<void>(workspace(kernels().amx_weight_grad_workspace(p)).cast<Address>());
   py::gil_scoped_release release;

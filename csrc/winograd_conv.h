@@ -82,13 +82,14 @@ struct WinogradWeightGradParams {
   int pad;
   int64_t samples, height, width, in_channels, out_channels;
   int num_threads;
+  bool accumulate;  // add to grad_weight
   int num_phases;
   const float* x;  // grid [M, H, W, C_in]
   GridStrides x_strides;
   Shift shift;                    // of the taps
   const float* grad[kMaxPhases];  // one grid [M, H, W, C_out] per phase
   GridStrides grad_strides;
-  float* grad_weight;  // as the parameter; every element of it that is some phase's tap is written
+  float* grad_weight;  // as the parameter; every element of it that is some phase's tap is written, or added to
   int64_t out_stride, in_stride;
   int tap[kMaxPhases][kMaxTaps];
   Vanishing vanishing[kMaxPhases];

@@ -169,6 +169,7 @@ static void amx_sum(TileScope& scope, const AmxActiveTaps& taps, int num_taps, i
       for (const int last = static_cast<int>(smaller(targets.count, asked + at_once)); asked < last; ++asked)
         __builtin_prefetch(targets.pixel[asked], 1, 3), __builtin_prefetch(targets.pixel[asked] + 16, 1, 3);
       tile_step<Parts, kPair>(scope, a0 + taps.offset[t], a1 + taps.offset[t], part, b + taps.position[t] * kStep);
+      tile_stay_awake(scope);
     }
     a0 += Parts * part, a1 += Parts * part;
     b += num_taps * kStep;

@@ -193,7 +193,6 @@ static inline void tile_step(TileScope& scope, const char* a0, const char* a1, i
     tile_load_a<kPair>(scope, a0 + 2 * a_part, a1 + 2 * a_part);
     tile_products<kPair>(scope, b);
   }
-  tile_stay_awake(scope);
 }
 
 static inline void tile_sums_zero(TileScope& scope) {

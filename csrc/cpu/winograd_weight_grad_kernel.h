@@ -145,9 +145,10 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
           kernel_transposed_1d<Patch, Kernel>(half[kh], 1, out, 1);
           for (int64_t lane = 0; lane < smaller(kVectorFloats, p.out_channels - channel); ++lane)
             for (int kw = 0; kw < Kernel; ++kw)
-              if (tap[kh * Kernel + kw] >= 0)
-                p.grad_weight[(channel + lane) * p.out_stride + i * p.in_stride + tap[kh * Kernel + kw]] =
-                    out[kw][lane];
+              if (tap[kh * Kernel + kw] >= 0) {
+                float* to = p.grad_weight + (channel + lane) * p.out_stride + i * p.in_stride + tap[kh * Kernel + kw];
+                *to = p.accumulate ? *to + out[kw][lane] : out[kw][lane];
+              }
         }
       }
     }

@@ -306,9 +306,12 @@ class _Backward:
             else:
                 channels, height, width = pooled_shape(self.schedule.network.shapes[drive.source], c.pool)
                 x = torch.Size((len(slots) * self.operands.samples, height, width, channels))
-            grad_x, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x, need_x=need_x, need_weight=need_weight)
+            key = f"{c.parameter}.weight"
+            grad_x, grad_weight = convolve_backward(
+                weight, grad.flatten(0, 1), x, need_x=need_x, need_weight=need_weight, weight_into=self.grads.get(key)
+            )
             if grad_weight is not None:
-                self._add(f"{c.parameter}.weight", grad_weight)
+                self.grads[key] = grad_weight
             grad_x = grad_x.unflatten(0, (len(slots), -1)) if grad_x is not None else None
         if need_x and grad_x is not None:
             for k, slot in enumerate(slots):
@@ -342,9 +345,12 @@ class _Backward:
             assert weight is not None
             x = self._form(drive.source, c.pool, drive.slots[first:last])
             grad = self._drive_grad(index, first, last)
-            _, grad_weight = convolve_backward(weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=False, need_weight=True)
+            key = f"{c.parameter}.weight"
+            _, grad_weight = convolve_backward(
+                weight, grad.flatten(0, 1), x.flatten(0, 1), need_x=False, need_weight=True, weight_into=self.grads.get(key)
+            )
             assert grad_weight is not None
-            self._add(f"{c.parameter}.weight", grad_weight)
+            self.grads[key] = grad_weight
         self.drive_sums.pop(index, None)
 
     def _add(self, name: str, grad: Tensor) -> None:

@@ -124,8 +124,9 @@ def amx_weight_grad(
     in_step: int,
     parts: int,
     grad_weight: Tensor,  # as the parameter, contiguous
+    accumulate: bool = False,
 ) -> None:
-    """Launch ``amx_weight_grad``: grad_weight is written."""
+    """Launch ``amx_weight_grad``: grad_weight is written, or added to."""
     held, take = _launch.scratch()
     _core.amx_weight_grad(
         list(x.shape),
@@ -138,6 +139,7 @@ def amx_weight_grad(
         address_of(x, "x", (grad.shape[0], *x.shape[1:]), torch.float32),
         address_of(grad, "grad", tuple(grad.shape), torch.float32),
         address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
+        accumulate,
         take,
     )
     del held
@@ -195,8 +197,9 @@ def winograd_weight_grad(
     vanishing: Sequence[tuple[int, int]],
     grad_weight: Tensor,  # as the parameter, contiguous
     shift: tuple[int, int] = (0, 0),
+    accumulate: bool = False,
 ) -> None:
-    """Launch ``winograd_weight_grad``: the elements of grad_weight that are taps are written."""
+    """Launch ``winograd_weight_grad``: the elements of grad_weight that are taps are written, or added to."""
     for i, grid in enumerate(grads):
         if grid.shape[:3] != x.shape[:3]:
             raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
@@ -205,5 +208,5 @@ def winograd_weight_grad(
     held, take = _launch.scratch()
     address = address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
     source = (x.address("x"), x.strides, shift)
-    _core.winograd_weight_grad(*sizes_of_call, *source, phases, grads[0].strides, address, take, _launch.room(held))
+    _core.winograd_weight_grad(*sizes_of_call, *source, phases, grads[0].strides, address, accumulate, take, _launch.room(held))
     del held

@@ -137,13 +137,16 @@ def amx_weight_grad(
     weight: Tensor,  # the parameter, for its shape
     x: Tensor,  # [M, H, W, C_source]
     grad: Tensor,  # [M, H', W', C_target]
+    into: Tensor | None = None,  # as the parameter, contiguous
 ) -> Tensor:
-    """Gradient of the weight over all samples, in the parameter's shape."""
-    out = empty(weight.shape, torch.float32)
+    """Gradient of the weight over all samples, in the parameter's shape; added to ``into``, if that is given, and then returned as it."""
+    out = empty(weight.shape, torch.float32) if into is None else into
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     # The larger map is the one that taps shift.
     if m.transposed:
-        _launch_conv.amx_weight_grad(grad, x, _taps(m), (source, target, source_stride, target_stride), m.stride, m.parts, out)
+        sizes = (source, target, source_stride, target_stride)
+        _launch_conv.amx_weight_grad(grad, x, _taps(m), sizes, m.stride, m.parts, out, into is not None)
     else:
-        _launch_conv.amx_weight_grad(x, grad, _taps(m), (target, source, target_stride, source_stride), m.stride, m.parts, out)
+        sizes = (target, source, target_stride, source_stride)
+        _launch_conv.amx_weight_grad(x, grad, _taps(m), sizes, m.stride, m.parts, out, into is not None)
     return out

@@ -226,18 +226,23 @@ def convolve_backward(
     need_x: bool,
     need_weight: bool,
     into: Tensor | None = None,  # [M, H, W, C]
+    weight_into: Tensor | None = None,  # as the parameter, contiguous
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`convolve`: of x, [M, H, W, C] contiguous, and of the weight in the parameter's shape; None where not needed.
 
-    ``into``: to which the gradient of x is added, and which is then returned for it.
+    ``into``, ``weight_into``: to which the gradient of x, or of the weight, is added, and which is then returned for it.
     """
     geometry, m = weight.geometry, weight.choice.map
     if m is not None:
-        grad_weight = _weight_grad(weight, x, grad) if need_weight and isinstance(x, Tensor) else None
+        grad_weight = _weight_grad(weight, x, grad, weight_into) if need_weight and isinstance(x, Tensor) else None
         return _data_grad(weight, grad, x.shape if isinstance(x, Tensor) else x, into) if need_x else None, grad_weight
-    if into is not None:
+    if into is not None or weight_into is not None:
         grad_x, grad_weight = convolve_backward(weight, grad, x, need_x=need_x, need_weight=need_weight)
-        return None if grad_x is None else into.add_(grad_x), grad_weight
+        if grad_x is not None and into is not None:
+            grad_x = into.add_(grad_x)
+        if grad_weight is not None and weight_into is not None:
+            grad_weight = weight_into.add_(grad_weight)
+        return grad_x, grad_weight
     fused, shape = weight.choice.fused, x.shape if isinstance(x, Tensor) else x
     if (need_x and "data" in fused) or (need_weight and "weight" in fused):
         vendor_x, vendor_weight = need_x and "data" not in fused, need_weight and "weight" not in fused
@@ -281,11 +286,11 @@ def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size, into: Tensor | N
 _MANY_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
 
 
-def _weight_grad(weight: Weight, x: Tensor, grad: Tensor) -> Tensor:
+def _weight_grad(weight: Weight, x: Tensor, grad: Tensor, into: Tensor | None) -> Tensor:
     m, own = weight.choice.grad_map, weight.choice.map
     assert m is not None
     if isinstance(own, WinogradMap) and x.shape[0] * own.tiles(*x.shape[1:3]) >= _MANY_TILES:
         m = own
     if isinstance(m, AmxMap):
-        return amx_weight_grad(m, weight.weight, x, grad)
-    return winograd_weight_grad(m, weight.weight, x, grad)
+        return amx_weight_grad(m, weight.weight, x, grad, into)
+    return winograd_weight_grad(m, weight.weight, x, grad, into)

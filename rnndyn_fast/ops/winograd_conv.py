@@ -230,13 +230,15 @@ def winograd_weight_grad(
     weight: Tensor,  # the parameter, for its shape
     x: Tensor,  # [M, H, W, C_in]
     grad: Tensor,  # [M, H', W', C_out]
+    into: Tensor | None = None,  # as the parameter, contiguous
 ) -> Tensor:
-    """Gradient of the weight over all samples, in the parameter's shape."""
-    out = empty(weight.shape, torch.float32)
+    """Gradient of the weight over all samples, in the parameter's shape; added to ``into``, if that is given, and then returned as it."""
+    out = empty(weight.shape, torch.float32) if into is None else into
     if m.transposed:
         calls = [(taps(m), _vanishing(m)[0], (0, 0))]
     else:
         calls = [((piece,), (zero,), shift) for piece, zero, shift in zip(taps(m), _vanishing(m)[0], m.shifts, strict=True)]
+    sizes, grads = _sizes(m, weight), _phases(m, grad)
     for pieces, vanishing, shift in calls:
-        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, _sizes(m, weight), Grid(x), _phases(m, grad), vanishing, out, shift)
+        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, sizes, Grid(x), grads, vanishing, out, shift, into is not None)
     return out
