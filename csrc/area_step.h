@@ -29,10 +29,11 @@ struct AreaStepForwardParams {
   const Real* beta;   // [H, W, C] or null
   double eps;
   bool rectify;
-  bool
-      complete;  // with a norm: value, mean and rstd are there already, from a convolution's epilogue; there are no terms
+  // With a norm: mean and rstd are there already, and so is value, from a convolution's epilogue, and there are no terms; or value is null, and made
+  // again from the terms.
+  bool complete;
   // Outputs.
-  Real* value;          // [N, H, W, C] value before the norm; required with a norm, else optional
+  Real* value;          // [N, H, W, C] value before the norm; required with a norm that is not complete, else optional
   Real* modulator_sum;  // [N, H, W, C] 1 + sum of modulators, kept for backward; or null
   Real* state;          // [N, H, W, C] after norm and relu, or null
   Real* max_pooled;     // [N, H / 2, W / 2, C] 2x2 maximum of the state, or null

@@ -42,7 +42,8 @@ void area_step_forward(const Shape& shape, int num_threads, const std::vector<Ad
   p.max_pooled = pointer<Real>(max_pooled), p.argmax = pointer<uint8_t>(argmax),
   p.mean_pooled = pointer<Real>(mean_pooled);
   p.mean = pointer<Real>(mean), p.rstd = pointer<Real>(rstd);
-  if (p.gamma != nullptr && (p.beta == nullptr || p.value == nullptr || p.mean == nullptr || p.rstd == nullptr))
+  const bool valued = p.value != nullptr || p.complete;
+  if (p.gamma != nullptr && (p.beta == nullptr || !valued || p.mean == nullptr || p.rstd == nullptr))
     throw std::invalid_argument("gamma: a norm needs beta, value, mean and rstd");
   py::gil_scoped_release release;
   if constexpr (sizeof(Real) == 4) {

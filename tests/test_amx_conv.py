@@ -97,6 +97,9 @@ def test_forward_and_gradients(case: tuple[Operator, int, int, int, int, tuple[i
     assert _relative(grad_x, expected_x.permute(0, 2, 3, 1)) < TOLERANCE[parts]
     assert grad_weight.shape == weight.shape
     assert _relative(grad_weight, expected_weight) < TOLERANCE[parts]
+    total = grad_weight.clone()
+    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    assert torch.equal(total, 2 * grad_weight)
 
 
 def test_emulated_and_real_units_agree() -> None:

@@ -101,6 +101,9 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     assert _relative(grad_x, expected_x.permute(0, 2, 3, 1)) < TOLERANCE
     assert grad_weight.shape == weight.shape
     assert _relative(grad_weight, expected_weight) < TOLERANCE
+    total = grad_weight.clone()
+    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    assert torch.equal(total, 2 * grad_weight)
 
 
 @pytest.mark.parametrize(("height", "width"), [(h, 1 + (7 * h) % 19) for h in range(1, 20)])

@@ -35,6 +35,12 @@ struct BackwardRows {
   const Real* value(int64_t n, int64_t r, Real* scratch) const {
     const int64_t offset = n * map_size + r * row_size;
     if (!p.multiplicative) return p.value + offset;
+    if (p.num_drive == 1 && p.drive_bias == nullptr && p.modulator_sum != nullptr) {
+      const Real *drive = p.drive[0] + offset, *m = p.modulator_sum + offset;
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) scratch[i] = drive[i] * m[i];
+      return scratch;
+    }
     row_sum_terms(scratch, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
     if (p.modulator_sum != nullptr) {
       const Real* m = p.modulator_sum + offset;
@@ -111,44 +117,63 @@ struct BackwardRows {
   }
 };
 
+// Samples that go through both passes before the next ones do: as many as a thread's share of leaves its part of the gradient, of the drive and of
+// the modulator in 768 KB of L2, where at least one fits beside the norm's parameters and their gradients. Else all of them; so too with fewer
+// chunks than threads, where the second pass shares samples.
+template <typename Real>
+static int64_t samples_at_once(const AreaStepBackwardParams<Real>& p, int64_t chunks) {
+  const int64_t share = p.height * p.width * p.channels * int64_t(sizeof(Real)) / p.num_threads;
+  const int64_t maps = 2 + (p.multiplicative ? p.num_drive : 0);
+  if (p.gamma == nullptr || chunks < p.num_threads || (maps + 4) * share > 2 * 1024 * 1024) return p.samples;
+  const int64_t fit = 768 * 1024 / (maps * share + 1);
+  return fit > 1 ? fit : 1;
+}
+
 template <typename Real>
 void area_step_backward(const AreaStepBackwardParams<Real>& p) {
   const BackwardRows<Real> rows(p);
   const int64_t chunk_rows = rows_per_chunk(p.width, p.channels);
-  const int64_t chunks = num_chunks(p.height, p.width, p.channels);
-  const int64_t num_tasks = p.samples * chunks;
+  const int64_t chunks = num_chunks(p.height, p.width, p.channels), at_once = samples_at_once(p, chunks);
   const bool norm = p.gamma != nullptr;
   const double map_size = double(rows.map_size);
 
 #pragma omp parallel num_threads(p.num_threads)
   {
     Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 2 * rows.row_size));
-    if (norm) {
-#pragma omp for schedule(static)
-      for (int64_t k = 0; k < chunks; ++k) {
-        const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
-        for (int64_t n = 0; n < p.samples; ++n) {
-          double sum_p = 0, sum_px = 0;
-          for (int64_t r = first; r < last; ++r) rows.masked(n, r, scratch, &sum_p, &sum_px);
-          p.partial[2 * (n * chunks + k)] = sum_p;
-          p.partial[2 * (n * chunks + k) + 1] = sum_px;
-        }
-      }
-      // (the implicit barrier: the second pass needs the sums of every chunk)
-    }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < num_tasks; ++task) {
-      const int64_t n = task / chunks, k = task % chunks;
+    auto first_pass = [&](int64_t n, int64_t k) {
       const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
       double sum_p = 0, sum_px = 0;
-      if (norm) {
-        for (int64_t j = 0; j < chunks; ++j) {
-          sum_p += p.partial[2 * (n * chunks + j)];
-          sum_px += p.partial[2 * (n * chunks + j) + 1];
-        }
+      for (int64_t r = first; r < last; ++r) rows.masked(n, r, scratch, &sum_p, &sum_px);
+      p.partial[2 * (n * chunks + k)] = sum_p;
+      p.partial[2 * (n * chunks + k) + 1] = sum_px;
+    };
+    auto second_pass = [&](int64_t n, int64_t k) {
+      const int64_t first = k * chunk_rows, last = first + chunk_rows < p.height ? first + chunk_rows : p.height;
+      double sum_p = 0, sum_px = 0;
+      for (int64_t j = 0; norm && j < chunks; ++j) {
+        sum_p += p.partial[2 * (n * chunks + j)];
+        sum_px += p.partial[2 * (n * chunks + j) + 1];
       }
       for (int64_t r = first; r < last; ++r)
         rows.finish(n, r, Real(sum_p / map_size), Real(sum_px / map_size), scratch);
+    };
+    for (int64_t start = 0; start < p.samples; start += at_once) {
+      const int64_t end = start + at_once < p.samples ? start + at_once : p.samples;
+      if (norm) {
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < chunks; ++k)
+          for (int64_t n = start; n < end; ++n) first_pass(n, k);
+        // (the implicit barrier: the second pass needs the sums of every chunk)
+      }
+      if (!norm || at_once >= p.samples) {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < p.samples * chunks; ++task) second_pass(task / chunks, task % chunks);
+      } else {
+        // The thread that has a chunk in L2. (No barrier: the next samples have sums of their own, and each chunk its thread.)
+#pragma omp for schedule(static) nowait
+        for (int64_t k = 0; k < chunks; ++k)
+          for (int64_t n = start; n < end; ++n) second_pass(n, k);
+      }
     }
     free(scratch);
   }

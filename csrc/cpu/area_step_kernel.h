@@ -10,10 +10,10 @@
 // Precision: sums of a row in Real, rows and chunks combined in double by Chan's parallel variance (no E[z^2] - E[z]^2).
 // Traffic: forward reads each term once and writes value, state and pooled once (the second pass finds its sample in L2, and is the only one
 //   after a convolution's epilogue);
-//   backward reads the saved value twice and each gradient once, and writes dz twice (g is parked in it between the passes).
-//   Both are bound by memory bandwidth: about 12 operations per element.
+//   backward reads the saved value and each gradient once, and writes dz once (g is parked in it between the passes, of which the second finds
+//   both in L2). Both are bound by memory bandwidth: about 12 operations per element.
 // Threads: over samples, or over chunks of rows where samples are fewer than threads. The backward pass gives each chunk of rows
-//   to one thread for all samples, so that dgamma and dbeta need no atomics and no private copies.
+//   to one thread for all samples, so that dgamma and dbeta need no atomics and no private copies, and takes both passes sample by sample.
 // Determinism: chunks depend on the shape alone and are combined in order, so results do not depend on the thread count.
 // Limits: at most kMaxTerms terms of each kind; the caller checks shapes.
 
@@ -109,6 +109,13 @@ struct ForwardRows {
   // Interaction of one row into out; also keeps the modulator where wanted. scratch [W * C].
   void interact(int64_t n, int64_t r, Real* out, Real* scratch) const {
     const int64_t offset = n * map_size + r * row_size;
+    if (p.num_drive == 1 && p.num_modulator == 1 && p.modulator_complete && p.modulator_sum == nullptr &&
+        p.drive_bias == nullptr && p.modulator_bias == nullptr) {
+      const Real *drive = p.drive[0] + offset, *m = p.modulator[0] + offset;
+#pragma omp simd
+      for (int64_t i = 0; i < row_size; ++i) out[i] = drive[i] * m[i];
+      return;
+    }
     row_sum_terms(out, p.drive, p.num_drive, p.drive_bias, Real(0), offset, p.width, p.channels);
     if (p.num_modulator > 0) {
       Real* m = p.modulator_sum != nullptr ? p.modulator_sum + offset : scratch;
@@ -131,7 +138,8 @@ struct ForwardRows {
   // Norm and relu of row r into out.
   void activate(int64_t n, int64_t r, Real mean, Real rstd, Real* out, Real* scratch) const {
     if (p.gamma != nullptr) {
-      const Real* z = p.value + n * map_size + r * row_size;
+      const Real* z = p.value != nullptr ? p.value + n * map_size + r * row_size : out;
+      if (p.value == nullptr) interact(n, r, out, scratch);
       const Real* gamma = p.gamma + r * row_size;
       const Real* beta = p.beta + r * row_size;
 #pragma omp simd
@@ -160,12 +168,20 @@ struct ForwardRows {
       const Real* d = c + channels;
       Real* out = p.max_pooled + offset + w * channels;
       uint8_t* where = p.argmax != nullptr ? p.argmax + offset + w * channels : nullptr;
+      if (where == nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < channels; ++i)
+          out[i] = larger_or_nan(larger_or_nan(larger_or_nan(a[i], b[i]), c[i]), d[i]);
+        continue;
+      }
       // Blocks of a constant length: with bytes among floats the compiler else leaves up to 63 channels to a scalar loop.
       int64_t i = 0;
-      for (; i + 8 <= channels; i += 8) pool_block<8>(a + i, b + i, c + i, d + i, out + i, where ? where + i : nullptr);
-      for (; i < channels; ++i) pool_block<1>(a + i, b + i, c + i, d + i, out + i, where ? where + i : nullptr);
+      for (; i + 16 <= channels; i += 16) pool_block<16>(a + i, b + i, c + i, d + i, out + i, where + i);
+      for (; i < channels; ++i) pool_block<1>(a + i, b + i, c + i, d + i, out + i, where + i);
     }
   }
+
+  static Real larger_or_nan(Real best, Real x) { return (x > best || x != x) ? x : best; }
 
   template <int kCount>
   static void pool_block(const Real* a, const Real* b, const Real* c, const Real* d, Real* out, uint8_t* where) {
@@ -175,15 +191,14 @@ struct ForwardRows {
       Real best = a[i];
       int k = 0;
       k = (b[i] > best || b[i] != b[i]) ? 1 : k;
-      best = (b[i] > best || b[i] != b[i]) ? b[i] : best;
+      best = larger_or_nan(best, b[i]);
       k = (c[i] > best || c[i] != c[i]) ? 2 : k;
-      best = (c[i] > best || c[i] != c[i]) ? c[i] : best;
+      best = larger_or_nan(best, c[i]);
       k = (d[i] > best || d[i] != d[i]) ? 3 : k;
-      best = (d[i] > best || d[i] != d[i]) ? d[i] : best;
+      best = larger_or_nan(best, d[i]);
       out[i] = best;
       index[i] = k;
     }
-    if (where == nullptr) return;
     for (int i = 0; i < kCount; ++i) where[i] = uint8_t(index[i]);
   }
 

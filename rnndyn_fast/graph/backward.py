@@ -122,7 +122,7 @@ class _Backward:
             mean, rstd = self._kept(name, "centre"), self._kept(name, "rstd")
             assert mean is not None
             assert rstd is not None
-            scratch = empty(shape, operands.dtype) if kept is None else None
+            scratch = empty(shape, operands.dtype) if kept is None and operands.on_device else None
             for k, slot in enumerate(slots):
                 drives, modulators = schedule.split_terms[name, slot]
                 area_step_forward(
@@ -130,12 +130,12 @@ class _Backward:
                     [self._factor(name, slot)] if modulators else [],
                     drive_bias=None if kept is not None else operands.bias(drives),
                     modulator_complete=True,
-                    complete=kept is not None,
+                    complete=not operands.on_device or kept is not None,
                     gamma=area.gamma,
                     beta=area.beta,
                     eps=area.eps,
                     rectify=area.rectify,
-                    value=kept[slot] if kept is not None else scratch,  # (it is its own drive, and not written)
+                    value=kept[slot] if kept is not None else scratch,  # (kept: it is its own drive, and not written)
                     state=self.again[k] if pool is Pool.NONE else None,
                     max_pooled=self.again[k] if pool is Pool.MAX else None,
                     mean=mean[slot].clone(),

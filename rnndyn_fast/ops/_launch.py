@@ -87,7 +87,8 @@ def area_step_forward(
 ) -> None:
     """Launch ``area_step`` forward; every output is written into the tensor given for it.
 
-    ``complete``: with a norm; the one drive is the value itself, and it, mean and rstd are there already.
+    ``complete``: with a norm; mean and rstd are there already, and the one drive is the value itself, or value is None, and made again (not
+    on devices).
     """
     if on_device(drives[0]):
         from rnndyn_fast.ops import _launch_cuda
