@@ -46,6 +46,11 @@ WinogradForm winograd_form(const std::array<int, 2>& form) {
   throw std::invalid_argument("form: expected (patch, kernel) (5, 2), (6, 3), (8, 3), (8, 4), (6, 5) or (8, 5)");
 }
 
+void check_by_taps(const WinogradForm& form) {
+  if (form.kernel != 3)
+    throw std::invalid_argument("by_taps: expected a kernel of 3, got " + std::to_string(form.kernel));
+}
+
 GridStrides grid_strides(const std::array<int64_t, 3>& strides) { return {strides[0], strides[1], strides[2]}; }
 
 using Taps = std::vector<std::vector<int>>;
@@ -60,9 +65,9 @@ void fill_taps(int (&out)[kMaxPhases][kMaxTaps], const Taps& taps, int kernel) {
 }
 
 // shape: samples, height, width of the grids, and output channels. terms: address, strides, channels, packed address, vanishing frequencies
-// and shift each; phases: address and vanishing frequencies.
+// and shift each, and whether taps are packed; phases: address and vanishing frequencies.
 using Pair = std::array<int, 2>;
-using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair, Pair>;
+using ConvTerm = std::tuple<Address, std::array<int64_t, 3>, int64_t, Address, Pair, Pair, bool>;
 using Phase = std::tuple<Address, Pair>;
 
 WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad, const Shape& shape, int num_threads,
@@ -77,9 +82,10 @@ WinogradConvParams winograd_conv_params(const std::array<int, 2>& form, int pad,
   p.num_threads = num_threads;
   p.num_terms = static_cast<int>(terms.size()), p.num_phases = static_cast<int>(y.size());
   for (size_t k = 0; k < terms.size(); ++k) {
-    const auto& [x, strides, channels, packed, vanishing, shift] = terms[k];
-    p.term[k] = {pointer<const float>(x),      grid_strides(strides),        channels,
-                 pointer<const float>(packed), {vanishing[0], vanishing[1]}, {shift[0], shift[1]}};
+    const auto& [x, strides, channels, packed, vanishing, shift, by_taps] = terms[k];
+    if (by_taps) check_by_taps(p.form);
+    p.term[k] = {pointer<const float>(x),      grid_strides(strides), channels, pointer<const float>(packed),
+                 {vanishing[0], vanishing[1]}, {shift[0], shift[1]},  by_taps};
   }
   for (size_t k = 0; k < y.size(); ++k) {
     const auto& [address, vanishing] = y[k];
@@ -104,22 +110,24 @@ void winograd_conv(const std::array<int, 2>& form, int pad, const Shape& shape, 
 
 // Sizes: output and input channels, and the strides of both in the parameter.
 WinogradPackParams winograd_pack_params(const std::array<int, 2>& form, const Taps& taps,
-                                        const std::array<int64_t, 4>& sizes) {
+                                        const std::array<int64_t, 4>& sizes, bool by_taps) {
   WinogradPackParams p{};
-  p.form = winograd_form(form);
+  p.form = winograd_form(form), p.by_taps = by_taps;
+  if (by_taps) check_by_taps(p.form);
   fill_taps(p.tap, taps, p.form.kernel);
   p.num_phases = static_cast<int>(taps.size());
   p.out_channels = sizes[0], p.in_channels = sizes[1], p.out_stride = sizes[2], p.in_stride = sizes[3];
   return p;
 }
 
-int64_t winograd_packed_size(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes) {
-  return kernels().winograd_packed_size(winograd_pack_params(form, taps, sizes));
+int64_t winograd_packed_size(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes,
+                             bool by_taps) {
+  return kernels().winograd_packed_size(winograd_pack_params(form, taps, sizes, by_taps));
 }
 
 void winograd_pack_weight(const std::array<int, 2>& form, const Taps& taps, const std::array<int64_t, 4>& sizes,
-                          int num_threads, Address weight, Address packed) {
-  WinogradPackParams p = winograd_pack_params(form, taps, sizes);
+                          bool by_taps, int num_threads, Address weight, Address packed) {
+  WinogradPackParams p = winograd_pack_params(form, taps, sizes, by_taps);
   p.num_threads = num_threads;
   p.weight = pointer<const float>(weight), p.packed = pointer<float>(packed);
   py::gil_scoped_release release;

@@ -48,6 +48,8 @@ struct WinogradTerm {
   const float* packed;  // from winograd_pack_weight, [a^2, phases * ceil(C_out / NR), channels, NR]
   Vanishing vanishing;  // with one phase
   Shift shift;
+  bool
+      by_taps;  // packed has the taps, in the layout of winograd_taps_kernel.h, and is transformed as it is read: kernels of 3
 };
 
 struct WinogradConvParams {
@@ -72,6 +74,7 @@ struct WinogradPackParams {
   int64_t out_channels, in_channels;
   int64_t out_stride, in_stride;  // of the parameter, whose kernels are contiguous
   int tap[kMaxPhases][kMaxTaps];
+  bool by_taps;  // only put in order, not transformed
   int num_threads;
   const float* weight;
   float* packed;

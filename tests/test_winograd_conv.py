@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, convolution, engines
+from rnndyn_fast.ops import _launch, convolution, engines, winograd_conv
 from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward, convolve_sum
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
-from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, taps
+from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
 
 MAPS = [
     WinogradMap(WinogradForm(6, 3), 3),
@@ -104,6 +104,52 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     total = grad_weight.clone()
     assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
     assert torch.equal(total, 2 * grad_weight)
+
+
+@pytest.mark.parametrize("m", [m for m in MAPS if m.form.kernel == 3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 7, 9, 150, 40), (1, 8, 5, 40, 257)], ids=str)
+def test_taps_are_transformed_as_they_are_read(m: WinogradMap, shape: tuple[int, ...], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As :func:`test_forward_and_gradients`; two terms of which one is transformed already, chunks of 128 channels and the rest, one thread
+    and several."""
+    x, weight, grad = _case(m, shape)
+    x64, weight64 = x.double().permute(0, 3, 1, 2).requires_grad_(), weight.double()
+    expected = _reference(m, x64, weight64)
+    (expected_x,) = torch.autograd.grad(expected, x64, grad.double().permute(0, 3, 1, 2))
+    transformed, by_taps = (Weight(_geometry(m), weight, EngineChoice.of(m, "test")) for _ in range(2))
+    assert not transformed.packed.by_taps
+    monkeypatch.setattr(winograd_conv, "packs_taps", lambda *_: True)
+    assert by_taps.packed.by_taps
+    assert by_taps.packed_backward.by_taps
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            _poison()
+            y = convolve(by_taps, x)
+            _poison()
+            twice = convolve_sum([transformed, by_taps], [x, x])
+            _poison()
+            grad_x, _ = convolve_backward(by_taps, grad, x, need_x=True, need_weight=False)
+            assert _relative(y, expected.detach().permute(0, 2, 3, 1)) < TOLERANCE
+            assert _relative(twice, 2 * expected.detach().permute(0, 2, 3, 1)) < TOLERANCE
+            assert grad_x is not None
+            assert _relative(grad_x, expected_x.permute(0, 2, 3, 1)) < TOLERANCE
+            found.append((y, twice, grad_x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_large_weights_are_packed_as_taps() -> None:
+    """No more bytes than the parameter has (with channels in whole panels); small ones are transformed, and so are other kernels."""
+    small, large = torch.randn(64, 64, 3, 3), torch.randn(320, 256, 3, 3)
+    for m in (WinogradMap(WinogradForm(6, 3), 3), WinogradMap(WinogradForm(8, 3), 3)):
+        for backward in (False, True):
+            packed = pack_weight(m, large, backward=backward)
+            assert packed.by_taps
+            assert packed.nbytes == large.nbytes
+            assert not pack_weight(m, small, backward=backward).by_taps
+    assert not pack_weight(WinogradMap(WinogradForm(8, 5), 5), torch.randn(256, 256, 5, 5)).by_taps
 
 
 @pytest.mark.parametrize(("height", "width"), [(h, 1 + (7 * h) % 19) for h in range(1, 20)])

@@ -36,6 +36,8 @@ namespace RNNDYN_ISA {
 #include "cpu/conv_epilogue_kernel.h"
 #include "cpu/amx_tile_kernel.h"
 #include "cpu/winograd_units_kernel.h"
+#include "cpu/winograd_taps_kernel.h"
+#include "cpu/winograd_pack_kernel.h"
 #include "cpu/winograd_conv_kernel.h"
 #include "cpu/winograd_weight_grad_kernel.h"
 #include "cpu/separable_conv_kernel.h"

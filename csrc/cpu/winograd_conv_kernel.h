@@ -1,4 +1,4 @@
-// winograd_conv: forward (and, with other weights, backward-data) in the Winograd domain, with an epilogue, and packing.
+// winograd_conv: forward (and, with other weights, backward-data) in the Winograd domain, with an epilogue.
 // Included inside namespace rnndyn::<isa>; parameters are documented in winograd_conv.h, transforms in winograd_transform_kernel.h.
 //
 // Maths: y_p = sum over terms of x * W_p for each output phase p: per tile, Y = A^T [sum_terms sum_i (B^T d_i B) . (G w_i G^T)] A: for each of
@@ -178,8 +178,8 @@ static inline bool vanishes(const Vanishing& v, int64_t f) {
 template <int Patch, int Kernel>
 struct WinogradConvSizes {
   Winograd<Patch, Kernel> w;
-  int64_t phase_channels, channels_out, panels, block, blocks, m_frequency, v_size, m_size, cells_size;
-  bool shared;
+  int64_t phase_channels, channels_out, panels, block, blocks, m_frequency, v_size, m_size, cells_size, expanded_size;
+  bool shared, by_taps;
 
   // Floats of V of a term, from frequency to frequency.
   int64_t v_frequency(const WinogradConvParams& p, int term) const {
@@ -206,6 +206,9 @@ struct WinogradConvSizes {
     // Moments: one cell per tile and phase, a sample's cells side by side.
     const int64_t cells = p.epilogue != nullptr && p.epilogue->mean != nullptr ? w.tiles * p.num_phases : 0;
     cells_size = round_up(cells * kLaneMomentsFloats, 16);
+    by_taps = false;
+    for (int k = 0; k < p.num_terms; ++k) by_taps = by_taps || p.term[k].by_taps;
+    expanded_size = by_taps ? kExpandedFloats<Patch> : 0;
   }
 };
 
@@ -224,7 +227,9 @@ static void winograd_conv_form(const WinogradConvParams& p) {
     s.w.transform_input(term.x, term.strides, term.shift, term.channels, first + i, v + i * padded,
                         s.v_frequency(p, k));
   };
-  auto multiply = [&](const float* v, float* m, int k, int64_t count, int64_t f, int64_t panel) {
+  // One frequency and panel of a term: `weight` has `depth` of its input channels, from channel `from` on.
+  auto multiply_by = [&](const float* v, float* m, int k, int64_t count, int64_t f, int64_t panel, const float* weight,
+                         int64_t from, int64_t depth, const float* next, int64_t next_floats) {
     float* out = m + f * s.m_frequency + panel * kGemmCols;
     const int phase = static_cast<int>(panel * kGemmCols / s.phase_channels);
     auto missing = [&](int term) {
@@ -232,18 +237,46 @@ static void winograd_conv_form(const WinogradConvParams& p) {
     };
     bool written = false;
     for (int before = 0; before < k; ++before) written = written || !missing(before);
-    const int64_t channels = p.term[k].channels, padded = round_up(channels, kVectorFloats);
     if (!missing(k)) {
-      const float* weight = p.term[k].packed + (f * s.panels + panel) * channels * kGemmCols;
-      gemm_panel(count, channels, v + f * s.v_frequency(p, k), padded, 1, weight, kGemmCols, out, s.channels_out,
-                 written);
-    } else if (!written && k == p.num_terms - 1) {
+      const int64_t padded = round_up(p.term[k].channels, kVectorFloats);
+      gemm_panel(count, depth, v + f * s.v_frequency(p, k) + from, padded, 1, weight, kGemmCols, out, s.channels_out,
+                 written || from > 0, reinterpret_cast<const char*>(next), 4 * next_floats);
+    } else if (!written && k == p.num_terms - 1 && from == 0) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < kGemmCols; c += kVectorFloats) store(out + i * s.channels_out + c, vec{});
     }
   };
+  auto multiply = [&](const float* v, float* m, int k, int64_t count, int64_t f, int64_t panel) {
+    const int64_t channels = p.term[k].channels, floats = channels * kGemmCols;
+    const float* weight = p.term[k].packed + (f * s.panels + panel) * floats;
+    multiply_by(v, m, k, count, f, panel, weight, 0, channels, weight + floats, floats);
+  };
+  // A row of frequencies, whose weights are perhaps transformed first, chunk by chunk, into `expanded`.
+  auto multiply_row = [&](const float* v, float* m, int k, int64_t count, int row, int64_t panel, float* expanded) {
+    if (!p.term[k].by_taps) {
+      for (int b = 0; b < Patch; ++b) multiply(v, m, k, count, row * Patch + b, panel);
+      return;
+    }
+    if constexpr (Kernel == 3) {
+      constexpr int64_t kTaps = Kernel * Kernel * kGemmCols;  // of a channel
+      const TapRows<Patch, Kernel> read(row);
+      const int64_t channels = p.term[k].channels;
+      for (int64_t from = 0; from < channels; from += kTapsChunk) {
+        const int64_t depth = smaller(kTapsChunk, channels - from);
+        const float* taps = p.term[k].packed + (panel * channels + from) * kTaps;
+        winograd_expand<Patch, Kernel>(taps, depth, row, expanded);
+        // Of what the row reads of the next chunk (or of the next panel's first one) each frequency asks for a part.
+        const int64_t left = channels - from - depth, after = smaller(kTapsChunk, left > 0 ? left : channels);
+        const int64_t share = after * Kernel * kGemmCols * (read.last - read.first) / Patch;
+        const float* next = taps + depth * kTaps + after * Kernel * kGemmCols * read.first;
+        for (int b = 0; b < Patch; ++b)
+          multiply_by(v, m, k, count, row * Patch + b, panel, expanded + b * kExpandedFrequency, from, depth,
+                      next + b * share, share);
+      }
+    }
+  };
   LaneMoments* cells = s.cells_size > 0 ? reinterpret_cast<LaneMoments*>(p.workspace) : nullptr;
-  float* room = p.workspace + s.cells_size;
+  float* room = p.workspace + s.cells_size + s.expanded_size * p.num_threads;
   auto finish = [&](const float* m, int64_t first, int64_t i) {
     for (int phase = 0; phase < p.num_phases; ++phase) {
       LaneMoments* cell = cells != nullptr ? cells + (first + i) * p.num_phases + phase : nullptr;
@@ -255,6 +288,7 @@ static void winograd_conv_form(const WinogradConvParams& p) {
 
 #pragma omp parallel num_threads(p.num_threads)
   {
+    float* expanded = p.workspace + s.cells_size + s.expanded_size * omp_get_thread_num();
     if (s.shared) {
       float* v = room;
       float* m = v + s.v_size;
@@ -266,12 +300,21 @@ static void winograd_conv_form(const WinogradConvParams& p) {
           for (int k = 0; k < p.num_terms; at += v_of(k++)) transform(at, k, first, i);
         }
         // (barrier: a frequency needs all tiles)
+        if (s.by_taps) {
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t f = 0; f < kFrequencies; ++f)
-          for (int64_t panel = 0; panel < s.panels; ++panel) {
-            const float* at = v;
-            for (int k = 0; k < p.num_terms; at += v_of(k++)) multiply(at, m, k, count, f, panel);
-          }
+          for (int row = 0; row < Patch; ++row)
+            for (int64_t panel = 0; panel < s.panels; ++panel) {
+              const float* at = v;
+              for (int k = 0; k < p.num_terms; at += v_of(k++)) multiply_row(at, m, k, count, row, panel, expanded);
+            }
+        } else {
+#pragma omp for collapse(2) schedule(static)
+          for (int64_t f = 0; f < kFrequencies; ++f)
+            for (int64_t panel = 0; panel < s.panels; ++panel) {
+              const float* at = v;
+              for (int k = 0; k < p.num_terms; at += v_of(k++)) multiply(at, m, k, count, f, panel);
+            }
+        }
         // (barrier: a tile needs all frequencies)
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
@@ -285,8 +328,13 @@ static void winograd_conv_form(const WinogradConvParams& p) {
         const int64_t first = b * s.block, count = smaller(s.block, s.w.tiles - first);
         for (int k = 0; k < p.num_terms; ++k) {
           for (int64_t i = 0; i < count; ++i) transform(v, k, first, i);
-          for (int64_t f = 0; f < kFrequencies; ++f)
-            for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, k, count, f, panel);
+          if (s.by_taps) {
+            for (int row = 0; row < Patch; ++row)
+              for (int64_t panel = 0; panel < s.panels; ++panel) multiply_row(v, m, k, count, row, panel, expanded);
+          } else {
+            for (int64_t f = 0; f < kFrequencies; ++f)
+              for (int64_t panel = 0; panel < s.panels; ++panel) multiply(v, m, k, count, f, panel);
+          }
         }
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
       }
@@ -303,55 +351,5 @@ static void winograd_conv_form(const WinogradConvParams& p) {
 template <int Patch, int Kernel>
 static int64_t winograd_conv_workspace_form(const WinogradConvParams& p) {
   const WinogradConvSizes<Patch, Kernel> s(p);
-  return s.cells_size + (s.v_size + s.m_size) * (s.shared ? 1 : p.num_threads);
-}
-
-// ---------------------------------------------------------------- weights
-
-template <int Patch, int Kernel>
-static void winograd_pack_weight_form(const WinogradPackParams& p) {
-  constexpr int64_t kTogether = 8;  // input channels: a few lines of memory of one output channel are read in a row
-  const int64_t phase_panels = round_up(p.out_channels, kGemmCols) / kGemmCols, panels = phase_panels * p.num_phases;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads)
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    for (int64_t block = 0; block < p.in_channels; block += kTogether) {
-      // The kernels of a panel's output channels, one lane each.
-      float lanes[kTogether][Kernel * Kernel][kGemmCols] = {};
-      const int* tap = p.tap[panel / phase_panels];
-      const int64_t first = panel % phase_panels * kGemmCols, count = smaller(kGemmCols, p.out_channels - first);
-      const int64_t ins = smaller(kTogether, p.in_channels - block);
-      float* corner = p.packed + (panel * p.in_channels + block) * kGemmCols;
-      // Its results lie in a^2 places, its kernels in as many as there are lanes: ask for the lines of these, and of the next block's kernels,
-      // now. (Without, loads and stores wait for them one by one. A prefetch past the end is harmless.)
-      for (int64_t f = 0; f < Patch * Patch; ++f)
-        for (int64_t line = 0; line < ins * kGemmCols; line += 16)
-          __builtin_prefetch(corner + f * panels * p.in_channels * kGemmCols + line, 1, 3);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const float* next = p.weight + (first + lane) * p.out_stride + (block + kTogether) * p.in_stride;
-        for (int64_t line = 0; line < kTogether * Kernel * Kernel; line += 16) __builtin_prefetch(next + line, 0, 3);
-      }
-      for (int64_t lane = 0; lane < count; ++lane)
-        for (int64_t i = 0; i < ins; ++i) {
-          const float* kernel = p.weight + (first + lane) * p.out_stride + (block + i) * p.in_stride;
-          for (int k = 0; k < Kernel * Kernel; ++k)
-            if (tap[k] >= 0) lanes[i][k][lane] = kernel[tap[k]];
-        }
-      for (int64_t i = 0; i < ins; ++i)
-        for (int part = 0; part < kGemmCols; part += kVectorFloats) {
-          vec half[Kernel][Patch];
-          for (int kw = 0; kw < Kernel; ++kw) {
-            vec column[Kernel], out[Patch];
-            for (int kh = 0; kh < Kernel; ++kh) column[kh] = load(&lanes[i][kh * Kernel + kw][part]);
-            kernel_1d<Patch, Kernel>(column, 1, out, 1);
-            for (int a = 0; a < Patch; ++a) half[kw][a] = out[a];
-          }
-          float* to = corner + i * kGemmCols + part;
-          for (int a = 0; a < Patch; ++a) {
-            vec out[Patch];
-            kernel_1d<Patch, Kernel>(&half[0][a], Patch, out, 1);
-            for (int b = 0; b < Patch; ++b) store(to + (a * Patch + b) * panels * p.in_channels * kGemmCols, out[b]);
-          }
-        }
-    }
-  }
+  return s.cells_size + s.expanded_size * p.num_threads + (s.v_size + s.m_size) * (s.shared ? 1 : p.num_threads);
 }

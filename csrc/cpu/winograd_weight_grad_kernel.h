@@ -208,5 +208,6 @@ static int64_t winograd_weight_grad_sums(const WinogradWeightGradParams& p) {
   RNNDYN_BY_FORM(winograd_weight_grad_sums_form, p)
 }
 static int64_t winograd_packed_size(const WinogradPackParams& p) {
-  return int64_t(p.form.patch) * p.form.patch * p.num_phases * round_up(p.out_channels, kGemmCols) * p.in_channels;
+  const int64_t each = p.by_taps ? p.form.kernel : p.form.patch;
+  return each * each * p.num_phases * round_up(p.out_channels, kGemmCols) * p.in_channels;
 }

@@ -150,11 +150,13 @@ def winograd_pack_weight(
     taps: Sequence[Sequence[int]],
     sizes: Sequence[int],
     weight: Tensor,  # contiguous, [.., .., K, K]
+    *,
+    by_taps: bool,
 ) -> Tensor:
-    """Transform and pack a weight; the layout belongs to the instruction set in use."""
-    packed = _launch.empty((_core.winograd_packed_size(form, taps, sizes),), torch.float32)
+    """Transform and pack a weight, or ``by_taps`` only put it in order; the layout belongs to the instruction set in use."""
+    packed = _launch.empty((_core.winograd_packed_size(form, taps, sizes, by_taps),), torch.float32)
     address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
-    _core.winograd_pack_weight(form, taps, sizes, torch.get_num_threads(), address, _packed_address(packed))
+    _core.winograd_pack_weight(form, taps, sizes, by_taps, torch.get_num_threads(), address, _packed_address(packed))
     return packed
 
 
@@ -169,6 +171,7 @@ def winograd_conv(
     accumulate: bool = False,
     epilogue: Epilogue | None = None,
     shifts: Sequence[tuple[int, int]] = (),  # one per term; none: all zero
+    by_taps: Sequence[bool] = (),  # one per term, as it was packed; none: all False
 ) -> None:
     """Launch ``winograd_conv``: the grids ys, which are all of one map, are written, or added to."""
     shape = list(ys[0].shape)
@@ -177,8 +180,10 @@ def winograd_conv(
             if list(grid.shape[:3]) != shape[:3]:
                 raise ValueError(f"{name}[{i}]: expected a grid {shape[:3]} [M, H, W], got {list(grid.shape[:3])}")
     terms = [
-        (x.address(f"xs[{i}]"), x.strides, x.shape[3], _packed_address(p), v, shift)
-        for i, (x, p, v, shift) in enumerate(zip(xs, packed, x_vanishing, shifts or [(0, 0)] * len(xs), strict=True))
+        (x.address(f"xs[{i}]"), x.strides, x.shape[3], _packed_address(p), v, shift, taps)
+        for i, (x, p, v, shift, taps) in enumerate(
+            zip(xs, packed, x_vanishing, shifts or [(0, 0)] * len(xs), by_taps or [False] * len(xs), strict=True)
+        )
     ]
     phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
     held, take = _launch.scratch()

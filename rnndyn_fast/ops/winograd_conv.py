@@ -158,11 +158,31 @@ class PackedWeight:
     backward: bool
     data: tuple[Tensor, ...]
     channels: int  # of the result
+    by_taps: bool  # only in order, and transformed as it is read
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
         return sum(t.nbytes for t in self.data)
+
+
+_LARGE = 8 << 20  # bytes
+
+
+def packs_taps(m: WinogradMap, pairs: int) -> bool:
+    """Whether a weight of so many pairs of channels is packed as its taps, to be transformed as it is read, rather than transformed.
+
+    So are kernels of 3 of which more than 8 MiB would be transformed weights, many times the size of the parameter: they take memory and
+    time to pack, and come from L3 or memory in every call. Transforming them in every call makes it up to 14% longer (docs/kernels.md).
+    """
+    return m.form.kernel == 3 and 4 * pairs * m.form.patch**2 > _LARGE
+
+
+def packed_bytes(m: WinogradMap, weight_shape: Sequence[int]) -> int:
+    """Memory of a weight that is packed for one direction, without what fills its panels."""
+    pairs = weight_shape[0] * weight_shape[1]
+    each = m.form.kernel if packs_taps(m, pairs) else m.form.patch
+    return 4 * pairs * each**2 * len(taps(m))
 
 
 def _sizes(m: WinogradMap, weight: Tensor) -> tuple[int, int, int, int]:
@@ -179,12 +199,13 @@ def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> Pa
     target, source, target_stride, source_stride = _sizes(m, weight)
     data: tuple[Tensor, ...]
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
+    by_taps = packs_taps(m, target * source)
     if not backward and m.transposed:  # phases of one term
-        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), sizes, weight),)
+        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), sizes, weight, by_taps=by_taps),)
     else:
         terms = _backward_taps(m) if backward else taps(m)
-        data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (term,), sizes, weight) for term in terms)
-    return PackedWeight(m, backward, data, sizes[0])
+        data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (term,), sizes, weight, by_taps=by_taps) for term in terms)
+    return PackedWeight(m, backward, data, sizes[0], by_taps)
 
 
 def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
@@ -208,20 +229,24 @@ def winograd_conv(
     m, backward = weights[0].map, weights[0].backward
     samples, height, width, _ = xs[0].shape
     packed = [t for w in weights for t in w.data]
+    by_taps = [w.by_taps for w in weights for _ in w.data]
     scale = 2 if m.transposed else 1
     if m.transposed and not backward:
         if out is None:
             out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
         _launch_conv.winograd_conv(
-            m.form.key, m.pad, [Grid(x) for x in xs], packed, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue
-        )
+            m.form.key, m.pad, [Grid(x) for x in xs], packed, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue,
+            by_taps=by_taps,
+        )  # fmt: skip
         return out
     if out is None:
         out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
     grids = [grid for x in xs for grid in (_phases(m, x) if m.transposed else [Grid(x)] * len(m.shifts))]
     shifts = [(0, 0)] * len(grids) if m.transposed else m.shifts * len(xs)
     pad, vanishing = (m.backward_pad, _vanishing(m)[1]) if backward else (m.pad, _vanishing(m)[0])
-    _launch_conv.winograd_conv(m.form.key, pad, grids, packed, vanishing * len(xs), [Grid(out)], [_NONE], accumulate, epilogue, shifts)
+    _launch_conv.winograd_conv(
+        m.form.key, pad, grids, packed, vanishing * len(xs), [Grid(out)], [_NONE], accumulate, epilogue, shifts, by_taps
+    )
     return out
 
 
