@@ -60,7 +60,8 @@ template <typename Real>
 void norm_step_backward(const NormSizes& sizes, int norm, int activation, bool rectify_drive, bool squash, double eps,
                         int num_threads, Address grad_state, Address drive, Address modulator, Address gamma,
                         Address beta, Address mean, Address rstd, Address grad_drive, Address grad_modulator,
-                        Address grad_gamma, Address grad_beta, Address workspace) {
+                        Address grad_gamma, Address grad_beta, Address grad_drive_bias, Address grad_modulator_bias,
+                        Address workspace) {
   NormStepBackwardParams<Real> p{};
   p.shape = norm_step_shape(sizes, norm, activation, rectify_drive, squash, eps, num_threads);
   p.grad_state = pointer<const Real>(grad_state), p.drive = pointer<const Real>(drive),
@@ -68,9 +69,12 @@ void norm_step_backward(const NormSizes& sizes, int norm, int activation, bool r
   p.gamma = pointer<const Real>(gamma), p.beta = pointer<const Real>(beta);
   p.mean = pointer<const Real>(mean), p.rstd = pointer<const Real>(rstd);
   p.grad_drive = pointer<Real>(grad_drive), p.grad_modulator = pointer<Real>(grad_modulator);
-  p.grad_gamma = pointer<Real>(grad_gamma), p.grad_beta = pointer<Real>(grad_beta),
+  p.grad_gamma = pointer<Real>(grad_gamma), p.grad_beta = pointer<Real>(grad_beta);
+  p.grad_drive_bias = pointer<Real>(grad_drive_bias), p.grad_modulator_bias = pointer<Real>(grad_modulator_bias);
   p.workspace = pointer<double>(workspace);
   if (squash && p.modulator == nullptr) throw std::invalid_argument("norm_step: squash needs a modulator");
+  if ((p.grad_drive_bias != nullptr && p.drive == nullptr) || (p.grad_modulator_bias != nullptr && !squash))
+    throw std::invalid_argument("norm_step: a bias needs the drive or modulator that it is added to");
   py::gil_scoped_release release;
   if constexpr (sizeof(Real) == 4) {
     kernels().norm_step_backward_f32(p);

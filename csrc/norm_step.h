@@ -50,7 +50,9 @@ struct NormStepBackwardParams {
   const Real *mean, *rstd;            // as the forward pass made them
   Real *grad_drive, *grad_modulator;  // [N, P, C] written, or null
   Real *grad_gamma, *grad_beta;       // [C] written; with a norm
-  double* workspace;                  // norm_step_workspace(...) doubles, scratch
+  // [C] written, or null: the sums over samples and pixels of the gradients of drive and modulator. With a drive, and with squash.
+  Real *grad_drive_bias, *grad_modulator_bias;
+  double* workspace;  // norm_step_workspace(...) doubles, scratch
 };
 
 }  // namespace rnndyn

@@ -150,6 +150,33 @@ def test_buffers_in_place_and_threads(name: str) -> None:
 
 
 @by_rule
+def test_gradients_of_biases_are_sums_of_those_of_drive_and_modulator(name: str, isa: str) -> None:
+    """Also where the gradients themselves are not wanted, and with any number of threads."""
+    rule, shape, threads = RULES[name], (3, 23, 17, 12), torch.get_num_threads()
+    drives, modulators, (weight,) = tensors(shape, (1, 1), torch.float64)
+    rows = rows_of(12, torch.float64)
+    options = {"gamma": rows["gamma"], "beta": rows["beta"]} if rule.kind is not NormKind.NONE else {}
+    fixed = (rows["running_mean"], rows["running_var"]) if rule.kind is NormKind.FIXED else None
+    d, m, state = torch.empty_like(drives[0]), torch.empty_like(drives[0]), torch.empty_like(drives[0])
+    statistics = norm_step(rule, drives, modulators, state, drive_sum=d, modulator_sum=m, fixed=fixed, **options)
+    grads, found = [torch.full_like(d, torch.nan) for _ in range(2)], []
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            for wanted in (grads, [None, None]):
+                sums = [torch.full((12,), torch.nan, dtype=torch.float64) for _ in range(2)]
+                more = {"grad_drive": wanted[0], "grad_modulator": wanted[1], "grad_drive_bias": sums[0], "grad_modulator_bias": sums[1]}
+                norm_step_backward(rule, weight, d, m, statistics, **more, **options)
+                found.append(sums)
+    finally:
+        torch.set_num_threads(threads)
+    for sums in found:
+        for ours, grad in zip(sums, grads, strict=True):
+            torch.testing.assert_close(ours, grad.sum((0, 1, 2)), rtol=1e-9, atol=1e-9)
+        assert all(torch.equal(a, b) for a, b in zip(sums, found[0], strict=True))
+
+
+@by_rule
 def test_nan_goes_through(name: str, isa: str) -> None:
     drives, modulators, _ = tensors((2, 3, 3, 6), (1, 1), torch.float32)
     rows = rows_of(6, torch.float32)
@@ -180,3 +207,6 @@ def test_the_core_refuses_what_it_cannot_do() -> None:
         norm_step(RULES["elu"], x, [], state, drive_sum=torch.empty_like(state))
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous CPU tensor \[1, 2, 2, 4\]"):
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)
+    statistics = norm_step(RULES["elu"], x[:1], [], state)
+    with pytest.raises(ValueError, match="a bias needs the drive or modulator"):
+        norm_step_backward(RULES["elu"], state, x[0], None, statistics, grad_modulator_bias=torch.empty(4))

@@ -304,7 +304,8 @@ struct NormBackward {
     }
   }
 
-  // Gradients of drive and modulator over one chunk. scratch: 6 rows.
+  // Gradients of drive and modulator over one chunk, and their sums per channel, where those are wanted, in place of the chunk's sums that the
+  // first pass took. scratch: 10 rows.
   void second_pass(int64_t n, int64_t k, Real* scratch) const {
     const int64_t c = s.channels, pixels = count(k), offset = (n * s.pixels + k * chunk) * c;
     Real *mean = scratch, *rstd = scratch + c, *mean_p = scratch + 2 * c, *mean_px = scratch + 3 * c;
@@ -318,6 +319,8 @@ struct NormBackward {
       row_zero(scratch, 6 * c);  // y = z: rstd and gamma are one
       for (int64_t j = 0; j < c; ++j) rstd[j] = scratch[4 * c + j] = Real(1);
     }
+    Real *sum_d = scratch + 8 * c, *sum_m = scratch + 9 * c;
+    row_zero(sum_d, 2 * c);
     for (int64_t i = 0; i < pixels; ++i) {
       const int64_t at = offset + i * c;
       const Real* d = p.drive + at;
@@ -335,15 +338,34 @@ struct NormBackward {
         grad_d[j] = rectify && !(drive > Real(0)) ? Real(0) : kSquash ? dz * factor : dz;
         if (kSquash) grad_m[j] = dz * z * (Real(1) - half);
       }
+      if (p.grad_drive_bias != nullptr) row_add(sum_d, grad_d, c);
+      if (kSquash && p.grad_modulator_bias != nullptr) row_add(sum_m, grad_m, c);
     }
+    if (biased()) {
+      double* out = sums(n, k);
+      for (int64_t j = 0; j < 2 * c; ++j) out[j] = double(sum_d[j]);
+    }
+  }
+
+  bool biased() const { return p.grad_drive_bias != nullptr || p.grad_modulator_bias != nullptr; }
+
+  void bias_sums(int64_t j) const {
+    double drive = 0, modulator = 0;
+    for (int64_t task = 0; task < s.samples * chunks; ++task) {
+      const double* sum = sums(task / chunks, task % chunks);
+      drive += sum[j], modulator += sum[s.channels + j];
+    }
+    if (p.grad_drive_bias != nullptr) p.grad_drive_bias[j] = Real(drive);
+    if (p.grad_modulator_bias != nullptr) p.grad_modulator_bias[j] = Real(modulator);
   }
 
   void run() const {
     const int64_t tasks = s.samples * chunks;
-    const bool normed = s.norm != NormKind::kNone, wanted = p.grad_drive != nullptr || p.grad_modulator != nullptr;
+    const bool normed = s.norm != NormKind::kNone;
+    const bool wanted = p.grad_drive != nullptr || p.grad_modulator != nullptr || biased();
 #pragma omp parallel num_threads(s.num_threads)
     {
-      Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 8 * s.channels));
+      Real* scratch = static_cast<Real*>(malloc(sizeof(Real) * 10 * s.channels));
       if (normed) {
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; ++task) first_pass(task / chunks, task % chunks, scratch);
@@ -360,6 +382,11 @@ struct NormBackward {
       if (wanted && p.drive != nullptr) {
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; ++task) second_pass(task / chunks, task % chunks, scratch);
+        // (the implicit barrier: a bias is the sum over all chunks)
+        if (biased()) {
+#pragma omp for schedule(static)
+          for (int64_t j = 0; j < s.channels; ++j) bias_sums(j);
+        }
       }
       free(scratch);
     }

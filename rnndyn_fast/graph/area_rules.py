@@ -291,15 +291,20 @@ class Rules:
             None if total is None else self._grad_room(at, name, port, total)
             for name, port, total in zip(("drive", "modulator"), (drive, modulator), totals, strict=True)
         ]
+        rows = [
+            None if room is None else self._bias_row(port, room, room.shape[3])
+            for port, room in zip((drive, modulator), rooms, strict=True)
+        ]
         grads = norm_step_backward(
-            rule, grad, *totals, found, gamma=affine[0], beta=affine[1], grad_drive=rooms[0], grad_modulator=rooms[1]
-        )
+            rule, grad, *totals, found, gamma=affine[0], beta=affine[1], grad_drive=rooms[0], grad_modulator=rooms[1],
+            grad_drive_bias=rows[0], grad_modulator_bias=rows[1],
+        )  # fmt: skip
         for kind, value in zip(("weight", "bias"), grads, strict=True):
             if value is not None:
                 self.tape.add_parameter(f"{prefix}.{kind}", value)
-        for port, room in zip((drive, modulator), rooms, strict=True):
+        for port, room, row in zip((drive, modulator), rooms, rows, strict=True):
             if room is not None:
-                self._deposit(port, room)
+                self._deposit(port, room, row)
 
     def _alias_back(self, at: Slots, drive: Port) -> None:
         (keys,) = drive.keys

@@ -79,6 +79,8 @@ def norm_step_backward(
     grad_modulator: Tensor | None,  # [N, H, W, C]
     grad_gamma: Tensor | None,  # [C]
     grad_beta: Tensor | None,  # [C]
+    grad_drive_bias: Tensor | None,  # [C]; not on devices
+    grad_modulator_bias: Tensor | None,  # [C]; not on devices
 ) -> None:
     """Launch ``norm_step`` backward; every gradient is written."""
     if _launch.on_device(grad_state):
@@ -104,6 +106,8 @@ def norm_step_backward(
         address_of(grad_modulator, "grad_modulator", full, dtype),
         address_of(grad_gamma, "grad_gamma", (c,), dtype),
         address_of(grad_beta, "grad_beta", (c,), dtype),
+        address_of(grad_drive_bias, "grad_drive_bias", (c,), dtype),
+        address_of(grad_modulator_bias, "grad_modulator_bias", (c,), dtype),
         workspace,
     )  # fmt: skip
     del held

@@ -133,11 +133,13 @@ def norm_step_backward(
     beta: Tensor | None = None,  # [C]
     grad_drive: Tensor | None = None,  # [N, H, W, C], written; may be ``drive``
     grad_modulator: Tensor | None = None,  # [N, H, W, C], written; may be ``modulator``
+    grad_drive_bias: Tensor | None = None,  # [C], written: the sum of the drive's gradient; not on devices
+    grad_modulator_bias: Tensor | None = None,  # [C], written, likewise
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of the sums. Returns those of gamma and beta, [C] each."""
     grads = (torch.empty_like(gamma), torch.empty_like(gamma)) if gamma is not None else (None, None)
     _launch_steps.norm_step_backward(
         rule.scalars(drive is not None and modulator is not None), grad_state, drive, modulator, gamma, beta, statistics.mean,
-        statistics.rstd, grad_drive, grad_modulator, *grads,
+        statistics.rstd, grad_drive, grad_modulator, *grads, grad_drive_bias, grad_modulator_bias,
     )  # fmt: skip
     return grads
