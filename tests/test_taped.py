@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph import rollout, taped_maps, taped_terms
+from rnndyn_fast.graph import rollout, taped, taped_maps, taped_terms
 from rnndyn_fast.graph.linear import DenseMap
 from rnndyn_fast.graph.replay import release_memory
 from rnndyn_fast.graph.scheduled import rollout_scheduled
@@ -16,7 +18,7 @@ from rnndyn_fast.graph.tape import Gradients, stacked
 from rnndyn_fast.graph.taped import TapedRun
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import ConvCell
-from rnndyn_fast.ops import buffers
+from rnndyn_fast.ops import buffers, convolution
 
 KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
 
@@ -170,6 +172,48 @@ def test_states_of_normed_areas_are_not_held() -> None:
     net.zero_grad()
     answers.sum().backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, (p for p in net.parameters() if p.grad is not None), strict=True))
+
+
+def test_inference_component_by_component_holds_the_packed_weights_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of them together are much; the same states, and none are kept for the next time."""
+    torch.manual_seed(0)
+    net = rcnn_sat("bl", 10, timesteps=3, image_size=64, width_divisor=4).eval()
+    x, areas = torch.randn(2, 3, 64, 64), tuple(a.name for a in net.network.areas)
+    live: set[int] = set()
+    sizes: dict[int, int] = {}
+    most = 0
+    once = convolution._pack
+
+    def pack(*args: Any, **options: Any) -> convolution.Packed:
+        nonlocal most
+        packed = once(*args, **options)
+        key = len(sizes)
+        sizes[key] = packed.nbytes
+        live.add(key)
+        weakref.finalize(packed, live.discard, key)
+        most = max(most, sum(sizes[k] for k in live))
+        return packed
+
+    monkeypatch.setattr(convolution, "_pack", pack)
+    net.backend = "scheduled"
+    found, peaks = [], []
+    for much in (taped.MUCH_PACKED, 0):
+        monkeypatch.setattr(taped, "MUCH_PACKED", much)
+        for record in (areas, ("gap",)):
+            release_memory()
+            gc.collect()
+            live.clear()
+            sizes.clear()
+            most = 0
+            with torch.no_grad():
+                found.append(net.states([x], record))
+            peaks.append(most)
+            assert bool(convolution._kept) == bool(much)
+    assert peaks[2] == peaks[3] < 0.7 * peaks[0] == 0.7 * peaks[1]
+    assert torch.equal(found[1][0], found[0][-1])
+    assert torch.equal(found[3][0], found[2][-1])
+    for name, a, b in zip(areas, found[0], found[2], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_uneven_padding_on_matrix_units() -> None:

@@ -35,6 +35,8 @@ from rnndyn_fast.reference.rollout import Statistics
 
 _MANY_TILES = 64  # of a time step, from which on Winograd's weights are read often enough: terms are then summed step by step
 
+MUCH_PACKED = 64 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
+
 
 class TapedRun(Terms):
     """One rollout: areas in their order, recorded states, and the way back."""
@@ -106,11 +108,27 @@ class TapedRun(Terms):
             if linear is not None and linear.dense is not None and drives[d].connection.weights not in later:
                 linear.dense.drop_packed_forward()
 
+    def _choose_order(self) -> None:
+        """Without gradients: one component after another where that saves much memory of packed weights, which then are not kept."""
+        if self.tape.recording:
+            return
+        packed: list[dict[int, int]] = []
+        for component in self.schedule.components:
+            linear = [self.linear_of(d) for i in (*component.drives_in, *component.drives_within)
+                      if (d := self.schedule.drives[i]).connection.operator is not Operator.IDENTITY]  # fmt: skip
+            packed.append({id(m.dense): m.dense.packed_bytes for m in linear if m is not None and m.dense is not None})
+        every = {key: nbytes for one in packed for key, nbytes in one.items()}
+        self.by_component = sum(every.values()) - max(sum(one.values()) for one in packed) > MUCH_PACKED
+        for found in self._packed.values():
+            if found is not None and found.dense is not None and self.by_component:
+                found.dense.keep = False
+
     def outputs(self) -> list[Tensor]:
         """Run, and return the recorded states, [T', N, H, W, C] each."""
         schedule = self.schedule
         found = {name: self._place_of(name) for name in schedule.record}
-        if self.tape.recording:
+        self._choose_order()
+        if self.by_component:
             self.run()
         places = {name: out.unbind() for name, out in found.items()}
         steps: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # of an area's slot, those of what is recorded
@@ -119,7 +137,7 @@ class TapedRun(Terms):
             for t, slot in enumerate(schedule.slot_of[area][schedule.first_step[name] :]):
                 steps[area, slot].append((name, t))
         for area, slot in schedule.time_major:
-            if not self.tape.recording:
+            if not self.by_component:
                 self.update(area, range(slot, slot + 1))
             for name, t in steps[area, slot]:
                 value, place = self.maps[self._recorded_key(name, slot)], places[name][t]

@@ -58,6 +58,7 @@ class Maps:
         self.example, self.given = inputs[0], parameters
         self.samples = inputs[0].shape[1 if self.network.inputs[0].frames else 0]
         self.tape = Tape(prepared(self.network, parameters, self.example.dtype), wanted, bool(wanted), self.example.dtype)
+        self.by_component = bool(wanted)  # the order: one component after another, or time step by time step
         self.rules = Rules(self.network, self.tape, statistics, self.example)
         self.maps: dict[Key, Tensor] = {}
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized
@@ -173,7 +174,7 @@ class Maps:
 
     def _drop_pooled(self, name: str, slot: int) -> None:
         """Give up a map of which only pooled forms will be read."""
-        if self.tape.recording and name not in self.inputs and name not in self.recorded and not self.whole_uses[name, slot]:
+        if self.by_component and name not in self.inputs and name not in self.recorded and not self.whole_uses[name, slot]:
             for state in (None, *self.network.area(name).states):
                 self.maps.pop(map_key(name, slot, state), None)
 
@@ -208,12 +209,12 @@ class Maps:
         self.blocks = {key: block for key, block in self.blocks.items() if key[0] not in areas}
 
     def room(self, name: str, slots: range, kind: str, channels: int) -> Tensor:
-        """Where a kind of map of an area's slots goes: with a tape, next to that of the other slots of its window."""
+        """Where a kind of map of an area's slots goes: where a component runs as a whole, next to that of the other slots of its window."""
         _, height, width = self.network.shapes[name]
         shape = (self.samples, height, width, channels)
         if (name, kind) in self.whole:
             return self.whole[name, kind].of(slots)
-        if not self.tape.recording:
+        if not self.by_component:
             return empty(shape, self.example.dtype)
         size, last = self.window(name), self.schedule.num_slots[name]
         stop = last - (last - 1 - slots[0]) // size * size

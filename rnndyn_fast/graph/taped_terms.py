@@ -83,8 +83,8 @@ class Terms(Maps):
         return c.pool is not Pool.NONE and (c.operator is Operator.IDENTITY or self.linear_of(drive) is not None)
 
     def pool_early(self, name: str, slot: int) -> None:
-        """With a tape, components run one after another: what the next ones read pooled is pooled at once, so that the map can go."""
-        if self.tape.recording:
+        """Where components run one after another, what the next ones read pooled is pooled at once, so that the map can go."""
+        if self.by_component:
             readers = [d for d in self.schedule.drives if d.source == name and slot in d.slots]
             for drive in readers:
                 if self._reads_pooled(drive):
@@ -95,10 +95,10 @@ class Terms(Maps):
                 self._drop_pooled(name, slot)
 
     def _used_maps(self, drive: Drive, slots: Sequence[int]) -> None:
-        """Maps go with their last reader, but with a tape those that are recorded."""
+        """Maps go with their last reader, but where components run one after another those that are recorded."""
         for slot in slots:
             self.map_uses[drive.source, slot] -= 1
-            if not self.map_uses[drive.source, slot] and not (self.tape.recording and drive.source in self.recorded):
+            if not self.map_uses[drive.source, slot] and not (self.by_component and drive.source in self.recorded):
                 self._drop(drive.source, slot)
             elif not self._reads_pooled(drive):
                 self.whole_uses[drive.source, slot] -= 1

@@ -29,7 +29,7 @@ from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.fused_conv import FusedWeight, fused_sum
 from rnndyn_fast.ops.recording import recorder, unnoted
-from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
+from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, packed_bytes, winograd_conv, winograd_weight_grad
 
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h and cuda/recurrent_conv.h; the core checks it
 
@@ -68,6 +68,14 @@ class Weight:
         """As our engines take it, for the gradient of the data."""
         assert self.choice.map is not None
         return _pack(self.choice.map, self.weight, backward=True)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of what is packed for one direction, nearly (channels in whole panels take a little more)."""
+        m = self.choice.map
+        if isinstance(m, AmxMap):
+            return 2 * m.parts * self.weight.numel()
+        return 0 if m is None else packed_bytes(m, self.weight.shape)
 
     def drop_packed(self) -> None:
         """Give up what is packed; it is packed anew when it is wanted again."""
