@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rnndyn_fast.graph import backward, taped_maps
@@ -115,7 +117,7 @@ def _size(n: float) -> str:
     return f"{n:.4g} GiB"
 
 
-def saved_bytes(buffers: list[SavedBuffer], dtype: torch.dtype = torch.float32) -> int:
+def saved_bytes(buffers: Sequence[SavedBuffer], dtype: torch.dtype = torch.float32) -> int:
     """Bytes per sample that a training rollout keeps for its backward pass."""
     total = 0
     for b in buffers:
