@@ -140,6 +140,6 @@ def norm_step_backward(
     grads = (torch.empty_like(gamma), torch.empty_like(gamma)) if gamma is not None else (None, None)
     _launch_steps.norm_step_backward(
         rule.scalars(drive is not None and modulator is not None), grad_state, drive, modulator, gamma, beta, statistics.mean,
-        statistics.rstd, grad_drive, grad_modulator, *grads, grad_drive_bias, grad_modulator_bias,
+        statistics.rstd, grad_drive, grad_modulator, grads[0], grads[1], grad_drive_bias, grad_modulator_bias,
     )  # fmt: skip
     return grads
