@@ -141,15 +141,18 @@ def test_taps_are_transformed_as_they_are_read(m: WinogradMap, shape: tuple[int,
 
 
 def test_large_weights_are_packed_as_taps() -> None:
-    """No more bytes than the parameter has (with channels in whole panels); small ones are transformed, and so are other kernels."""
+    """No more bytes than the parameter has (with channels in whole panels); small ones are transformed, and so are other kernels, and large
+    ones where transforming them would cost much."""
     small, large = torch.randn(64, 64, 3, 3), torch.randn(320, 256, 3, 3)
-    for m in (WinogradMap(WinogradForm(6, 3), 3), WinogradMap(WinogradForm(8, 3), 3)):
+    assert not pack_weight(WinogradMap(WinogradForm(6, 3), 3), large).by_taps
+    assert pack_weight(WinogradMap(WinogradForm(6, 3), 3), torch.randn(640, 576, 3, 3)).by_taps
+    for m in (WinogradMap(WinogradForm(6, 3), 3, hides_transform=True), WinogradMap(WinogradForm(8, 3), 3, hides_transform=True)):
         for backward in (False, True):
             packed = pack_weight(m, large, backward=backward)
             assert packed.by_taps
             assert packed.nbytes == large.nbytes
             assert not pack_weight(m, small, backward=backward).by_taps
-    assert not pack_weight(WinogradMap(WinogradForm(8, 5), 5), torch.randn(256, 256, 5, 5)).by_taps
+    assert not pack_weight(WinogradMap(WinogradForm(8, 5), 5, hides_transform=True), torch.randn(256, 256, 5, 5)).by_taps
 
 
 @pytest.mark.parametrize(("height", "width"), [(h, 1 + (7 * h) % 19) for h in range(1, 20)])

@@ -202,13 +202,13 @@ class SeparableMap:
 Chooser = Callable[[Geometry, tuple[int, ...], int, int], EngineChoice]  # of a weight's shape and a map's height and width
 
 
-def _chooser(engine: str, samples: int, like: Tensor) -> Chooser:
+def _chooser(engine: str, samples: int, reads: int, like: Tensor) -> Chooser:
     """The engine, where the parameters are."""
     if _launch.on_device(like):
         return lambda geometry, shape, height, width: choose_device_engine(
             geometry, shape, height, width, like.dtype, engine, samples, like.device
         )
-    return lambda geometry, shape, height, width: choose_engine(geometry, shape, height, width, like.dtype, engine, samples)
+    return lambda geometry, shape, height, width: choose_engine(geometry, shape, height, width, like.dtype, engine, samples, reads)
 
 
 @dataclass(frozen=True)
@@ -301,16 +301,17 @@ def linear_map(
     parameters: Mapping[str, Tensor],
     engine: str,
     samples: int,
+    reads: int,
     *,
     keep: bool,
 ) -> LinearMap | None:
     """The map of a connection (not the identity), or None where it has none of these forms.
 
     Args:
-        engine: as :func:`choose_engine` takes it.
+        engine, samples, reads: as :func:`choose_engine` takes them.
         keep: packed weights outlive the rollout.
     """
-    choose = _chooser(engine, samples, parameters[c.weights[0]])
+    choose = _chooser(engine, samples, reads, parameters[c.weights[0]])
     if _is_dense(c):
         form = _dense(network, c, choose)
         return None if form is None else _dense_map(c, form, parameters, keep)

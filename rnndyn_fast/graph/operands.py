@@ -98,7 +98,7 @@ def drive_engine(schedule: Schedule, drive: Drive, dtype: torch.dtype, engine: s
     """The engine that computes a drive, and why."""
     c = drive.connection
     _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
-    return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples)
+    return choose_engine(c.geometry, schedule.network.weight_shape(c), height, width, dtype, engine, samples, len(drive.slots))
 
 
 def drive_device_engine(

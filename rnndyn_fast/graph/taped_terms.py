@@ -55,7 +55,9 @@ class Terms(Maps):
             key = (c.operator, c.weights, c.stride, c.groups, c.concat, self.network.window(c), self.network.read_size(c))
             if key not in self._packed:
                 keep = not self.tape.recording
-                self._packed[key] = linear_map(self.network, c, self.tape.parameters, self.engine, self.samples, keep=keep)
+                self._packed[key] = linear_map(
+                    self.network, c, self.tape.parameters, self.engine, self.samples, len(drive.slots), keep=keep
+                )
             self.linear[drive.index] = self._packed[key]
         return self.linear[drive.index]
 

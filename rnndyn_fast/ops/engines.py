@@ -7,7 +7,7 @@ through torch).
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap
 from rnndyn_fast.ops.fused_conv import PASSES
-from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
+from rnndyn_fast.ops.winograd_conv import EXPOSED, FEW_READS, WinogradForm, WinogradMap
 
 ENGINES = ("auto", "direct", "winograd", "amx", "fused")
 ASKED_FOR = "asked for"  # why, where the user chose an engine
@@ -159,6 +159,7 @@ def choose_engine(
     dtype: torch.dtype,
     engine: str = "auto",
     samples: int = 16,
+    reads: int = 10,
 ) -> EngineChoice:
     """Choose how a linear map is computed.
 
@@ -178,8 +179,9 @@ def choose_engine(
         height, width: of the source map (after pooling).
         engine: "auto", "direct", "winograd" or "amx" (wherever they can run at all), perhaps :func:`with_precision`.
         samples: of a time step.
+        reads: time steps of a rollout that read the weight.
     """
-    return _choose(geometry, weight_shape, height, width, dtype, engine, samples, has_matrix_units())
+    return _choose(geometry, weight_shape, height, width, dtype, engine, samples, reads, has_matrix_units())
 
 
 @lru_cache(maxsize=1024)
@@ -191,6 +193,7 @@ def _choose(
     dtype: torch.dtype,
     engine: str,
     samples: int,
+    reads: int,
     matrix_units: bool,
 ) -> EngineChoice:
     engine, _, precision = engine.partition(":")
@@ -211,7 +214,7 @@ def _choose(
                 return EngineChoice(None, str(error).split(": ", 1)[1])
     if units and (engine == "amx" or parts < 3):
         return EngineChoice.of(units, ASKED_FOR if engine == "amx" else "matrix units, and torch is asked for less precision")
-    choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples)
+    choice = _choose_winograd(geometry, weight_shape, height, width, dtype, engine, samples, reads)
     if units is None:
         return choice
     if not isinstance(choice.map, WinogradMap) or choice.map.transposed:
@@ -220,7 +223,7 @@ def _choose(
 
 
 def _choose_winograd(
-    geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str, samples: int
+    geometry: Geometry, weight_shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype, engine: str, samples: int, reads: int
 ) -> EngineChoice:
     if engine == "auto" and min(weight_shape[:2]) < 16:
         return EngineChoice(None, f"only {min(weight_shape[:2])} channels: packing and transforms would cost more than they save")
@@ -231,8 +234,9 @@ def _choose_winograd(
     kernel = weight_shape[-1]
     chosen = _best_map(geometry, kernel, height, width)
     saving = height * width * kernel**2 / chosen.products(height, width)
+    tiles = samples * chosen.tiles(height, width)
+    chosen = replace(chosen, hides_transform=tiles not in EXPOSED or reads <= FEW_READS)
     if engine == "auto":
-        tiles = samples * chosen.tiles(height, width)
         if saving < 4 / 3:
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")
         if tiles < 8:
