@@ -49,7 +49,8 @@ def report() -> str:
     lines += _rows({"rnndyn_fast": rnndyn_fast.__version__, "python": f"{platform.python_version()} ({sys.executable})"})
     lines += _rows({"torch": torch.__version__, "system": f"{platform.system()} {platform.release()} {platform.machine()}"})
     lines += ["threads", *_rows({"torch": torch.get_num_threads(), "processors": os.cpu_count()})]
-    lines += _rows({name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RNNDYN_ISA") if name in os.environ})
+    settings = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RNNDYN_ISA", "RNNDYN_REPLAY")
+    lines += _rows({name: os.environ[name] for name in settings if name in os.environ})
     lines += ["native core"]
     try:
         info: dict[str, Any] = dict(rnndyn_fast.build_info())
