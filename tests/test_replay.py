@@ -17,6 +17,7 @@ from rnndyn_fast.graph import replay
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
 from rnndyn_fast.ops.buffers import Region, empty
+from rnndyn_fast.ops.program import Program
 from rnndyn_fast.ops.recording import Recorder
 
 
@@ -262,6 +263,24 @@ def test_weights_changed_behind_versions_are_seen() -> None:
     found = net.states((x,), (area,))[0]
     release_memory()
     assert torch.equal(found, net.states((x,), (area,))[0])
+
+
+@pytest.mark.parametrize("backend", ["native", "scheduled"])
+def test_a_loop_that_holds_its_last_loss_is_replayed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most training loops do: the graph of a step is still there when the next one begins."""
+    net, x = _small(backend)
+    runs: list[object] = []
+    once = Program.__call__
+    monkeypatch.setattr(Program, "__call__", lambda program, given: runs.append(program) or once(program, given))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(6):
+        states = net.states((x,), (net.network.areas[-1].name,))[0]
+        loss = states.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite()
+    assert len(runs) == 8  # four steps, forward and backward
 
 
 def test_results_are_the_callers_own() -> None:

@@ -252,10 +252,6 @@ class Flight:
         """Whether the backward pass can be replayed, or recorded, with gradients of this layout."""
         return self.recording.pattern == (needs, layout(grads)) if self.replays else self.recorder is not None
 
-    def end(self) -> None:
-        """Leave the stage to others."""
-        _stage.give_up(self._turn)
-
 
 def flight_of(saved: Sequence[Tensor]) -> Flight | None:
     """The one whose forward pass kept these tensors, if any."""

@@ -269,9 +269,11 @@ class _Taped(torch.autograd.Function):
             return found
 
         with on_its_device(tensors[0]):
-            if flight is not None and not keep and flight.fits(grads, tuple(needed)):
-                split = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
-                return None, None, None, None, None, *flight.backward(*split, grads, tuple(needed), walk_back)
+            if flight is not None and not keep:
+                ctx.flight = None  # (whoever holds the loss holds this node, but need not hold the stage)
+                if flight.fits(grads, tuple(needed)):
+                    split = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+                    return None, None, None, None, None, *flight.backward(*split, grads, tuple(needed), walk_back)
             if ctx.run is None:  # (it was replayed, and there is no tape)
                 ctx.run = ctx.start()
                 ctx.run.outputs()
