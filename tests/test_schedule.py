@@ -140,10 +140,10 @@ class Calls:
             self.forward.append(x.shape[0])
             return convolve(weight, x, *out)
 
-        def counted_backward(weight: Any, grad: torch.Tensor, x: torch.Tensor, *, need_x: bool, need_weight: bool) -> Any:
-            self.grad_weight[id(weight)] += need_weight
-            self.grad_x += need_x
-            return convolve_backward(weight, grad, x, need_x=need_x, need_weight=need_weight)
+        def counted_backward(weight: Any, grad: torch.Tensor, x: torch.Tensor, **options: Any) -> Any:
+            self.grad_weight[id(weight)] += options["need_weight"]
+            self.grad_x += options["need_x"]
+            return convolve_backward(weight, grad, x, **options)
 
         convolve_sum = update_module.convolve_sum
 
