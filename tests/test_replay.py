@@ -136,6 +136,30 @@ def test_inference_is_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("name", ["rgc_intermediate", "blt_vs", "rcnn_sat"])
+def test_inference_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded first, before training and inference without it: the same bits, and nothing of it is in the way of the others."""
+
+    def validated() -> list[Tensor]:
+        net, inputs, run = of_model(name)
+        found: list[Tensor] = []
+        for _ in range(2):
+            net.eval()
+            with torch.inference_mode():
+                found += [s.clone() for k in range(4) for s in run([x + k for x in inputs])]
+            found += life(net.train(), inputs, run, train=True, rounds=4)
+        return [*found, *life(net.eval(), inputs, run, train=False, rounds=4)]
+
+    with monkeypatch.context() as off:
+        off.setenv("RNNDYN_REPLAY", "0")
+        expected = validated()
+    release_memory()
+    monkeypatch.setattr(replay._stage, "region", None)
+    found = validated()
+    assert len(recordings()) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("backend", ["native", "scheduled"])
 def test_nothing_is_read_before_it_is_written(backend: str, train: bool) -> None:

@@ -55,7 +55,8 @@ class Region:
 
     @cached_property
     def _whole(self) -> Tensor:
-        return torch.frombuffer(self._bytes, dtype=torch.uint8)
+        with torch.inference_mode(False):  # (whoever comes first, training writes here too)
+            return torch.frombuffer(self._bytes, dtype=torch.uint8)
 
     @property
     def start(self) -> int:

@@ -105,9 +105,7 @@ class Recorder(TorchDispatchMode):
         self._layouts: list[Layout] = []
         self._fixed = {storage_of(t) for t in fixed}
         self._lasting: dict[int, int] = {}  # buffers that are results -> number as what is given
-        self._made: list[
-            tuple[int, torch.dtype]
-        ] = []  # bytes and dtypes of results that lie elsewhere from the start; the last of what is given
+        self._made: list[tuple[int, torch.dtype]] = []  # bytes and dtypes of results that lie elsewhere from the start: given last
         self._alive: list[Tensor] = []  # those results: nothing else lies there as long as calls are noted
         self._steps: list[tuple[Any, ...]] = []
         self._held: set[int] = set()
@@ -242,7 +240,7 @@ class Recorder(TorchDispatchMode):
             room.copy_(t)
         if name in ("aten::zeros", "aten::new_zeros", "aten::zeros_like"):
             self._steps.append(("torch", torch.ops.aten.zero_.default, *self._frozen((rooms[0],), {})))
-        elif name == "aten::clone":
+        elif name in ("aten::clone", "aten::contiguous"):  # (the latter, whole, in inference mode)
             self._steps.append(("torch", torch.ops.aten.copy_.default, *self._frozen((rooms[0], args[0]), {})))
         elif (out := _out_variant(func, len(rooms))) is not None:
             names, operation = out
