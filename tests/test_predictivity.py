@@ -260,6 +260,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_bad_features_and_recordings() -> None:
     features, recordings = simulated()
+    in_order = Recordings(recordings.responses, recordings.bin_edges_ms)
+    with pytest.raises(ValueError, match=r"features: expected 400 stimuli, those of the recordings, got 401; rows"):
+        predictivity(np.concatenate([features, features[:, :1]], axis=1), in_order)
     for bad, message in (
         (features[:, :100], "up to row 399, features .* hold 100"),
         (features[0], "features: expected shape"),

@@ -12,6 +12,8 @@ from cases import CASES, RolloutCase
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from rnndyn_fast.graph import rollout
 from rnndyn_fast.graph.rollout_op import Rollout
@@ -272,3 +274,31 @@ def test_autocast_asks_matrix_units_for_bfloat16(training: bool) -> None:
         assert a.dtype == torch.float32
         error = float((a - b).norm() / b.norm())
         assert 1e-5 < error < 0.1  # products of 8 bits, but not none
+
+
+@pytest.mark.parametrize("backend", ["native", "scheduled"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool, backend: str) -> None:
+    """Saved tensors are read once, and a forward pass that is run again in backward has its own: the same gradients."""
+    torch.manual_seed(0)
+    net = blt_net_64(timesteps=3, image_size=16, widths=(2, 4, 8, 16, 32), num_classes=3, backend=backend)
+    x = torch.rand(2, 3, 16, 16)
+
+    def gradients(run: Callable[..., Tensor]) -> list[Tensor | None]:
+        net.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        run(leaf).square().sum().backward()
+        return [leaf.grad, *(p.grad for p in net.parameters())]
+
+    expected = gradients(net)
+    for _ in range(4):  # as ever, recorded, replayed
+        for mine, theirs in zip(gradients(lambda y: checkpoint(net, y, use_reentrant=reentrant)), expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or theirs is None or torch.equal(mine, theirs)
+
+
+def test_hooks_of_submodules_are_told_of() -> None:
+    net = blt_net_64(timesteps=2, image_size=16, widths=(2, 4, 8, 16, 32), num_classes=3)
+    prune.l1_unstructured(net.get_submodule("it.bottom_up"), "weight", amount=0.5)
+    with pytest.warns(UserWarning, match=r"submodule 'it.bottom_up' do not run"):
+        net(torch.rand(1, 3, 16, 16))

@@ -39,6 +39,8 @@ def plan(
     from rnndyn_fast.ops._launch_cuda import check_device
     from rnndyn_fast.train import TrainConfig, read_checkpoint
 
+    if dtype not in (known := ("float32", "float64", "float16", "bfloat16")):
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {dtype!r}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if model.endswith(".pt"):

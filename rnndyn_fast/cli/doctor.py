@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-# Package and what it is for, of the extra "cli".
+# Package and what it is for, of the extra "cli" where _EXTRAS does not name another.
+_EXTRAS = {"optuna": "search", "pynwb": "nwb"}
 _OPTIONAL = {
     "h5py": "image files, results, trajectories",
     "jsonargparse": "the command line",
     "kornia": "augmentation in training",
     "matplotlib": "figures",
     "networkx": "drawing automata",
-    "optuna": "the architecture search (extra search)",
-    "pynwb": "recordings in NWB files (extra nwb)",
+    "optuna": "the architecture search",
+    "pynwb": "recordings in NWB files",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",
@@ -78,6 +79,7 @@ def report() -> str:
         outputs, _ = CTRNN(2, 1, 4, backend=backend)(torch.ones(1, 3, 1))
         outputs.sum().backward()
 
+    lines += _rows({"networks, scheduled": _attempt(network, "scheduled")})
     for backend in ("native", "reference"):
         lines += _rows(
             {
@@ -129,4 +131,4 @@ def _version(package: str, purpose: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return f'missing, needed for {purpose}: pip install "rnndyn-fast[cli]"'
+        return f'missing, needed for {purpose}: pip install "rnndyn-fast[{_EXTRAS.get(package, "cli")}]"'

@@ -88,7 +88,7 @@ def tidy(message: str) -> str:
     message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
     message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
     names = "|".join(re.escape(name.replace(" ", ".")) for name in COMMANDS)
-    return re.sub(rf"\b(?:{names})\.(\w+)", r"\1", message)
+    return re.sub(rf"(?<![\w/.-])(?:{names})\.(\w+)", r"\1", message)  # (keys of options, not parts of paths)
 
 
 def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
@@ -228,7 +228,7 @@ def _extract(parser: ArgumentParser) -> None:
 
 
 def _add_engine(parser: ArgumentParser) -> None:
-    _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
+    _add(parser, "backend", Literal["native", "scheduled", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
         "engine",

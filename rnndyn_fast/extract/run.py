@@ -140,11 +140,14 @@ def extract(
         rdm_options["classes"] = range(min(classes, MOST_CLASSES)) if rdm_classes is None else rdm_classes
     elif rdm_classes is not None:
         raise ValueError("rdm_classes: expected either rdm_classes or rdm_images, got both")
+    if rdm_classes is not None and max(rdm_classes, default=0) >= classes:
+        raise ValueError(f"rdm_classes: expected classes below {classes}, the number of categories, got {max(rdm_classes)}")
     weight, bias = net.readout_map()
     begins = net.first_output
     steps = net.timesteps - begins
+    reducing = None if backend == "scheduled" else backend  # (one of networks alone)
     makers: dict[str, Callable[[], Reducer]] = {
-        "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=backend),
+        "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=reducing),
         "norms": lambda: NormReducer(measured),
         "change": lambda: RepresentationChangeReducer(measured),
         "moments": lambda: MomentReducer(measured),

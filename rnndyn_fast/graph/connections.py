@@ -184,7 +184,10 @@ class Connection:
                 (n - 1) * self.stride - 2 * b + k + e for n, b, k, e in zip(size, w.before, w.kernel, w.output_padding, strict=True)
             )
         if min(height, width) < 1:
-            raise ValueError(f"connection {self.label}: the source map {source} is too small, the result would be {height} x {width}")
+            raise ValueError(
+                f"connection {self.label}: the source map {source} is too small, the result would be {height} x {width}; "
+                "larger images have larger maps"
+            )
         return height, width
 
     def check(self) -> None:

@@ -179,9 +179,10 @@ def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -
 
 def _backward_registered(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = ctx.num_inputs + ctx.num_parameters
-    if len(ctx.saved_tensors) == count:
+    held = ctx.saved_tensors  # (once: under checkpointing they are there for one reading)
+    if len(held) == count:
         raise RuntimeError("torch.ops.rnndyn.rollout: expected training=True where a gradient is wanted, got training=False")
-    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    tensors, saved = held[:count], held[count:]
     needs = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     result = _backward_from(grads[: ctx.num_outputs], tensors, saved, ctx.key, needs)
     return result[: ctx.num_inputs], result[ctx.num_inputs :], None, None, None, None, None
@@ -252,7 +253,8 @@ class Rollout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        held = ctx.saved_tensors  # (once: under checkpointing they are there for one reading)
+        tensors, saved = held[: ctx.num_tensors], held[ctx.num_tensors :]
         record = ctx.key[2]
         result = _backward_from(grads[: len(record)], tensors, saved, ctx.key, ctx.needs_input_grad[5:])
         return None, None, None, None, None, *result

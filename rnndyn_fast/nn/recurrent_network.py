@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -157,8 +158,21 @@ class RecurrentNetwork(nn.Module):
             result.append(recorded)
         return tuple(result) if len(result) > 1 else result[0]
 
+    def _tell_of_hooks(self) -> None:
+        """Submodules hold parameters and are not called, so that their hooks do not run."""
+        for name, module in self.named_modules():
+            if name and (module._forward_pre_hooks or module._forward_hooks):
+                warnings.warn(
+                    f"the forward hooks of submodule {name!r} do not run: a rollout reads its parameters and does not call it. Weights "
+                    "that a hook computes (torch.nn.utils.spectral_norm, weight_norm, prune) stay what they are: take "
+                    "torch.nn.utils.parametrizations, or prune.remove first; states of areas are recorded with record=",
+                    stacklevel=4,
+                )
+
     def states(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.graph.rollout`). Training moves the running statistics."""
+        if not torch.compiler.is_compiling():
+            self._tell_of_hooks()
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name in self.network.parameter_shapes:
             # Modules may have been replaced by equivalents (weight norm, a functional call): take what the attribute gives now.

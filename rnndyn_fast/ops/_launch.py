@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,10 @@ try:
     else:
         _core = Core(_module)
 except (ImportError, ValueError) as error:
-    unavailable = f"the native core cannot be used ({error})"
+    _folder = Path(__file__).resolve().parents[1]
+    _source = isinstance(error, ImportError) and not any(_folder.glob("_core*")) and (_folder.parent / "csrc").is_dir()
+    _why = f"{_folder} is the source, where nothing is built: run Python elsewhere, or install with pip install -e" if _source else error
+    unavailable = f"the native core cannot be used ({_why})"
 
 MAX_TERMS = 6  # kMaxTerms of area_step.h; the core checks it
 _ZONE_PADDING = 16  # kZonePadding of readout_zones.h

@@ -184,6 +184,12 @@ def choose_engine(
     return _choose(geometry, weight_shape, height, width, dtype, engine, samples, reads, has_matrix_units())
 
 
+def check_runs_on_cpu(engine: str) -> None:
+    """Raise ``ValueError`` for an engine that needs a GPU."""
+    if engine == "fused":
+        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
+
+
 @lru_cache(maxsize=1024)
 def _choose(
     geometry: Geometry,
@@ -199,8 +205,7 @@ def _choose(
     engine, _, precision = engine.partition(":")
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-    if engine == "fused":
-        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
+    check_runs_on_cpu(engine)
     if engine == "direct":
         return EngineChoice(None, ASKED_FOR)
     parts = int(precision or 3)

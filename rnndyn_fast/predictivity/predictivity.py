@@ -228,6 +228,11 @@ def _features(features: Any, recordings: Recordings) -> np.ndarray:
             f"features: the recordings have {recordings.num_stimuli} stimuli up to row {most}, features [time, stimuli, ...] hold "
             f"{values.shape[1]}"
         )
+    if recordings.in_order and values.shape[1] != recordings.num_stimuli:
+        raise ValueError(
+            f"features: expected {recordings.num_stimuli} stimuli, those of the recordings, got {values.shape[1]}; rows in the recordings "
+            "would say which of them were shown"
+        )
     values = values[:, recordings.rows].reshape(len(values), recordings.num_stimuli, -1)
     if not np.isfinite(values).all():
         raise ValueError(f"features: expected finite values, got {values[~np.isfinite(values)][0]}")

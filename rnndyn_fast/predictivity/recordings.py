@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class Recordings:
         responses: float [B, S, R, K] (time bins, stimuli, repeats, neurons), or [B, S, K]: averages over repeats. NaN where a stimulus
             has fewer repeats than another; such a repeat is missing in all time bins.
         bin_edges_ms: float [B + 1], relative to stimulus onset; None where unknown.
-        rows: int [S], the row of each stimulus in the features it is compared with; None: stimulus s is row s.
+        rows: int [S], the row of each stimulus in the features it is compared with; None: stimulus s is row s, and
+            the features have as many rows as there are stimuli.
         neurons: K names; None: "0", "1", ...
 
     Raises:
@@ -37,6 +38,7 @@ class Recordings:
     bin_edges_ms: np.ndarray | None = None
     rows: np.ndarray | None = None
     neurons: Sequence[str] | None = None
+    in_order: bool = field(init=False)  # no rows were given
 
     def __post_init__(self) -> None:
         responses = np.asarray(self.responses)
@@ -66,6 +68,7 @@ class Recordings:
         bins, stimuli, _, neurons = responses.shape
         object.__setattr__(self, "responses", responses)
         object.__setattr__(self, "bin_edges_ms", _edges(self.bin_edges_ms, bins))
+        object.__setattr__(self, "in_order", self.rows is None)
         object.__setattr__(self, "rows", _rows(self.rows, stimuli))
         names = tuple(map(str, range(neurons) if self.neurons is None else self.neurons))
         if len(names) != neurons:

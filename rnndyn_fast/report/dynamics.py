@@ -122,11 +122,15 @@ def _accuracy(page: Page, views: Sequence[View], csv: dict[int, Any], published:
     rows: list[list[Cell]] = []
     for view in views:
         rows.append(
-            [f"{view.title}, here" if published else view.title, view.trained.n, *_shares([view.trained.counts[name] for name in GROUPS])]
+            [
+                f"{view.title}, here" if published else view.title or "trained",
+                view.trained.n,
+                *_shares([view.trained.counts[name] for name in GROUPS]),
+            ]
         )
         if view.untrained is not None:
             untrained = view.untrained
-            rows.append([f"{view.title}, untrained", untrained.n, *_shares([untrained.counts[name] for name in GROUPS])])
+            rows.append([f"{view.title}, untrained".removeprefix(", "), untrained.n, *_shares([untrained.counts[name] for name in GROUPS])])
     if published:
         rows += [[f"{name.replace('_', ', ')}, published", sum(counts), *_shares(counts)] for name, counts in GROUP_COUNTS.items()]
     section.table(
@@ -155,7 +159,7 @@ def _change(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
             plots.append(
                 _plot(
                     figures.figure_representation_change(result),
-                    f"{view.title}, {state}: representation change per time step, one line per `t_stable`",
+                    f"{view.title}, {state}: representation change per time step, one line per `t_stable`".removeprefix(", "),
                     f"Line plot of the representation change per transition in the {state} {view.title} network; after "
                     f"stabilisation it is {float(change.mean):.3g} per step on average over {int(change.n):,} samples.",
                     csv=to_csv(tables(result)["representation_change_by_t_stable"]),

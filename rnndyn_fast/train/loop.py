@@ -19,6 +19,7 @@ from rnndyn_fast.data import BatchLoader, ImageFile, ImageSplit, augmentation, n
 from rnndyn_fast.devices import check_precision, choose_device, to_device
 from rnndyn_fast.files import write_text
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from rnndyn_fast.ops.engines import check_runs_on_cpu
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
@@ -99,6 +100,8 @@ def train(
     out = Path(config.out)
     device = choose_device(config.device)
     check_precision(config.precision, device)
+    if device.type == "cpu":
+        check_runs_on_cpu(config.engine)
     resume_from = _resume_from(config, out)
     with ImageFile(config.data, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
         description = describe_data(data, config.normalise or "data")
