@@ -106,6 +106,37 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     assert torch.equal(total, 2 * grad_weight)
 
 
+@pytest.mark.parametrize(
+    ("m", "source", "target"),
+    [(MAPS[0], 289, 321), (MAPS[1], 161, 330), (MAPS[4], 290, 290), (MAPS[5], 257, 257), (MAPS[8], 161, 329)],
+    ids=str,
+)
+def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, source: int, target: int, isa: str) -> None:
+    """Sums of all frequencies would be more than 12.5 MiB: two rows at a time, in two blocks of tiles or more, and where there are four phases
+    channels of the gradient in parts too; one thread and several."""
+    shape = (70, 9 if m.form.outputs < 6 else 13, 3, source, target)
+    x, weight, grad = _case(m, shape)
+    weight64 = weight.double().requires_grad_()
+    expected = _reference(m, x.double().permute(0, 3, 1, 2), weight64)
+    (expected_weight,) = torch.autograd.grad(expected, weight64, grad.double().permute(0, 3, 1, 2))
+    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            _launch._workspaces.scratch = torch.full((8_000_000,), float("nan"))
+            found.append(convolve_backward(prepared, grad, x, need_x=False, need_weight=True)[1])
+    finally:
+        torch.set_num_threads(before)
+    grad_weight = found[0]
+    assert grad_weight is not None
+    assert torch.equal(grad_weight, found[1])
+    assert _relative(grad_weight, expected_weight) < TOLERANCE
+    total = grad_weight.clone()
+    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    torch.testing.assert_close(total, 2 * grad_weight, rtol=1e-5, atol=1e-5 * float(grad_weight.abs().max()))
+
+
 @pytest.mark.parametrize("m", [m for m in MAPS if m.form.kernel == 3], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 7, 9, 150, 40), (1, 8, 5, 40, 257)], ids=str)
 def test_taps_are_transformed_as_they_are_read(m: WinogradMap, shape: tuple[int, ...], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

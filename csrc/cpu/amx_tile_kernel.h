@@ -25,6 +25,7 @@ struct TileScope {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&config) : "memory");  // (the compiler thinks that only its first bytes are read)
     _tile_loadconfig(&config);
   }
   ~TileScope() {
@@ -94,6 +95,8 @@ static void emulate_product(Tile& sum, const Tile& a, const Tile& b) {
 
 struct TileScope {
   Tile slot[8];
+
+  explicit TileScope(bool = true) {}
 };
 
 // To the nearest, ties to even; denormals become zero, as the instructions have it.

@@ -11,6 +11,18 @@
 // Determinism: every product is summed in the same order whatever the number of threads; bitwise repeatable.
 // Limits: the forms of RNNDYN_BY_FORM.
 
+// Rows of frequencies: all, or a pair of them.
+template <int Patch>
+struct AllRows {
+  static constexpr int kCount = Patch;
+  static constexpr int row(int k) { return k; }
+};
+template <int First, int Second>
+struct TwoRows {
+  static constexpr int kCount = First == Second ? 1 : 2;
+  static constexpr int row(int k) { return k == 0 ? First : Second; }
+};
+
 template <int Patch, int Kernel>
 struct Winograd {
   static constexpr int kOutputs = Patch - Kernel + 1;
@@ -36,9 +48,11 @@ struct Winograd {
     return {index / per_sample, within / tiles_w * kOutputs, within % tiles_w * kOutputs};
   }
 
-  // B^T d B of one tile: out[f * frequency_stride + c].
+  // B^T d B of one tile: out[f * frequency_stride + c], of all frequencies or some rows of them. Meanwhile the pixels of the next tile are asked for,
+  // or what lies `ahead` of this tile's, if that is not zero.
+  template <typename Rows = AllRows<Patch>>
   void transform_input(const float* x, const GridStrides& strides, const Shift& shift, int64_t channels, int64_t index,
-                       float* out, int64_t frequency_stride) const {
+                       float* out, int64_t frequency_stride, int64_t ahead = 0) const {
     const Tile t = tile(index);
     const int64_t above = pad - shift.row, before = pad - shift.column, top = t.row - above, left = t.column - before;
     const float* corner = x + t.sample * strides.sample + top * strides.row + left * strides.column;
@@ -46,16 +60,17 @@ struct Winograd {
     const int64_t first_col = left < 0 ? -left : 0, last_col = smaller(Patch, width - left);
     const bool inside = first_row == 0 && first_col == 0 && last_row == Patch && last_col == Patch;
     const Tile after = tile(index + 1);
-    const float* next = x + after.sample * strides.sample + (after.row - above) * strides.row +
-                        (after.column - before) * strides.column;
+    const float* next = ahead != 0 ? corner + ahead
+                                   : x + after.sample * strides.sample + (after.row - above) * strides.row +
+                                         (after.column - before) * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
       const int64_t lanes = channels - c;
-      // The next tile's pixels, but those that this one shares with it. (A prefetch past the map's end is harmless.)
+      // (Of the next tile's pixels not those that this one shares with it. A prefetch past the map's end is harmless.)
       for (int i = 0; i < Patch; ++i)
 #pragma GCC unroll 8
         for (int j = Patch - kOutputs; j < Patch; ++j)
           __builtin_prefetch(next + i * strides.row + j * strides.column + c, 0, 3);
-      vec patch[Patch][Patch], half[Patch][Patch];
+      vec patch[Patch][Patch], half[Rows::kCount][Patch];
       if (inside && lanes >= kVectorFloats) {
         for (int i = 0; i < Patch; ++i)
 #pragma GCC unroll 8
@@ -67,40 +82,54 @@ struct Winograd {
                               ? load_part(corner + i * strides.row + j * strides.column + c, lanes)
                               : vec{};
       }
-      for (int j = 0; j < Patch; ++j) input_1d<Patch>(&patch[0][j], Patch, &half[0][j], Patch);
-      for (int i = 0; i < Patch; ++i) {
-        vec row[Patch];
-        input_1d<Patch>(&half[i][0], 1, row, 1);
+      for (int j = 0; j < Patch; ++j) {
+        vec column[Patch];
+        input_1d<Patch>(&patch[0][j], Patch, column, 1);
 #pragma GCC unroll 8
-        for (int j = 0; j < Patch; ++j) store(out + (i * Patch + j) * frequency_stride + c, row[j]);
+        for (int k = 0; k < Rows::kCount; ++k) half[k][j] = column[Rows::row(k)];
+      }
+      for (int k = 0; k < Rows::kCount; ++k) {
+        vec row[Patch];
+        input_1d<Patch>(&half[k][0], 1, row, 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < Patch; ++j) store(out + (k * Patch + j) * frequency_stride + c, row[j]);
       }
     }
   }
 
-  // A dy A^T of one tile, for the gradient of the weight, in panels of kGemmCols channels; outputs outside the grid count as zero.
+  // A dy A^T of one tile, for the gradient of the weight, in panels of kGemmCols channels; outputs outside the grid count as zero. Rows
+  // and `ahead` as above.
+  template <typename Rows = AllRows<Patch>>
   void transform_gradient(const float* grad, const GridStrides& strides, int64_t channels, int64_t index, float* out,
-                          int64_t frequency_stride, int64_t panel_stride) const {
+                          int64_t frequency_stride, int64_t panel_stride, int64_t ahead = 0) const {
     const Tile t = tile(index);
     const float* corner = grad + t.sample * strides.sample + t.row * strides.row + t.column * strides.column;
     const int64_t rows = smaller(kOutputs, height - t.row), cols = smaller(kOutputs, width - t.column);
     const Tile after = tile(index + 1);
-    const float* next = grad + after.sample * strides.sample + after.row * strides.row + after.column * strides.column;
+    const float* next =
+        ahead != 0 ? corner + ahead
+                   : grad + after.sample * strides.sample + after.row * strides.row + after.column * strides.column;
     for (int64_t c = 0; c < channels; c += kVectorFloats) {
       for (int i = 0; i < kOutputs; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(next + i * strides.row + j * strides.column + c, 0, 3);
-      vec patch[kOutputs][kOutputs], half[Patch][kOutputs];
+      vec patch[kOutputs][kOutputs], half[Rows::kCount][kOutputs];
       for (int i = 0; i < kOutputs; ++i)
         for (int j = 0; j < kOutputs; ++j)
           patch[i][j] =
               i < rows && j < cols ? load_part(corner + i * strides.row + j * strides.column + c, channels - c) : vec{};
-      for (int j = 0; j < kOutputs; ++j) gradient_1d<Patch, kOutputs>(&patch[0][j], kOutputs, &half[0][j], kOutputs);
-      float* panel = out + c / kGemmCols * panel_stride + c % kGemmCols;
-      for (int i = 0; i < Patch; ++i) {
-        vec row[Patch];
-        gradient_1d<Patch, kOutputs>(&half[i][0], 1, row, 1);
+      for (int j = 0; j < kOutputs; ++j) {
+        vec column[Patch];
+        gradient_1d<Patch, kOutputs>(&patch[0][j], kOutputs, column, 1);
 #pragma GCC unroll 8
-        for (int j = 0; j < Patch; ++j) store(panel + (i * Patch + j) * frequency_stride, row[j]);
+        for (int k = 0; k < Rows::kCount; ++k) half[k][j] = column[Rows::row(k)];
+      }
+      float* panel = out + c / kGemmCols * panel_stride + c % kGemmCols;
+      for (int k = 0; k < Rows::kCount; ++k) {
+        vec row[Patch];
+        gradient_1d<Patch, kOutputs>(&half[k][0], 1, row, 1);
+#pragma GCC unroll 8
+        for (int j = 0; j < Patch; ++j) store(panel + (k * Patch + j) * frequency_stride, row[j]);
       }
     }
   }

@@ -47,8 +47,10 @@ static inline void unit_sums(TileScope& scope, const char* v, const char* q, int
     tile_sums_load(scope, sums, 128);
   else
     tile_sums_zero(scope);
-  for (int64_t k = 0; k < steps; ++k)
+  for (int64_t k = 0; k < steps; ++k) {
     tile_step<kUnitParts>(scope, v + k * kUnitStep, v + k * kUnitStep + kTileBytes, 2 * kTileBytes, q + k * kUnitStep);
+    tile_stay_awake(scope);
+  }
   // (The sums that come next, from where they rest.)
   for (int i = 0; accumulate && i < 64; ++i) __builtin_prefetch(sums + 1024 + i * 16, 1, 3);
   tile_sums_store(scope, sums, 128);
