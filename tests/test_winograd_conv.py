@@ -112,8 +112,8 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     ids=str,
 )
 def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, source: int, target: int, isa: str) -> None:
-    """Sums of all frequencies would be more than 12.5 MiB: two rows at a time, in two blocks of tiles or more, and where there are four phases
-    channels of the gradient in parts too; one thread and several."""
+    """Sums of all frequencies would be more than 12.5 MiB: two rows at a time, in two blocks of tiles or more, and where
+    there are four phases channels of the gradient in parts too; one thread and several."""
     shape = (70, 9 if m.form.outputs < 6 else 13, 3, source, target)
     x, weight, grad = _case(m, shape)
     weight64 = weight.double().requires_grad_()

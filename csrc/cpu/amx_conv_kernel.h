@@ -342,6 +342,7 @@ static void amx_conv(const AmxConvParams& p) {
         }
       }
     }
+    if (p.epilogue != nullptr) epilogue_end();
     // (barrier: a sample's statistics need all its rows and panels)
     if (cells != nullptr) {
 #pragma omp for schedule(static)

@@ -5,8 +5,25 @@
 // Maths: as area_step has it; z = (b + r) or (b + r) (1 + m) or b (1 + m + r), for the convolution's result r.
 // Precision: the moments of a block are taken per vector lane about the lane's own mean and merged by Chan's parallel variance; the lanes of a
 //   sample are summed in double about the sample's mean. Never E[z^2] - E[z]^2.
-// Traffic: the other terms once; the value, from L1, twice; one cell (three vectors) per block.
+// Traffic: the other terms once, asked for one block ahead by winograd_conv; the value, from L1, twice; one cell (three vectors) per block; the
+//   sum of the modulators past the caches, where registers are whole lines.
+// Sync: such stores are put in order by each thread before the barrier that ends its blocks.
 // Determinism: cells depend on the shape alone, and a sample's cells are summed in one order, so results do not depend on the number of threads.
+
+// What only backward reads: whole lines go past the caches, which would read them first.
+static inline void store_past_caches(float* p, vec v, int64_t count) {
+#ifdef __AVX512F__
+  if (count >= kVectorFloats && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, __m512(v));
+#endif
+  store_part(p, v, count);
+}
+
+// For each thread, after its last block: such stores come before what follows.
+static inline void epilogue_end() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
+}
 
 // Per lane: how many values, their mean, and the sum of squared deviations from it.
 struct LaneMoments {
@@ -28,6 +45,13 @@ static inline vec in_lanes(float value, int64_t lanes) {
   float each[kVectorFloats];
   for (int i = 0; i < kVectorFloats; ++i) each[i] = i < lanes ? value : 0.0f;
   return load(each);
+}
+
+// The other terms' lines of a pixel whose results will lie at y: blocks are small and far apart, so that the processor does not see what comes.
+static inline void epilogue_ask(const ConvEpilogue& e, const float* y) {
+  const int64_t offset = y - e.value;
+  for (int k = 0; k < e.num_drive; ++k) __builtin_prefetch(e.drive[k] + offset, 0, 3);
+  for (int k = 0; k < e.num_modulator; ++k) __builtin_prefetch(e.modulator[k] + offset, 0, 3);
 }
 
 // The results at y: rows x cols pixels, `channels` of them from first_channel on. Their moments are merged into the cell, if there is one.
@@ -57,7 +81,7 @@ static void epilogue_block(const ConvEpilogue& e, float* y, int64_t rows, int64_
           for (int k = 0; k < e.num_drive; ++k) value += load_part(e.drive[k] + offset, lanes);
           if (modulated) {
             for (int k = 0; k < e.num_modulator; ++k) factor += load_part(e.modulator[k] + offset, lanes);
-            if (e.modulator_sum != nullptr) store_part(e.modulator_sum + offset, factor, lanes);
+            if (e.modulator_sum != nullptr) store_past_caches(e.modulator_sum + offset, factor, lanes);
             value *= factor;
           }
           store_part(at, value, lanes);

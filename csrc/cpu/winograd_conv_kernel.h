@@ -148,6 +148,8 @@ struct Winograd {
       for (int i = 0; i < kOutputs; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < kOutputs; ++j) __builtin_prefetch(next + i * strides.row + j * strides.column + c, 1, 3);
+      for (int i = 0; epilogue != nullptr && i < kOutputs; ++i)
+        for (int j = 0; j < kOutputs; ++j) epilogue_ask(*epilogue, next + i * strides.row + j * strides.column + c);
       vec values[Patch][Patch], half[kOutputs][Patch];
       for (int i = 0; i < Patch; ++i)
 #pragma GCC unroll 8
@@ -368,6 +370,7 @@ static void winograd_conv_form(const WinogradConvParams& p) {
         for (int64_t i = 0; i < count; ++i) finish(m, first, i);
       }
     }
+    if (p.epilogue != nullptr) epilogue_end();
     // (barrier: a sample's statistics need all its tiles)
     if (cells != nullptr) {
       const int64_t per_sample = s.w.tiles_h * s.w.tiles_w * p.num_phases;
