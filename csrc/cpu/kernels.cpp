@@ -24,6 +24,8 @@ namespace RNNDYN_ISA {
 #include "cpu/ctrnn_kernel.h"
 #include "cpu/ctrnn_op_kernel.h"
 #include "cpu/ctrnn_train_kernel.h"
+#include "cpu/gate_math_kernel.h"
+#include "cpu/gate_rules_kernel.h"
 #include "cpu/gate_step_kernel.h"
 #include "cpu/activation_kernel.h"
 #include "cpu/norm_step_kernel.h"

@@ -1,5 +1,5 @@
 // norm_step: drive, squashed modulator, norm per channel, activation; forward and backward. Included by kernels.cpp inside namespace
-// rnndyn::<isa>, after gate_step_kernel.h (exponential functions) and area_step_kernel.h (Moments); parameters are documented in norm_step.h.
+// rnndyn::<isa>, after gate_math_kernel.h (activations) and area_step_kernel.h (Moments); parameters are documented in norm_step.h.
 //
 // Maths: d = sum of drives + bias, m = sum of modulators + bias, s the logistic sigmoid, a the identity or relu, f the activation
 //   z = a(d) * 2 s(m);  y = (z - mean) * rstd * gamma + beta;  h = f(y);  mean, rstd over (map, group) per sample, or per channel over all samples
@@ -43,10 +43,13 @@ inline const Real* norm_sum(const Real* const* terms, int num_terms, const Real*
   return sum;
 }
 
-template <typename Real, bool kSquash>
-inline Real norm_value(Real drive, Real modulator, bool rectify) {
-  const Real a = rectify && drive < Real(0) ? Real(0) : drive;
-  return kSquash ? a * (Real(2) * sigmoid_of(modulator)) : a;
+template <bool kSquash, typename Real, int K>
+static inline __attribute__((always_inline)) Several<Real, K> norm_value(const Several<Real, K>& drive,
+                                                                         const Several<Real, K>& modulator,
+                                                                         bool rectify) {
+  const Several<Real, K> a = rectify ? if_negative<Real, K>(drive, Real(0), drive) : drive;
+  if constexpr (kSquash) return a * (Real(2) * sigmoid(modulator));
+  return a;
 }
 
 // Per-channel statistics of one sample, as rows [C].
@@ -107,14 +110,11 @@ struct NormForward {
     const Real* m = kSquash ? norm_sum(p.modulator, p.num_modulator, p.modulator_bias, p.modulator_sum, scratch + size,
                                        offset, pixels, s.channels)
                             : nullptr;
-    if (s.norm == NormKind::kNone) {
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i)
-        z[i] = activate<kActivation>(norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify));
-      return;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) z[i] = norm_value<Real, kSquash>(d[i], kSquash ? m[i] : Real(0), rectify);
+    const bool active = s.norm == NormKind::kNone;
+    each_run<Real>(size, [&](auto run) __attribute__((always_inline)) {
+      const auto value = norm_value<kSquash>(run.read(d), run.read(kSquash ? m : d), rectify);
+      run.write(z, active ? activate<kActivation>(value) : value);
+    });
   }
 
   // Moments of groups first .. last - 1 over some pixels are added to those before.
@@ -186,8 +186,10 @@ struct NormForward {
     const Real *gamma = p.gamma, *beta = p.beta;
     for (int64_t i = 0; i < pixels; ++i) {
       Real* row = z + i * c;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) row[j] = activate<kActivation>((row[j] - mean[j]) * rstd[j] * gamma[j] + beta[j]);
+      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+        const auto y = (run.read(row) - run.read(mean)) * run.read(rstd) * run.read(gamma) + run.read(beta);
+        run.write(row, activate<kActivation>(y));
+      });
     }
   }
 
@@ -258,14 +260,15 @@ struct NormBackward {
       const Real* d = driven ? p.drive + offset + i * c : gamma;  // (any row: its values are not used)
       const Real* m = kSquash && p.modulator != nullptr ? p.modulator + offset + i * c : gamma;
       const Real* grad = p.grad_state + offset + i * c;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) {
-        const Real z = driven ? norm_value<Real, kSquash>(d[j], m[j], rectify) : Real(0);
+      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+        typedef typename decltype(run)::Values Values;
+        const Values z = driven ? norm_value<kSquash>(run.read(d), run.read(m), rectify) : Values(Real(0));
         // The same expression as in the forward pass, so that the slope sees the same rounding.
-        const Real xhat = (z - mean[j]) * rstd[j], y = (z - mean[j]) * rstd[j] * gamma[j] + beta[j];
-        const Real g = grad[j] * activation_slope<kActivation>(y, activate<kActivation>(y));
-        sum[j] += g, product[j] += g * xhat;
-      }
+        const Values xhat = (z - run.read(mean)) * run.read(rstd), y = xhat * run.read(gamma) + run.read(beta);
+        const Values g = run.read(grad) * slope<kActivation>(y, activate<kActivation>(y));
+        run.write(sum, run.read(sum) + g);
+        run.write(product, run.read(product) + g * xhat);
+      });
     }
     double* out = sums(n, k);
     for (int64_t j = 0; j < 2 * c; ++j) out[j] = double(sum[j]);
@@ -328,16 +331,18 @@ struct NormBackward {
       const Real* grad = p.grad_state + at;
       Real* grad_d = p.grad_drive != nullptr ? p.grad_drive + at : scratch + 6 * c;
       Real* grad_m = kSquash && p.grad_modulator != nullptr ? p.grad_modulator + at : scratch + 7 * c;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) {
-        const Real drive = d[j], a = rectify && drive < Real(0) ? Real(0) : drive;
-        const Real half = kSquash ? sigmoid_of(m[j]) : Real(0.5), factor = Real(2) * half, z = kSquash ? a * factor : a;
-        const Real xhat = (z - mean[j]) * rstd[j], y = (z - mean[j]) * rstd[j] * gamma[j] + beta[j];
-        const Real g = grad[j] * activation_slope<kActivation>(y, activate<kActivation>(y));
-        const Real dz = rstd[j] * (g * gamma[j] - mean_p[j] - xhat * mean_px[j]);
-        grad_d[j] = rectify && !(drive > Real(0)) ? Real(0) : kSquash ? dz * factor : dz;
-        if (kSquash) grad_m[j] = dz * z * (Real(1) - half);
-      }
+      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+        typedef typename decltype(run)::Values Values;
+        const Values drive = run.read(d), a = rectify ? if_negative(drive, Values(Real(0)), drive) : drive;
+        const Values half = kSquash ? sigmoid(run.read(m)) : Values(Real(0.5)), factor = Real(2) * half;
+        const Values z = kSquash ? a * factor : a;
+        const Values xhat = (z - run.read(mean)) * run.read(rstd), y = xhat * run.read(gamma) + run.read(beta);
+        const Values g = run.read(grad) * slope<kActivation>(y, activate<kActivation>(y));
+        const Values dz = run.read(rstd) * (g * run.read(gamma) - run.read(mean_p) - xhat * run.read(mean_px));
+        const Values of_drive = kSquash ? dz * factor : dz;
+        run.write(grad_d, rectify ? if_positive(drive, of_drive, Values(Real(0))) : of_drive);
+        if (kSquash) run.write(grad_m, dz * z * (Real(1) - half));
+      });
       if (p.grad_drive_bias != nullptr) row_add(sum_d, grad_d, c);
       if (kSquash && p.grad_modulator_bias != nullptr) row_add(sum_m, grad_m, c);
     }
