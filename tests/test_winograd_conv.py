@@ -16,6 +16,7 @@ from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_wi
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
 
 MAPS = [
+    WinogradMap(WinogradForm(5, 2), 2),
     WinogradMap(WinogradForm(6, 3), 3),
     WinogradMap(WinogradForm(8, 3), 3),
     WinogradMap(WinogradForm(6, 5), 5),
@@ -44,6 +45,8 @@ TOLERANCE = 1e-5  # relative, in norm; the largest seen over these cases is 6e-6
 
 def _geometry(m: WinogradMap) -> Geometry:
     padding = (m.kernel_size - 1) // 2
+    if m.kernel_size == 2:
+        return Geometry(Operator.CONV, 1, 0, 1)
     if m.turned:
         return Geometry(Operator.CONV_TRANSPOSE, 1, padding)
     return Geometry(Operator.CONV_TRANSPOSE, 2, padding, 1) if m.transposed else Geometry(Operator.CONV, 1, padding)
@@ -55,6 +58,8 @@ def _reference(m: WinogradMap, x: Tensor, weight: Tensor) -> Tensor:
     if m.transposed or m.turned:
         scale = 2 if m.transposed else 1
         return functional.conv_transpose2d(x, weight, stride=scale, padding=padding, output_padding=scale - 1)
+    if m.kernel_size == 2:
+        x = functional.pad(x, (0, 1, 0, 1))
     return functional.conv2d(x, weight, padding=padding)
 
 
@@ -261,6 +266,9 @@ def test_rule() -> None:
     assert choice(conv, (64, 32, 3, 3), 64) == "winograd F(6x6,3x3)"
     assert choice(Geometry(Operator.CONV, 1, 2), (64, 32, 5, 5), 64) == "winograd F(4x4,5x5)"
     assert choice(transposed, (64, 32, 3, 3), 16) == "winograd F(4x4,2x2)"
+    two = Geometry(Operator.CONV, 1, 0, 1)
+    assert choice(two, (64, 64, 2, 2), 28) == "winograd F(4x4,2x2)"
+    assert choice(two, (64, 64, 2, 2), 14) == "direct"
     assert choice(conv, (32, 3, 3, 3), 64) == "direct"
     assert choice(conv, (32, 3, 3, 3), 64, "winograd") == "winograd F(6x6,3x3)"
     assert choice(conv, (64, 64, 3, 3), 1) == "direct"
@@ -278,6 +286,7 @@ def test_reasons_are_given() -> None:
     with pytest.raises(ValueError, match="stride 2"):
         can_run_winograd(Geometry(Operator.CONV, 2, 1), (8, 8, 3, 3), torch.float32, raise_error=True)
     assert not can_run_winograd(Geometry(Operator.CONV, 1, 5), (8, 8, 11, 11), torch.float32)
+    assert not can_run_winograd(Geometry(Operator.CONV, 1, 1, 1), (8, 8, 2, 2), torch.float32)  # (its zeros are before the map)
     with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, fused, got 'fast'"):
         choose_engine(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), 8, 8, torch.float32, "fast")
     net = blt_net_64(widths=(2, 4, 8, 16, 32), engine="fast")
