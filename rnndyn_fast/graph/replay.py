@@ -72,6 +72,7 @@ class _Stage:
 
     def recorder(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recorder:
         """Of a rollout that has the stage. (Its memory is that which others leave.)"""
+        _launch.drop_workspace()
         release_buffers()
         assert self.region is not None
         return Recorder(self.region, inputs, parameters)

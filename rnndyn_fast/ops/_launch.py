@@ -330,6 +330,11 @@ def workspace_of(floats: int) -> tuple[Tensor, int]:
     return kept, first + -first % 64
 
 
+def drop_workspace() -> None:
+    """Give up the scratch that this thread keeps from call to call; the next call that wants some takes it anew."""
+    _workspaces.scratch = None
+
+
 def scratch() -> tuple[list[Tensor], Callable[[int], int]]:
     """Gives the core scratch of as many bytes as it asks for; the tensor is held by the list."""
     held: list[Tensor] = []
