@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -192,6 +193,7 @@ class Flight:
         self.recording, self.recorder, self._turn = recording, recorder, turn
         self.replays = recorder is None
         self._made: list[Tensor] = []  # what the results of the forward pass lie in
+        self._kept: list[Strided] = []
 
     @staticmethod
     def begin(recording: Recording | None, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Flight | None:
@@ -219,8 +221,9 @@ class Flight:
         _stage.recorded = self
         with self.recorder.noting():
             found, kept = run()
-        self.recording.forward = self.recorder.program(found)
-        self.recording.kept = [self.recorder.kept(t) for t in kept]
+        self._kept = [self.recorder.kept(t) for t in kept]
+        self.recording.forward = self.recorder.program(found, last=False)
+        self.recording.kept = self._settled(self.recorder)
         return [self.recorder.returned(t) for t in found], kept
 
     def backward(
@@ -242,12 +245,17 @@ class Flight:
         with recorder.noting():
             found = run()
         self.recording.backward = recorder.program(found)
+        self.recording.kept = self._settled(recorder)
         self.recording.pattern = needs, layout(grads)
         if self.recording.forward is not None and self.recording.backward is not None:
             self.recording.attempts = 0
         _stage.recorded = None
         _stage.clear()
         return [None if t is None else recorder.returned(t) for t in found]
+
+    def _settled(self, recorder: Recorder) -> list[Strided]:
+        """Where what is kept lies: at first as the forward pass was noted, in the end as it is replayed."""
+        return [replace(where, place=recorder.settled(where.place)) for where in self._kept]
 
     def fits(self, grads: Sequence[Tensor | None], needs: Hashable) -> bool:
         """Whether the backward pass can be replayed, or recorded, with gradients of this layout."""

@@ -119,6 +119,10 @@ class Region:
             self._clean = set(self.gaps)
         return sum(end - first for first, end in parts)
 
+    def reach(self, end: int) -> None:
+        """Aliases may be written to up to this byte."""
+        self._farthest = max(self._farthest, end)
+
     def written_unseen(self) -> None:
         """Aliases may have been written to: no gap counts as without memory any more."""
         self._clean = set()

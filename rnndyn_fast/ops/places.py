@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,3 +69,14 @@ class Address(int):
 
 class Rooms(tuple[int, ...]):
     """The addresses that a launch's scratch had."""
+
+
+def places_in(arguments: Any) -> Iterator[Place]:
+    """Of all addresses and tensors among the arguments of a recorded call."""
+    if isinstance(arguments, Address | Strided):
+        yield arguments.place
+    elif isinstance(arguments, dict):
+        yield from places_in(list(arguments.values()))
+    elif isinstance(arguments, list | tuple):
+        for argument in arguments:
+            yield from places_in(argument)

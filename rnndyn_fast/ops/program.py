@@ -16,16 +16,16 @@ from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element
 class Program:
     """A recorded run. ``given``: the tensors that it was recorded with, replaced by others of the same layout."""
 
-    def __init__(
-        self, run: Callable[..., None], made: Sequence[tuple[int, torch.dtype]], results: Sequence[tuple[int, Strided] | None]
-    ) -> None:
-        self._run, self._made, self._results = run, made, results
+    run: Callable[..., None]  # (comes last)
+
+    def __init__(self, made: Sequence[tuple[int, torch.dtype]], results: Sequence[tuple[int, Strided] | None]) -> None:
+        self._made, self._results = made, results
 
     def __call__(self, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """Run it. Returns its results, new tensors each time, and the buffers that they lie in."""
         made = [empty((nbytes // dtype.itemsize,), dtype) for nbytes, dtype in self._made]
         with torch.autocast("cpu", enabled=False):  # (casts are among what was noted)
-            self._run(*given, *made)
+            self.run(*given, *made)
         found: dict[tuple[int, Strided] | None, Tensor | None] = {None: None}  # (what was one tensor is one again)
         for result in self._results:
             if result is not None and result not in found:
@@ -44,10 +44,11 @@ class Code:
         region: where its buffers are.
         layouts: of what it is given.
         settled: a recorded place as the program knows it: "given", or "fixed" with the address as offset.
+        recorded: addresses of the region as the run was noted.
     """
 
-    def __init__(self, region: Region, layouts: Sequence[Layout], settled: Callable[[Place], Place]) -> None:
-        self._region, self._layouts, self._settled = region, layouts, settled
+    def __init__(self, region: Region, layouts: Sequence[Layout], settled: Callable[[Place], Place], recorded: range) -> None:
+        self._region, self._layouts, self._settled, self._recorded = region, layouts, settled, recorded
         self.failed: str | None = None
         self._names: dict[str, Any] = {"first_element": first_element}
         self._known: dict[int, str] = {}  # functions, by id
@@ -93,6 +94,8 @@ class Code:
 
     def _source(self, value: Any) -> tuple[str, bool]:
         """As source, empty where it has none; and whether it is a constant."""
+        if type(value) is int and value in self._recorded:
+            self.failed = "an address that does not know its place"
         if isinstance(value, Address):
             place = self._settled(value.place)
             if place.kind == "fixed":

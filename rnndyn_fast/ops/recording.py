@@ -1,9 +1,10 @@
 """Calls of the native core and of PyTorch, noted as they run, to be run again without the Python that led to them.
 
 A rollout is hundreds of short calls, and the Python between them runs on one thread. Shapes decide all of it: with the same shapes, layouts
-and parameters the same calls follow each other. A :class:`Recorder` notes them, with every buffer taken from a region of its own, in which
-addresses stay the same; :meth:`Recorder.program` makes of them one Python function of straight lines. What differs from run to run, inputs
-and results, is given to that function; everything else is a constant in it.
+and parameters the same calls follow each other. A :class:`Recorder` notes them, with every buffer taken from a region of its own;
+:meth:`Recorder.program` makes of them one Python function of straight lines. What differs from run to run, inputs and results, is given to
+that function; everything else is a constant in it. Between which calls a buffer holds something is known then, so they are placed anew, as
+closely as that allows (:mod:`rnndyn_fast.ops.placement`).
 
 What cannot be noted (a value read back into Python) makes the recording fail, which costs nothing but the attempt: it ran as ever.
 """
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from rnndyn_fast.ops.buffers import Region, empty, taking_from
-from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element, storage_of
+from rnndyn_fast.ops.placement import Life, placed
+from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element, places_in, storage_of
 from rnndyn_fast.ops.program import Code, Layout, Program
 
 _active = threading.local()
@@ -108,6 +110,9 @@ class Recorder(TorchDispatchMode):
         self._made: list[tuple[int, torch.dtype]] = []  # bytes and dtypes of results that lie elsewhere from the start: given last
         self._alive: list[Tensor] = []  # those results: nothing else lies there as long as calls are noted
         self._steps: list[tuple[Any, ...]] = []
+        self._earlier = 0  # buffers of earlier phases
+        self._phases: list[tuple[Program, list[tuple[Any, ...]], list[Layout]]] = []
+        self._kept: set[int] = set()  # buffers that nothing may take the place of
         self._held: set[int] = set()
         self.marks: list[Mark] = []
         self.give([*given, *fixed])
@@ -264,19 +269,21 @@ class Recorder(TorchDispatchMode):
     # ---------------------------------------------------------------- programs
 
     def kept(self, tensor: Tensor) -> Strided:
-        """Where a tensor, contiguous and no result, lies in every run."""
-        place = self.settled(self.place(tensor))
-        if place.kind != "fixed" or not tensor.is_contiguous() or tensor.numel() == 0:
+        """A tensor, contiguous and no result, that lies where :meth:`settled` tells in every run, until the end of the last phase."""
+        place = self.place(tensor)
+        if place.kind != "taken" or place.number in self._lasting or not tensor.is_contiguous() or tensor.numel() == 0:
             self.failed = "what is kept changes its place"
+        self._kept.add(place.number)
         return Strided(place, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def program(self, results: Sequence[Tensor | None]) -> Program | None:
+    def program(self, results: Sequence[Tensor | None], *, last: bool = True) -> Program | None:
         """What was noted since the last one, whose results lie where these lie; None where that cannot be.
 
-        The buffers of the results are given to the programs of later phases.
+        The buffers of the results are given to the programs of later phases. Programs can run when the ``last`` one is made.
         """
         steps, self._steps = self._steps, []
         elsewhere, self._made = self._made, []
+        earlier, self._earlier = self._earlier, len(self._sizes)
         first = len(self._starts) - len(elsewhere)  # (nothing is given between a phase's first result and its end)
         made: dict[int, tuple[int, torch.dtype]] = {}
         found: list[tuple[int, Strided] | None] = []
@@ -289,7 +296,7 @@ class Recorder(TorchDispatchMode):
             if where.place.kind == "given" and number >= first:
                 found.append((number - first, where))
                 continue
-            if where.place.kind != "taken" or number in self._lasting or made.get(number, (0, where.dtype))[1] != where.dtype:
+            if where.place.kind != "taken" or number < earlier or made.get(number, (0, where.dtype))[1] != where.dtype:
                 self.failed = "a result is no new tensor"
                 return None
             made.setdefault(number, (self._sizes[number][1], where.dtype))
@@ -301,11 +308,35 @@ class Recorder(TorchDispatchMode):
             self._layouts.append(((nbytes // dtype.itemsize,), (1,), dtype))
         if self.failed:
             return None
-        code = Code(self.region, self._layouts, self.settled)
-        for step in steps:
-            code.add(step)
-        self.failed = code.failed
-        return None if self.failed else Program(code.function(), [*elsewhere, *made.values()], found)
+        program = Program([*elsewhere, *made.values()], found)
+        self._phases.append((program, steps, list(self._layouts)))
+        if last:
+            self._finish()
+        return None if self.failed else program
+
+    def _finish(self) -> None:
+        """Place the buffers, and make the code of all phases."""
+        recorded = range(self.region.start, self.region.start + max((first + nbytes for first, nbytes in self._sizes), default=0))
+        self._arrange()
+        for program, steps, layouts in self._phases:
+            code = Code(self.region, layouts, self.settled, recorded)
+            for step in steps:
+                code.add(step)
+            program.run = code.function()
+            self.failed = self.failed or code.failed
+
+    def _arrange(self) -> None:
+        lives: dict[int, tuple[int, int]] = {}  # first and last step
+        steps = [step for _, some, _ in self._phases for step in some]
+        for k, step in enumerate(steps):
+            for place in places_in(step[2:]):
+                if place.kind == "taken" and place.number not in self._lasting:
+                    lives[place.number] = lives.get(place.number, (k, k))[0], k
+        lives.update({number: (lives.get(number, (0, 0))[0], len(steps)) for number in self._kept})
+        found, end = placed([Life(self._sizes[number][1], *life) for number, life in lives.items()])
+        self.region.reach(end)
+        for number, first in zip(lives, found, strict=True):
+            self._sizes[number] = first, self._sizes[number][1]
 
     def returned(self, result: Tensor) -> Tensor:
         """A result as its receiver may have it: a copy of what lies in the region."""
