@@ -105,6 +105,16 @@ class Recording:
         self.pattern: Hashable = None  # of the gradients that backward takes
         self.attempts = 0
         self.marks: list[Mark] = []  # of the weights that are packed ahead
+        self.replayed = False
+
+    def replay(self, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Run the forward pass again: its results, and the buffers that they lie in."""
+        assert self.forward is not None
+        if not self.replayed:  # (what is touched from here on is touched in every run; what recording left is not)
+            _stage.clear()
+            release_buffers()
+            self.replayed = True
+        return self.forward(given)
 
 
 _known: OrderedDict[Hashable, Recording] = OrderedDict()
@@ -161,7 +171,7 @@ def run_inference(
         if recording.forward is None:
             return _record_inference(recording, inputs, parameters, run)
         if all(_launch.fingerprint_at(first, nbytes) == mark for first, nbytes, mark in recording.marks):
-            results, _ = recording.forward([*inputs, *parameters])
+            results, _ = recording.replay([*inputs, *parameters])
             return [t for t in results if t is not None]
         recording.forward = None  # (weights were changed)
     finally:
@@ -181,7 +191,7 @@ def _record_inference(
     if program is None or _stage.in_use():
         recording.attempts += 1
     else:
-        recording.forward, recording.marks = program, recorder.marks
+        recording.forward, recording.marks, recording.replayed = program, recorder.marks, False
     _stage.clear()
     return copies
 
@@ -215,8 +225,7 @@ class Flight:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The forward pass: its results, and what it keeps for the backward pass; where it is recorded, ``run`` gives them."""
         if self.recorder is None:
-            assert self.recording.forward is not None
-            results, self._made = self.recording.forward([*inputs, *parameters])
+            results, self._made = self.recording.replay([*inputs, *parameters])
             return [t for t in results if t is not None], [_stage.kept(where, self) for where in self.recording.kept]
         _stage.recorded = self
         with self.recorder.noting():

@@ -7,6 +7,7 @@ torch). Maps are channels-last and contiguous, [M, H, W, C], with M any number o
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -86,6 +87,17 @@ class Weight:
         """Give up what was packed for the forward convolution; it is packed anew when it is wanted again."""
         self.__dict__.pop("packed", None)
 
+    def direct_size(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of the vendor's result for a map of that size: height, width and channels."""
+        g, shape = self.geometry, self.weight.shape
+        if g.operator is Operator.LINEAR:
+            return 1, 1, shape[0]
+        if g.operator is Operator.CONV_TRANSPOSE:
+            h, w = ((n - 1) * g.stride - 2 * g.padding + k + g.output_padding for n, k in zip((height, width), shape[2:], strict=True))
+            return h, w, shape[1]
+        h, w = ((n + 2 * g.padding - k) // g.stride + 1 for n, k in zip((height, width), shape[2:], strict=True))
+        return h, w, shape[0]
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Of a map of that size."""
         m = self.choice.map
@@ -144,8 +156,23 @@ def convolve(
     """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out``, if given, holds it then."""
     if weight.choice.map is not None or "forward" in weight.choice.fused:
         return _sum([weight], [x], out)
-    y = _direct(weight, x)
-    return y if out is None else out.copy_(y)
+    samples, height, width, _ = x.shape
+    size = weight.direct_size(height, width)
+    nbytes = math.prod(size) * x.element_size()
+    if x.device.type != "cpu" or samples * nbytes <= _DIRECT_BYTES:
+        y = _direct(weight, x)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = empty((samples, *size), x.dtype)
+    some = max(1, _DIRECT_BYTES // nbytes)
+    for first in range(0, samples, some):
+        out[first : first + some].copy_(_direct(weight, x[first : first + some]))
+    return out
+
+
+# Of results that are PyTorch's own, at a time, before they are copied to where they are wanted: it takes memory for them that no other buffer
+# takes the place of.
+_DIRECT_BYTES = 8 << 20
 
 
 def _direct(weight: Weight, x: Tensor) -> Tensor:
