@@ -26,7 +26,8 @@ struct AmxPhase {
   int64_t height, width;
   int num_taps;
   AmxTap tap[kAmxMaxTaps];
-  const uint16_t* packed;  // from amx_pack_weight
+  const uint16_t* packed;  // from amx_pack_weight; or null
+  const float* weight;     // then the parameter, of which each thread packs a piece at a time
   float* y;                // [M, height, width, C_out], written, or added to
 };
 
@@ -38,6 +39,7 @@ struct AmxConvParams {
   bool accumulate;  // add to y
   const float* x;   // [M, in_height, in_width, C_in], contiguous
   GridStrides y_strides;
+  int64_t out_stride, in_stride;  // of the parameter, where it is not packed ahead
   const AmxPhase* phase;
   const ConvEpilogue* epilogue;  // or null; then the phases' grids are all of y
   void* workspace;               // amx_conv_workspace(...) bytes, scratch, 64-byte aligned

@@ -179,11 +179,13 @@ int fill_amx_taps(AmxTap* tap, const AmxTaps& taps) {
 }
 
 // input: samples, height, width, channels. phases: taps, height and width of the grid, addresses of packed weights and of y each.
+// weight_strides: of the parameter's output and input channels, where the weights are the parameter; zero where they are packed.
 using AmxPhaseTuple = std::tuple<AmxTaps, int64_t, int64_t, Address, Address>;
 
 void amx_conv(const Shape& input, int64_t out_channels, int in_step, int parts, bool accumulate, int num_threads,
-              Address x, const std::vector<AmxPhaseTuple>& phases, const std::array<int64_t, 3>& y_strides,
-              const std::optional<EpilogueTuple>& epilogue, const Scratch& workspace) {
+              Address x, const std::vector<AmxPhaseTuple>& phases, const std::array<int64_t, 2>& weight_strides,
+              const std::array<int64_t, 3>& y_strides, const std::optional<EpilogueTuple>& epilogue,
+              const Scratch& workspace) {
   if (phases.empty() || phases.size() > kAmxMaxPhases)
     throw std::invalid_argument("phases: expected 1 to 16 of them, got " + std::to_string(phases.size()));
   std::vector<AmxPhase> grids(phases.size());
@@ -191,13 +193,16 @@ void amx_conv(const Shape& input, int64_t out_channels, int in_step, int parts, 
     const auto& [taps, height, width, packed, y] = phases[k];
     grids[k].num_taps = fill_amx_taps(grids[k].tap, taps);
     grids[k].height = height, grids[k].width = width;
-    grids[k].packed = pointer<const uint16_t>(packed), grids[k].y = pointer<float>(y);
+    grids[k].packed = weight_strides[0] == 0 ? pointer<const uint16_t>(packed) : nullptr;
+    grids[k].weight = weight_strides[0] == 0 ? nullptr : pointer<const float>(packed);
+    grids[k].y = pointer<float>(y);
   }
   AmxConvParams p{};
   p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3],
   p.out_channels = out_channels;
   p.in_step = in_step, p.parts = parts, p.accumulate = accumulate, p.num_threads = num_threads;
   p.x = pointer<const float>(x), p.y_strides = grid_strides(y_strides);
+  p.out_stride = weight_strides[0], p.in_stride = weight_strides[1];
   p.phase = grids.data(), p.num_phases = static_cast<int>(grids.size());
   const ConvEpilogue e = epilogue ? conv_epilogue(*epilogue, out_channels) : ConvEpilogue{};
   p.epilogue = epilogue ? &e : nullptr;

@@ -7,6 +7,8 @@
 //   L3 once per band and panel of 32 output channels, as fast as the processor prefetches them by itself (asked for by instructions they came more
 //   slowly: 10 to 25%). Sums never leave the registers. A step of 12 products of tiles takes 192 cycles and 8 KB of loads, so the products are the
 //   limit.
+//   Weights that are not packed ahead are read once per band as well, and split where they then stay in L2, a piece of a panel at a time: two
+//   thirds of the traffic, for splitting them in every call.
 // Layout: a band of x is stored as lines of 64 bytes, 32 channels of one part of one pixel of one sample: [C_in / 32, parts, rows, residue of
 //   the column modulo in_step, columns, samples of the group]. So 16 neighbouring results of a row of a grid read 16 adjacent lines, whatever
 //   the tap, and a few samples side by side fill tiles where maps are narrow; where there are no more samples, tiles go on into the next row, and
@@ -67,7 +69,7 @@ struct AmxLayout {
 
 struct AmxConvSizes {
   AmxLayout layout;
-  int64_t height, groups, band, bands, panels, split, band_lines, pairs, depth, sums, cells;
+  int64_t height, groups, band, bands, panels, split, band_lines, pairs, depth, sums, cells, piece;
 
   explicit AmxConvSizes(const AmxConvParams& p)
       : layout(p.phase, p.num_phases, p.samples, p.in_channels, p.in_step, 16), height(0) {
@@ -106,6 +108,7 @@ struct AmxConvSizes {
     const int64_t pieces = ceil_div(layout.blocks * block_bytes, larger(640 * 1024, block_bytes));
     depth = ceil_div(layout.blocks, pieces);
     sums = pieces > 1 ? pairs : 2;
+    piece = p.phase[0].packed == nullptr ? depth * block_bytes : 0;
     // Moments: one cell per row of a grid and panel, a sample's cells side by side.
     cells = 0;
     if (p.epilogue != nullptr && p.epilogue->mean != nullptr)
@@ -115,7 +118,7 @@ struct AmxConvSizes {
     return round_up(p.samples * cells * int64_t(sizeof(LaneMoments)), 64);
   }
   int64_t line_bytes(const AmxConvParams& p) const { return layout.blocks * p.parts * band_lines * 64; }
-  int64_t bytes(const AmxConvParams& p) const { return line_bytes(p) + sums * 4 * kTileBytes; }
+  int64_t bytes(const AmxConvParams& p) const { return line_bytes(p) + sums * 4 * kTileBytes + piece; }
 };
 
 // Rows [first, first + rows) of x, of `group` samples, as lines.
@@ -184,6 +187,7 @@ struct AmxBand {
   int64_t sample, group, first, rows;  // samples, and rows of the grid
   const char* lines;
   float* sums;         // [pairs, 32, 32], or of the last two pairs where all is summed at once
+  uint16_t* piece;     // of a panel, where weights are not packed ahead
   LaneMoments* cells;  // of the phase's first row in sample 0, [rows, panels]; or null
   int64_t row_lines, width_lines, row_tiles, tiles, offset[kAmxMaxTaps];
   bool flat;  // tiles reach into the next row
@@ -199,6 +203,7 @@ struct AmxBand {
         rows(num_rows),
         lines(x),
         sums(scratch),
+        piece(reinterpret_cast<uint16_t*>(scratch + sizes.sums * kTileBytes)),
         cells(moments) {
     row_lines = s.layout.step * s.layout.step * s.layout.columns * group;
     width_lines = phase.width * group;
@@ -281,14 +286,25 @@ struct AmxBand {
                                                           b, targets);
   }
 
+  // Blocks of a panel's weights.
+  const char* weights(int64_t panel, int64_t low, int64_t blocks) const {
+    const int64_t block_size = phase.num_taps * p.parts * kTileBytes;
+    if (phase.packed != nullptr)
+      return reinterpret_cast<const char*>(phase.packed + (panel * s.layout.blocks + low) * block_size);
+    const AmxPackParams pack{p.out_channels, p.in_channels, p.out_stride, p.in_stride, p.parts, 1,
+                             phase.num_taps, phase.tap,     phase.weight, nullptr};
+    for (int64_t k = 0; k < blocks; ++k) amx_pack_block(pack, panel, low + k, piece + k * block_size);
+    __asm__ volatile("" ::: "memory");  // (the compiler does not see what tile loads read)
+    return reinterpret_cast<const char*>(piece);
+  }
+
   void panel(TileScope& scope, int64_t panel) const {
     const AmxLayout& l = s.layout;
-    const int64_t part = s.band_lines * 64, block_bytes = phase.num_taps * p.parts * 2 * kTileBytes,
-                  pairs = ceil_div(tiles, 2);
-    const char* b = reinterpret_cast<const char*>(phase.packed) + panel * l.blocks * block_bytes;
+    const int64_t part = s.band_lines * 64, pairs = ceil_div(tiles, 2);
     for (int64_t low = 0; low < l.blocks; low += s.depth) {
       const int64_t blocks = smaller(s.depth, l.blocks - low);
       const bool last = low + blocks == l.blocks;
+      const char* b = weights(panel, low, blocks);
       for (int64_t pair = 0; pair < pairs; ++pair) {
         AmxTargets targets;
         targets.count = 0;
@@ -302,11 +318,11 @@ struct AmxBand {
         else
           tile_sums_zero(scope);
         if (p.parts == 3)
-          sum<3>(scope, pair, x, blocks, b + low * block_bytes, targets);
+          sum<3>(scope, pair, x, blocks, b, targets);
         else if (p.parts == 2)
-          sum<2>(scope, pair, x, blocks, b + low * block_bytes, targets);
+          sum<2>(scope, pair, x, blocks, b, targets);
         else
-          sum<1>(scope, pair, x, blocks, b + low * block_bytes, targets);
+          sum<1>(scope, pair, x, blocks, b, targets);
         // (The sums of the pair before are written while the last products of this one are under way.)
         if (last && pair > 0) write(pair - 1, panel, sum_of(pair - 1));
         tile_sums_store(scope, to, 128);

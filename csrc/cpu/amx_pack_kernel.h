@@ -1,4 +1,4 @@
-// amx_conv: packing of weights. Included inside namespace rnndyn::<isa> after amx_conv_kernel.h; parameters are documented in amx_conv.h.
+// amx_conv: packing of weights. Included inside namespace rnndyn::<isa> after amx_tile_kernel.h; parameters are documented in amx_conv.h.
 
 static int64_t amx_packed_size(const AmxPackParams& p) {
   return ceil_div(p.out_channels, 32) * ceil_div(p.in_channels, 32) * p.num_taps * p.parts * kTileBytes;
@@ -52,16 +52,21 @@ static inline void amx_pack_tile(const AmxPackParams& p, const float* from, int6
 
 #endif
 
+// 32 input channels of a panel of 32 output channels: [taps, parts, 2 tiles].
+static void amx_pack_block(const AmxPackParams& p, int64_t panel, int64_t block, uint16_t* to) {
+  for (int half = 0; half < 2; ++half)
+    for (int t = 0; t < p.num_taps; ++t) {
+      const int64_t first_out = panel * 32 + half * 16, outs = smaller(16, larger(0, p.out_channels - first_out));
+      const float* from = p.weight + first_out * p.out_stride + block * 32 * p.in_stride + p.tap[t].index;
+      uint16_t* out = to + t * p.parts * kTileBytes + half * (kTileBytes / 2);
+      amx_pack_tile(p, from, outs, smaller(32, p.in_channels - block * 32), out);
+    }
+}
+
 static void amx_pack_weight(const AmxPackParams& p) {
   const int64_t blocks = ceil_div(p.in_channels, 32), panels = ceil_div(p.out_channels, 32);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads)
   for (int64_t panel = 0; panel < panels; ++panel)
     for (int64_t block = 0; block < blocks; ++block)
-      for (int half = 0; half < 2; ++half)
-        for (int t = 0; t < p.num_taps; ++t) {
-          uint16_t* out = p.packed + ((panel * blocks + block) * p.num_taps + t) * p.parts * kTileBytes;
-          const int64_t first_out = panel * 32 + half * 16, outs = smaller(16, larger(0, p.out_channels - first_out));
-          const float* from = p.weight + first_out * p.out_stride + block * 32 * p.in_stride + p.tap[t].index;
-          amx_pack_tile(p, from, outs, smaller(32, p.in_channels - block * 32), out + half * (kTileBytes / 2));
-        }
+      amx_pack_block(p, panel, block, p.packed + (panel * blocks + block) * p.num_taps * p.parts * kTileBytes);
 }

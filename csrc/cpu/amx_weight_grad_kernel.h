@@ -8,15 +8,17 @@
 //   sixteen: [C_out / 32, rows, steps, 2 times 16 channels, parts, tile of 16 channels by 32 pixels]; x, which taps shift, is not: [rows, columns
 //   of taps, steps, parts, 2 tiles of 16 pairs of pixels by 16 channels], once for every column, so that all tiles are aligned (measured: tiles
 //   across cache lines cost half the speed). Both are zero outside their maps.
+// Sums of more than 10 MiB are taken for a slice of the channels of x at a time; grad is split again for each.
 // Threads take chunks of bands with sums of their own, then all chunks are added in order. The number of chunks depends on the shape alone, so
 //   results do not depend on the number of threads.
 
-constexpr int64_t kAmxGradBytes = 1408 * 1024;  // of the 2 MB L2, for a band of both
+constexpr int64_t kAmxGradBytes = 1408 * 1024;       // of the 2 MB L2, for a band of both
+constexpr int64_t kAmxSumsBytes = 10 * 1024 * 1024;  // of a slice
 
 struct AmxWeightGradSizes {
   AmxPhase phase;  // (its taps: for the layout)
   AmxLayout layout;
-  int64_t groups, band, bands, chunks, split, in_pairs, out_pairs, steps, step_bytes, x_row, grad_row, sums;
+  int64_t groups, band, bands, chunks, split, slice, in_pairs, out_pairs, steps, step_bytes, x_row, grad_row, sums;
   int num_columns, column[kAmxMaxTaps], column_of[kAmxMaxTaps];  // of the taps, each once, and where it stands
 
   static AmxPhase as_phase(const AmxWeightGradParams& p) {
@@ -52,6 +54,9 @@ struct AmxWeightGradSizes {
     chunks = 4;
     while (chunks > 1 && (chunks > groups * bands || chunks * sums * 4 > 16 * 1024 * 1024)) chunks /= 2;
     split = smaller(out_pairs, ceil_div(p.num_threads, chunks));
+    // (As many chunks as there are, whatever the slice.)
+    slice = chunks > 1 ? in_pairs : larger(1, smaller(in_pairs, kAmxSumsBytes * in_pairs / (sums * 4)));
+    sums = sums / in_pairs * slice;
   }
   int64_t x_bytes() const { return layout.rows(band) * x_row; }
   int64_t thread_bytes() const { return x_bytes() + band * grad_row * out_pairs; }
@@ -178,41 +183,46 @@ static void amx_weight_grad(const AmxWeightGradParams& p) {
   {
     char* x = room + omp_get_thread_num() * s.thread_bytes();
     char* grad = x + s.x_bytes();
+    for (int64_t low = 0; low < s.in_pairs; low += s.slice) {
+      const int64_t high = smaller(low + s.slice, s.in_pairs);
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < s.chunks * s.split; ++item) {
-      const int64_t chunk = item / s.split, share = item % s.split;
-      const int64_t first_pair = s.out_pairs * share / s.split, last_pair = s.out_pairs * (share + 1) / s.split;
-      const int64_t begin = units * chunk / s.chunks, end = units * (chunk + 1) / s.chunks;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / s.bands * s.layout.group, first = unit % s.bands * s.band;
-        const int64_t group = smaller(s.layout.group, p.samples - sample), rows = smaller(s.band, p.height - first);
-        amx_pack_grads(p, s, sample, group, first, rows, first_pair, last_pair, grad);
-        for (int64_t in = 0; in < s.in_pairs; ++in) {
-          amx_pack_inputs(p, s, sample, group, first * s.layout.step + s.layout.first_row, s.layout.rows(rows), in, x);
-          __asm__ volatile("" ::: "memory");  // (the compiler does not see what tile loads read)
-          of_band(p, s, first, rows, first_pair, last_pair, x, grad,
-                  sums + chunk * s.sums + in * s.out_pairs * p.num_taps * 1024, unit > begin);
+      for (int64_t item = 0; item < s.chunks * s.split; ++item) {
+        const int64_t chunk = item / s.split, share = item % s.split;
+        const int64_t first_pair = s.out_pairs * share / s.split, last_pair = s.out_pairs * (share + 1) / s.split;
+        const int64_t begin = units * chunk / s.chunks, end = units * (chunk + 1) / s.chunks;
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t sample = unit / s.bands * s.layout.group, first = unit % s.bands * s.band;
+          const int64_t group = smaller(s.layout.group, p.samples - sample), rows = smaller(s.band, p.height - first);
+          amx_pack_grads(p, s, sample, group, first, rows, first_pair, last_pair, grad);
+          for (int64_t in = low; in < high; ++in) {
+            amx_pack_inputs(p, s, sample, group, first * s.layout.step + s.layout.first_row, s.layout.rows(rows), in,
+                            x);
+            __asm__ volatile("" ::: "memory");  // (the compiler does not see what tile loads read)
+            of_band(p, s, first, rows, first_pair, last_pair, x, grad,
+                    sums + chunk * s.sums + (in - low) * s.out_pairs * p.num_taps * 1024, unit > begin);
+          }
         }
       }
-    }
-    // (barrier: all chunks are summed)
+      // (barrier: all chunks are summed)
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t in = 0; in < s.in_pairs; ++in)
-      for (int64_t out = 0; out < s.out_pairs; ++out) {
-        float* total = sums + (in * s.out_pairs + out) * p.num_taps * 1024;
-        for (int64_t chunk = 1; chunk < s.chunks; ++chunk)
-          for (int64_t i = 0; i < p.num_taps * 1024; i += kVectorFloats)
-            store(total + i, load(total + i) + load(total + chunk * s.sums + i));
-        // [taps, o, i] to [o, i, taps].
-        const int64_t ins = smaller(32, p.in_channels - in * 32);
-        for (int64_t o = 0; o < smaller(32, p.out_channels - out * 32); ++o)
-          for (int t = 0; t < p.num_taps; ++t) {
-            float* to = p.grad_weight + (out * 32 + o) * p.out_stride + in * 32 * p.in_stride + p.tap[t].index;
-            const float* from = total + t * 1024 + o * 32;
-            for (int64_t i = 0; i < ins; ++i)
-              to[i * p.in_stride] = p.accumulate ? to[i * p.in_stride] + from[i] : from[i];
-          }
-      }
+      for (int64_t in = low; in < high; ++in)
+        for (int64_t out = 0; out < s.out_pairs; ++out) {
+          float* total = sums + ((in - low) * s.out_pairs + out) * p.num_taps * 1024;
+          for (int64_t chunk = 1; chunk < s.chunks; ++chunk)
+            for (int64_t i = 0; i < p.num_taps * 1024; i += kVectorFloats)
+              store(total + i, load(total + i) + load(total + chunk * s.sums + i));
+          // [taps, o, i] to [o, i, taps].
+          const int64_t ins = smaller(32, p.in_channels - in * 32);
+          for (int64_t o = 0; o < smaller(32, p.out_channels - out * 32); ++o)
+            for (int t = 0; t < p.num_taps; ++t) {
+              float* to = p.grad_weight + (out * 32 + o) * p.out_stride + in * 32 * p.in_stride + p.tap[t].index;
+              const float* from = total + t * 1024 + o * 32;
+              for (int64_t i = 0; i < ins; ++i)
+                to[i * p.in_stride] = p.accumulate ? to[i * p.in_stride] + from[i] : from[i];
+            }
+        }
+      // (barrier: the next slice takes the sums' room)
+    }
   }
 }
 

@@ -43,8 +43,8 @@ namespace RNNDYN_ISA {
 #include "cpu/winograd_conv_kernel.h"
 #include "cpu/winograd_weight_grad_kernel.h"
 #include "cpu/separable_conv_kernel.h"
-#include "cpu/amx_conv_kernel.h"
 #include "cpu/amx_pack_kernel.h"
+#include "cpu/amx_conv_kernel.h"
 #include "cpu/amx_weight_grad_kernel.h"
 }  // namespace RNNDYN_ISA
 

@@ -120,9 +120,14 @@ class Recording:
 _known: OrderedDict[Hashable, Recording] = OrderedDict()
 
 
+def can_replay(x: Tensor) -> bool:
+    """Whether rollouts of such inputs are recorded and replayed. (On devices nn.cuda_graphs does it.)"""
+    return not _launch.on_device(x) and os.environ.get("RNNDYN_REPLAY") != "0"
+
+
 def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recording | None:
     """What is known of a rollout; None where it is run for the first time, or nothing can be noted of it."""
-    if _launch.on_device(inputs[0]) or os.environ.get("RNNDYN_REPLAY") == "0":  # (on devices nn.cuda_graphs does it)
+    if not can_replay(inputs[0]):
         return None
     whole = (
         key,

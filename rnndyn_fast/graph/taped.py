@@ -20,7 +20,7 @@ from torch import Tensor
 from rnndyn_fast.graph.area_rules import Slots
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
-from rnndyn_fast.graph.replay import Flight, Recording, recording_of, run_inference
+from rnndyn_fast.graph.replay import Flight, Recording, can_replay, recording_of, run_inference
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key, parted
@@ -29,13 +29,13 @@ from rnndyn_fast.graph.taped_terms import Terms
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
-from rnndyn_fast.ops.recording import empty_result
+from rnndyn_fast.ops.recording import empty_result, recorder
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.reference.rollout import Statistics
 
 _MANY_TILES = 64  # of a time step, from which on Winograd's weights are read often enough: terms are then summed step by step
 
-MUCH_PACKED = 64 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
+MUCH_PACKED = 32 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
 
 
 class TapedRun(Terms):
@@ -98,6 +98,7 @@ class TapedRun(Terms):
                     self.update(name, range(slot, slot + 1))
             self.drop_blocks(component.areas)
             self._drop_read(number)
+            self.tidy()
 
     def _drop_read(self, number: int) -> None:
         """Give up the weights packed for a component, but those that a later one reads."""
@@ -315,7 +316,9 @@ def rollout_taped(
         recording = recording_of((schedule, engine, statistics is None, tuple(name in wanted for name in names)), inputs, values)
 
         def start() -> TapedRun:
-            return TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
+            run = TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
+            run.tidies = recorder() is not None or (recording is None and can_replay(inputs[0]))
+            return run
 
         if not wanted:
             if recording is None:

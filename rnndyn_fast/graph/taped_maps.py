@@ -15,11 +15,11 @@ from rnndyn_fast.graph.schedule import Drive, Schedule
 from rnndyn_fast.graph.spec import Connection, Network, Pool
 from rnndyn_fast.graph.tape import Key, Tape, map_key
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.buffers import empty, sums_dtype
+from rnndyn_fast.ops.buffers import empty, sums_dtype, tidy_buffers
 from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled
 
-WINDOW_BYTES = 8 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+WINDOW_BYTES = 4 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
 
 
 def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -70,6 +70,7 @@ class Maps:
         self.whole_uses: Counter[tuple[str, int]] = Counter()  # of maps that are not read pooled
         self.recorded = {self.network.recorded(name)[0] for name in schedule.record}
         self.reaches = self._reaches()
+        self.tidies = False
 
     def _reaches(self) -> set[str]:
         """Nodes through which some wanted gradient passes."""
@@ -203,6 +204,11 @@ class Maps:
         """The position after the last one of a drive's window."""
         count, size = len(self.schedule.drives[index].slots), self.window(self.schedule.drives[index].connection.target)
         return count - (count - 1 - position) // size * size
+
+    def tidy(self) -> None:
+        """In a run whose like will be replayed, in memory that is laid out better: keep no more memory until then than this run will."""
+        if self.tidies:
+            tidy_buffers()
 
     def drop_blocks(self, areas: Sequence[str]) -> None:
         """Areas that are done need no more room."""

@@ -165,6 +165,7 @@ class Terms(Maps):
 
     def component_back(self, drives: Sequence[int], areas: Sequence[str]) -> None:
         """At the first step of a component: packed weights are not read any more, and the rest of the weights' gradients is taken."""
+        self.tidy()
         self.drop_blocks(areas)
         for index in drives:
             linear = self.linear.get(index)

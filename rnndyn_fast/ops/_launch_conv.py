@@ -90,6 +90,7 @@ def amx_conv(
     parts: int,
     accumulate: bool,
     epilogue: Epilogue | None = None,
+    weight_strides: tuple[int, int] | None = None,  # of output and input channels, where the phases' weights are the parameter
 ) -> None:
     """Launch ``amx_conv``: the phases' pixels of ``out`` are written, or added to; with an epilogue they are all of its pixels."""
     h, w, c = out.shape[1:]
@@ -109,6 +110,7 @@ def amx_conv(
         torch.get_num_threads(),
         address_of(x, "x", tuple(x.shape), torch.float32),
         grids,
+        weight_strides or (0, 0),
         strides,
         _epilogue(epilogue, out),
         take,

@@ -35,6 +35,7 @@ class AmxMap:
     output_padding: int = 0
     transposed: bool = False
     parts: int = 2
+    packs_late: bool = False  # its weights, in every call
 
     def __str__(self) -> str:
         return {1: "bfloat16", 2: "bfloat16 x 3", 3: "bfloat16 x 6"}[self.parts]
@@ -71,17 +72,19 @@ def _phases(m: AmxMap, scatter: bool) -> tuple[tuple[tuple[int, int], tuple[Tap,
 
 @dataclass(frozen=True)
 class PackedAmxWeight:
-    """A weight as the tiles of one direction: one tensor per phase, in the layout of the instruction set in use."""
+    """A weight as the tiles of one direction: one tensor per phase, in the layout of the instruction set in use; or the parameter, of which
+    each call packs a piece at a time."""
 
     map: AmxMap
     backward: bool
     data: tuple[Tensor, ...]
     channels: int  # of the result
+    strides: tuple[int, int] | None = None  # of the result's and the source's channels in the parameter, where it is that
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return sum(t.nbytes for t in self.data)
+        return 0 if self.strides is not None else sum(t.nbytes for t in self.data)
 
 
 def _sizes(m: AmxMap, weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -96,6 +99,8 @@ def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False) -> Pac
     weight = weight.contiguous()
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
+    if m.packs_late:
+        return PackedAmxWeight(m, backward, (weight,), sizes[0], sizes[2:])
     data = tuple(_launch_conv.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
     return PackedAmxWeight(m, backward, data, sizes[0])
 
@@ -121,9 +126,10 @@ def amx_conv(
         raise ValueError(f"epilogue: a stride of {m.stride} beyond the kernel {list(m.kernel)} leaves pixels that nothing reaches")
     if scatter and len(phases) < min(step, out.shape[1]) * min(step, out.shape[2]) and not accumulate:
         out.zero_()  # (a stride beyond the kernel leaves pixels that nothing reaches)
-    packed = dict(zip((first for first, taps in _phases(m, scatter) if taps), weight.data, strict=True))
+    own = [first for first, taps in _phases(m, scatter) if taps]
+    packed = dict(zip(own, weight.data if weight.strides is None else weight.data * len(own), strict=True))
     grids = [(taps, packed[first], first) for first, taps in phases]
-    _launch_conv.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate, epilogue)
+    _launch_conv.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate, epilogue, weight.strides)
     return out
 
 

@@ -236,6 +236,12 @@ def _new_region(nbytes: int) -> Region:
     return _regions[-1]
 
 
+def tidy_buffers() -> int:
+    """Like :func:`release_buffers`, of where this thread takes buffers from."""
+    special = getattr(_where, "region", None)
+    return release_buffers() if special is None else special[0].give_back()
+
+
 def release_buffers() -> int:
     """Give the memory of buffers that no tensor uses back to the system. Returns the bytes given back."""
     with _lock:

@@ -62,7 +62,8 @@ class Weight:
     def packed(self) -> Packed:
         """As our engines take it, for the forward convolution."""
         assert self.choice.map is not None
-        return (_kept_pack if self.keep else _pack)(self.choice.map, self.weight)
+        late = isinstance(self.choice.map, AmxMap) and self.choice.map.packs_late
+        return (_kept_pack if self.keep and not late else _pack)(self.choice.map, self.weight)
 
     @cached_property
     def packed_backward(self) -> Packed:
@@ -75,7 +76,7 @@ class Weight:
         """Memory of what is packed for one direction, nearly (channels in whole panels take a little more)."""
         m = self.choice.map
         if isinstance(m, AmxMap):
-            return 2 * m.parts * self.weight.numel()
+            return 0 if m.packs_late else 2 * m.parts * self.weight.numel()
         return 0 if m is None else packed_bytes(m, self.weight.shape)
 
     def drop_packed(self) -> None:

@@ -7,6 +7,7 @@ through torch).
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -108,6 +109,16 @@ def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.
     if reason and raise_error:
         raise ValueError(f'engine="amx": {reason}')
     return reason is None
+
+
+_LATE_BYTES, _LATE_PIXELS = 16 << 20, 128  # of packed weights; of the source, all samples of a time step
+
+
+def _packs_late(weight_shape: tuple[int, ...], pixels: int, parts: int) -> bool:
+    """Whether weights are packed in every call, a piece at a time, rather than ahead: where they would be very large, and are read for few
+    pixels. They come from memory in every call anyway, and as the parameter they are two thirds as large; splitting them takes as long as
+    the products of 64 pixels."""
+    return 2 * parts * math.prod(weight_shape) > _LATE_BYTES and pixels <= _LATE_PIXELS
 
 
 def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> AmxMap:
@@ -217,7 +228,7 @@ def _choose(
     if engine == "amx" or (engine == "auto" and matrix_units and min(weight_shape[:2]) >= 16):
         try:
             can_run_amx(geometry, weight_shape, dtype, raise_error=True)
-            units = _amx_map(geometry, weight_shape, parts)
+            units = replace(_amx_map(geometry, weight_shape, parts), packs_late=_packs_late(weight_shape, samples * height * width, parts))
         except ValueError as error:
             if engine == "amx":
                 return EngineChoice(None, str(error).split(": ", 1)[1])
@@ -244,7 +255,8 @@ def _choose_winograd(
     chosen = _best_map(geometry, kernel, height, width)
     saving = height * width * kernel**2 / chosen.products(height, width)
     tiles = samples * chosen.tiles(height, width)
-    chosen = replace(chosen, hides_transform=tiles not in EXPOSED or reads <= FEW_READS)
+    few = reads <= FEW_READS
+    chosen = replace(chosen, hides_transform=tiles not in EXPOSED or few, few_reads=few)
     if engine == "auto":
         if saving < (2 if kernel == 2 else 4 / 3):  # (2 x 2 on 14 x 14, 1.96 times fewer: no faster than matrix units)
             return EngineChoice(None, f"on a {height} x {width} map {chosen.form} saves only {saving:.2g}x of the products")

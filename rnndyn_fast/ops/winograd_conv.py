@@ -64,6 +64,7 @@ class WinogradMap:
     transposed: bool = False
     turned: bool = False
     hides_transform: bool = False  # of weights, where it is done in every call: it costs little (packs_taps)
+    few_reads: bool = False  # of a weight, in a rollout
 
     @property
     def span(self) -> int:
@@ -167,7 +168,7 @@ class PackedWeight:
         return sum(t.nbytes for t in self.data)
 
 
-_LARGE, _HUGE = 10 << 20, 48 << 20  # bytes of transformed weights
+_NOT_SMALL, _LARGE, _HUGE = 4 << 20, 10 << 20, 48 << 20  # bytes of transformed weights
 EXPOSED = range(48, 128)  # tiles of a time step with which transforming weights in every call costs most
 FEW_READS = 4  # time steps that read a weight, for which transforming it ahead saves nothing
 
@@ -176,11 +177,12 @@ def packs_taps(m: WinogradMap, pairs: int) -> bool:
     """Whether a weight of so many pairs of channels is packed as its taps, to be transformed as it is read, rather than transformed.
 
     So are kernels of 3 of which more than 10 MiB would be transformed weights, but more than 48 MiB where more than 4 time steps read them
-    and each has 48 to 127 tiles: many times the size of the parameter, they take memory and time to pack, and come from L3 or memory in
+    and each has 48 to 127 tiles, and more than 4 MiB where at most 4 time steps read them: many times the size of the parameter, they take memory and time to pack, and come from L3 or memory in
     every call. Transforming them in every call makes it 14 to 20% longer with 64 tiles, less with more, and no longer with 16, which wait
     for memory (docs/kernels.md).
     """
-    return m.form.kernel == 3 and 4 * pairs * m.form.patch**2 > (_LARGE if m.hides_transform else _HUGE)
+    most = _NOT_SMALL if m.few_reads else _LARGE if m.hides_transform else _HUGE
+    return m.form.kernel == 3 and 4 * pairs * m.form.patch**2 > most
 
 
 def packed_bytes(m: WinogradMap, weight_shape: Sequence[int]) -> int:
