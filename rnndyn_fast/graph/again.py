@@ -1,4 +1,5 @@
-"""States that the backward pass makes again from what it keeps anyway, rather than have them kept as well."""
+"""States, and large pooled forms of them, that the backward pass makes again from what it keeps anyway, rather than have them kept as
+well."""
 
 from __future__ import annotations
 
@@ -19,26 +20,31 @@ class Again:
 
 @dataclass
 class StatesAgain:
-    """How states are made again, and those that are, until the step back that made them has been taken."""
+    """How states are made again, in a given place or where they find one, and those that are, until the step back that made them has been
+    taken. Forms are made for each reader."""
 
-    makers: dict[Key, Callable[[], Tensor]] = field(default_factory=dict)
+    makers: dict[Key, Callable[[Tensor | None], Tensor]] = field(default_factory=dict)
     made: dict[Key, Tensor] = field(default_factory=dict)
+    forms: dict[Key, Callable[[], Tensor]] = field(default_factory=dict)
 
     def reading(self, key: Key, x: Tensor) -> Tensor | Again:
         """What is kept of a map that backward reads."""
-        return Again(key) if key in self.makers else x
+        return Again(key) if key in self.makers or key in self.forms else x
 
     def read(self, reading: Tensor | Again) -> Tensor:
         """The map of a reading."""
         if isinstance(reading, Tensor):
             return reading
+        if reading.key in self.forms:
+            return self.forms[reading.key]()
         if reading.key not in self.made:
-            self.made[reading.key] = self.makers[reading.key]()
+            self.made[reading.key] = self.makers[reading.key](None)
         return self.made[reading.key]
 
     def leave(self, keys: Iterable[Key], keep: bool) -> None:
-        """States that nothing reads from here on; ``keep``: until the tape is walked again."""
+        """States and forms that nothing reads from here on; ``keep``: until the tape is walked again."""
         for key in keys:
             self.made.pop(key, None)
             if not keep:
                 self.makers.pop(key, None)
+                self.forms.pop(key, None)

@@ -273,9 +273,10 @@ class Rules:
 
     def _norm_again(
         self, at: Slots, rule: NormRule, drive: Tensor, modulator: Tensor | None, found: NormStatistics,
-        gamma: Tensor | None, beta: Tensor | None,
+        gamma: Tensor | None, beta: Tensor | None, state: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        state = at.room("again None", at.area.channels)
+        if state is None:
+            state = at.room("again None", at.area.channels)
         norm_step_again(rule, drive, modulator, found, state, gamma=gamma, beta=beta)
         return state
 

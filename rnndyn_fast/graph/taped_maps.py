@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.graph.area_rules import Rules
-from rnndyn_fast.graph.operands import area_step_forward, empty_form
+from rnndyn_fast.graph.operands import area_step_forward, empty_form, form_shape
 from rnndyn_fast.graph.schedule import Drive, Schedule
 from rnndyn_fast.graph.spec import Connection, Network, Pool
 from rnndyn_fast.graph.tape import Key, Tape, map_key
@@ -20,6 +21,8 @@ from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled
 
 WINDOW_BYTES = 4 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+
+LARGE_FORM = 4 << 20  # bytes of a pooled map, from which on it is not kept for the backward pass, but made again from the sum before the norm
 
 
 def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -147,10 +150,21 @@ class Maps:
             mean, maximum = (y, None) if kind is Pool.MEAN else (None, y)
             area_step_forward([x], rectify=False, max_pooled=maximum, argmax=argmax, mean_pooled=mean)
             self.tape.record(self._pooled_back, tuple(x.shape), source, key, argmax)
+            readers = sum(d.source == node and d.connection.pool is pool and slot in d.slots for d in self.schedule.drives)
+            if self.tape.recording and y.nbytes >= LARGE_FORM and readers == 1 and (state_again := self.rules.again.makers.get(source)):
+                self.rules.again.forms[key] = partial(self._pooled_again, state_again, tuple(x.shape), kind)
         self.forms[key] = y
         return y, key
 
+    def _pooled_again(self, state_again: Callable[[Tensor | None], Tensor], shape: tuple[int, ...], kind: Pool) -> Tensor:
+        x = state_again(empty(shape, self.example.dtype))
+        y = empty(form_shape(shape, kind), x.dtype)
+        mean, maximum = (y, None) if kind is Pool.MEAN else (None, y)
+        area_step_forward([x], rectify=False, max_pooled=maximum, mean_pooled=mean)
+        return y
+
     def _pooled_back(self, shape: tuple[int, int, int, int], source: Key, key: Key, argmax: Tensor | None) -> None:
+        self.rules.again.leave([key], self.tape.kept)
         grad, _ = self.tape.grads.take(key)
         if grad is None:
             return

@@ -157,7 +157,7 @@ class Terms(Maps):
     def _read(self, drive: Drive, xs: Sequence[Reading], *, shape_only: bool = False) -> Tensor:
         """What a drive read, [len(xs) * N, H, W, C]; where only its shape matters, perhaps with any values."""
         if shape_only and not isinstance(xs[0], Tensor):
-            channels, height, width = self.network.shapes[drive.source]
+            channels, (height, width) = self.network.shapes[drive.source][0], self.network.read_size(drive.connection)
             return self.example.new_empty(1).expand(len(xs) * self.samples, height, width, channels)
         if isinstance(xs[0], int):
             return self.shown(drive.source, xs)  # type: ignore[arg-type]
@@ -178,6 +178,7 @@ class Terms(Maps):
         for index in drives:
             pairs = self.collected.pop(index, [])[::-1]
             if pairs:
+                self.tidy()
                 linear = self.linear[index]
                 assert linear is not None
                 xs = [x for some, _ in pairs for x in some]
