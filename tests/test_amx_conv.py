@@ -5,6 +5,8 @@ Without matrix units the same kernels run on emulated ones: slowly, so the shape
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +102,56 @@ def test_forward_and_gradients(case: tuple[Operator, int, int, int, int, tuple[i
     total = grad_weight.clone()
     assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
     assert torch.equal(total, 2 * grad_weight)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", [*CASES, (CONV, 3, 1, 1, 0, (2, 4, 4, 450, 70))], ids=str)
+def test_packed_in_every_call_is_the_same(case: tuple[Operator, int, int, int, int, tuple[int, ...]], threads: int) -> None:
+    """Weights packed a piece at a time give the same bits (450 channels are two pieces), and hold nothing."""
+    operator, kernel, stride, padding, output_padding, shape = case
+    x, weight = _operands(operator, kernel, shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        for late in (False, True):
+            ahead = _prepared(operator, kernel, stride, padding, output_padding, 3, weight)
+            assert isinstance(ahead.choice.map, AmxMap)
+            w = Weight(ahead.geometry, weight, EngineChoice.of(replace(ahead.choice.map, packs_late=late), "test"))
+            y = convolve(w, x)
+            found.append((y, convolve_backward(w, y, x, need_x=True, need_weight=False)[0]))
+            assert (w.packed.nbytes == w.packed_bytes == 0) == late
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_weight_gradients_in_slices() -> None:
+    """Sums of more than 10 MiB are taken for some input channels at a time."""
+    torch.manual_seed(0)
+    x, grad, weight = torch.randn(3, 1, 2, 1700), torch.randn(3, 1, 2, 1600), torch.randn(1600, 1700, 1, 1)
+    w = _prepared(CONV, 1, 1, 0, 0, 3, weight)
+    _, found = convolve_backward(w, grad, x, need_x=False, need_weight=True)
+    assert found is not None
+    right = grad.double().flatten(0, 2).t() @ x.double().flatten(0, 2)
+    assert _relative(found[:, :, 0, 0], right) < TOLERANCE[3]
+
+
+def test_very_large_weights_are_packed_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "has_matrix_units", lambda: True)
+    geometry = Geometry(CONV, 1, 1, 0)
+
+    def late(channels: int, size: int, samples: int) -> bool:
+        m = choose_engine(geometry, (channels, channels, 3, 3), size, size, torch.float32, "amx", samples, 3).map
+        assert isinstance(m, AmxMap)
+        return m.packs_late
+
+    assert late(1024, 4, 4)
+    assert not late(1024, 4, 64)  # many pixels: packing ahead is cheap beside the products
+    assert not late(512, 4, 4)
 
 
 def test_emulated_and_real_units_agree() -> None:

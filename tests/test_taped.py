@@ -19,6 +19,7 @@ from rnndyn_fast.graph.taped import TapedRun
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import ConvCell
 from rnndyn_fast.ops import buffers, convolution
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 
 KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
 
@@ -302,6 +303,42 @@ def test_statistics_of_batches_in_float32() -> None:
         found.append({name: b.clone() for name, b in net.named_buffers()})
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_large_pooled_maps_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and they are not held meanwhile."""
+    net = rcnn_sat("bl", 5, timesteps=3, image_size=64, width_divisor=8).train()
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    found, held = [], []
+    monkeypatch.setenv("RNNDYN_REPLAY", "0")
+    for large in (1 << 40, 1):
+        monkeypatch.setattr(taped_maps, "LARGE_FORM", large)
+        net.zero_grad()
+        (states,) = net.states([x], ("layer6",))
+        held.append(sum({t.untyped_storage().data_ptr(): t.nbytes for t in states.grad_fn.run.tape.held()}.values()))  # type: ignore[union-attr]
+        states.square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 40
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert held[1] < 0.95 * held[0]
+
+
+def test_direct_convolutions_some_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator, shape, options in (
+        (Operator.CONV, (5, 3, 7, 7), (2, 3, 0)),
+        (Operator.CONV_TRANSPOSE, (3, 5, 3, 3), (2, 1, 1)),
+        (Operator.LINEAR, (5, 3), ()),
+    ):
+        weight = convolution.Weight(Geometry(operator, *options), torch.randn(*shape, dtype=torch.float64), EngineChoice(None, "test"))
+        x = torch.randn(5, 1 if operator is Operator.LINEAR else 6, 1 if operator is Operator.LINEAR else 9, 3, dtype=torch.float64)
+        monkeypatch.setattr(convolution, "_DIRECT_BYTES", 1 << 40)
+        whole = convolution.convolve(weight, x)
+        monkeypatch.setattr(convolution, "_DIRECT_BYTES", whole[:2].nbytes)
+        parts = convolution.convolve(weight, x)
+        assert parts.shape == whole.shape
+        assert torch.allclose(parts, whole, rtol=1e-12)
 
 
 def test_stacked_is_a_view_of_neighbours() -> None:

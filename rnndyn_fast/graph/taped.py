@@ -51,6 +51,7 @@ class TapedRun(Terms):
                 self.maps[map_key(name, slot, state)] = part
         for slot in slots:
             self.pool_early(name, slot)
+        self.tidy()
 
     # ---------------------------------------------------------------- order
 

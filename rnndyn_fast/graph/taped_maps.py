@@ -22,7 +22,7 @@ from rnndyn_fast.reference.rollout import Statistics, pooled
 
 WINDOW_BYTES = 4 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
 
-LARGE_FORM = 4 << 20  # bytes of a pooled map, from which on it is not kept for the backward pass, but made again from the sum before the norm
+LARGE_FORM = 4 << 20  # bytes of a pooled map, from which on backward makes it again from the sum before the norm
 
 
 def prepared(network: Network, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -171,8 +171,8 @@ def convolve(
     return out
 
 
-# Of results that are PyTorch's own, at a time, before they are copied to where they are wanted: it takes memory for them that no other buffer
-# takes the place of.
+# Of results that are PyTorch's own, at a time, before they are copied to where they are wanted: it takes memory for them in whose place no
+# other buffer goes.
 _DIRECT_BYTES = 8 << 20
 
 

@@ -177,9 +177,9 @@ def packs_taps(m: WinogradMap, pairs: int) -> bool:
     """Whether a weight of so many pairs of channels is packed as its taps, to be transformed as it is read, rather than transformed.
 
     So are kernels of 3 of which more than 10 MiB would be transformed weights, but more than 48 MiB where more than 4 time steps read them
-    and each has 48 to 127 tiles, and more than 4 MiB where at most 4 time steps read them: many times the size of the parameter, they take memory and time to pack, and come from L3 or memory in
-    every call. Transforming them in every call makes it 14 to 20% longer with 64 tiles, less with more, and no longer with 16, which wait
-    for memory (docs/kernels.md).
+    and each has 48 to 127 tiles, and more than 4 MiB where at most 4 time steps read them: many times the size of the parameter, they take
+    memory and time to pack, and come from L3 or memory in every call. Transforming them in every call makes it 14 to 20% longer with 64
+    tiles, less with more, and no longer with 16, which wait for memory (docs/kernels.md).
     """
     most = _NOT_SMALL if m.few_reads else _LARGE if m.hides_transform else _HUGE
     return m.form.kernel == 3 and 4 * pairs * m.form.patch**2 > most
