@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -16,8 +17,8 @@ from rnndyn_fast.graph.replay import release_memory
 from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.tape import Gradients, stacked
 from rnndyn_fast.graph.taped import TapedRun
-from rnndyn_fast.models import rcnn_sat
-from rnndyn_fast.nn import ConvCell
+from rnndyn_fast.models import convrnn, rcnn_sat
+from rnndyn_fast.nn import ConvCell, RecurrentNetwork
 from rnndyn_fast.ops import buffers, convolution
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 
@@ -215,6 +216,39 @@ def test_inference_component_by_component_holds_the_packed_weights_of_one(monkey
     assert torch.equal(found[3][0], found[2][-1])
     for name, a, b in zip(areas, found[0], found[2], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["rcnn_sat", "rgc_intermediate"])
+def test_inference_with_some_samples_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Components before the first recorded one, two samples of five at a time, recorded and replayed too: what all samples give."""
+    torch.manual_seed(0)
+    if name == "rcnn_sat":
+        net: RecurrentNetwork = rcnn_sat("bl", 5, timesteps=3, image_size=64, width_divisor=16)
+    else:
+        net = convrnn(name, image_size=64, num_classes=5, widths={f"conv{i}": 4 for i in range(1, 11)}, cell_channels=4)
+    x = torch.rand(5, 3, 64, 64)
+    net.eval().backend = "scheduled"
+    area = net.network.readout.source if net.network.readout else net.network.areas[-1].name
+    monkeypatch.setattr(taped, "MUCH_PACKED", -1)
+    counts: list[int] = []
+    run_large = TapedRun._run_large
+    monkeypatch.setattr(TapedRun, "_run_large", lambda self, count: (counts.append(count), run_large(self, count))[1])
+    found = {}
+    for some in (5, 2):
+        schedule = net.schedule((area,))
+        first = max(math.prod(net.network.shapes[a]) for a in schedule.components[0].areas)
+        monkeypatch.setattr(taped, "LARGE_MAP", 4 * first * some if some == 2 else 1 << 40)
+        release_memory()
+        with torch.no_grad():
+            found[some] = [net.states([x], (area,))[0] for _ in range(4)]
+        assert all(torch.equal(a, found[some][0]) for a in found[some])
+        assert bool(counts) == (some == 2)
+    torch.testing.assert_close(found[2][0], found[5][0], rtol=1e-4, atol=1e-4)
+    net.train()
+    counts.clear()
+    with torch.no_grad():
+        net.states([x], (area,))
+    assert not counts or not net.network.buffer_shapes  # (statistics are of all samples)
 
 
 def test_uneven_padding_on_matrix_units() -> None:

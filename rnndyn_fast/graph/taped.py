@@ -10,6 +10,7 @@ step by time step, and a map is dropped after its last reader. What no kernel co
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,13 +28,15 @@ from rnndyn_fast.graph.tape import Key, map_key, parted
 from rnndyn_fast.graph.taped_maps import Rooms
 from rnndyn_fast.graph.taped_terms import Terms
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops.buffers import same_place, sums_dtype
+from rnndyn_fast.ops.buffers import empty, same_place, sums_dtype
 from rnndyn_fast.ops.forward_mode import in_forward_mode, in_transform
 from rnndyn_fast.ops.recording import empty_result, recorder
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.reference.rollout import Statistics
 
 _MANY_TILES = 64  # of a time step, from which on Winograd's weights are read often enough: terms are then summed step by step
+
+LARGE_MAP = 1 << 20  # bytes, from which on the first components of such a run take some samples at a time
 
 MUCH_PACKED = 32 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
 
@@ -83,9 +86,10 @@ class TapedRun(Terms):
         _, height, width = pooled_shape(self.network.shapes[drive.source], drive.connection.pool)
         return self.samples * linear.weight.choice.map.tiles(height, width) >= _MANY_TILES
 
-    def run(self) -> None:
-        """All components, one after another."""
-        for number, component in enumerate(self.schedule.components):
+    def run(self, numbers: range) -> None:
+        """Some components, one after another."""
+        for number in numbers:
+            component = self.schedule.components[number]
             deferred = self._deferred(component) if component.recurrent else set()
             self.ahead = {d for d in component.drives_in if d not in deferred and not self.schedule.drives[d].static}
             together = tuple({*component.drives_within, *deferred})
@@ -121,9 +125,52 @@ class TapedRun(Terms):
             packed.append({id(m.dense): m.dense.packed_bytes for m in linear if m is not None and m.dense is not None})
         every = {key: nbytes for one in packed for key, nbytes in one.items()}
         self.by_component = sum(every.values()) - max(sum(one.values()) for one in packed) > MUCH_PACKED
+        self.keeps_packed = not self.by_component
         for found in self._packed.values():
             if found is not None and found.dense is not None and self.by_component:
                 found.dense.keep = False
+
+    # ---------------------------------------------------------------- some samples at a time
+
+    def _large(self) -> int:
+        """How many components come first, in inference component by component, whose maps are large and not recorded: they run some
+        samples at a time, as samples have nothing to do with each other there."""
+        components = self.schedule.components
+        if self.tape.recording or self.statistics is not None or self.some == self.samples:
+            return 0
+        return next((n for n, c in enumerate(components) if self.recorded & set(c.areas) or self._bytes(c) * self.samples <= LARGE_MAP), 0)
+
+    def _bytes(self, component: Component) -> int:
+        """Of the largest map of one sample."""
+        return max(math.prod(self.network.shapes[name]) for name in component.areas) * self.example.element_size()
+
+    @property
+    def some(self) -> int:
+        """Samples at a time: as many as large maps have room for."""
+        return min(self.samples, max(1, LARGE_MAP // self._bytes(self.schedule.components[0])))
+
+    def _run_large(self, count: int) -> None:
+        """The first components, some samples at a time; what later ones read of them is here then."""
+        drives = self.schedule.drives
+        own = {name for component in self.schedule.components[:count] for name in component.areas}
+        inside = {d for component in self.schedule.components[:count] for d in (*component.drives_in, *component.drives_within)}
+        for first in range(0, self.samples, self.some):
+            rows = slice(first, min(first + self.some, self.samples))
+            inputs = [x[:, rows] if node.frames else x[rows] for node, x in self.inputs.values()]
+            part = TapedRun(self.schedule, inputs, self.given, None, self.engine, set())
+            part.tidies, part.by_component, part.keeps_packed = self.tidies, True, False
+            part.run(range(count))
+            for drive in drives:
+                if drive.source in own and drive.index not in inside:
+                    for slot in drive.slots:
+                        x, key = part.form(drive, slot)
+                        known = self.maps if key is not None and key[0] == "map" else self.forms
+                        if key not in known:
+                            known[key] = empty((self.samples, *x.shape[1:]), x.dtype)
+                        known[key][rows].copy_(x)
+        for d in inside:
+            for slot in drives[d].slots:
+                self.map_uses[drives[d].source, slot] -= 1
 
     def outputs(self) -> list[Tensor]:
         """Run, and return the recorded states, [T', N, H, W, C] each."""
@@ -131,7 +178,10 @@ class TapedRun(Terms):
         found = {name: self._place_of(name) for name in schedule.record}
         self._choose_order()
         if self.by_component:
-            self.run()
+            large = self._large()
+            if large:
+                self._run_large(large)
+            self.run(range(large, len(self.schedule.components)))
         places = {name: out.unbind() for name, out in found.items()}
         steps: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)  # of an area's slot, those of what is recorded
         for name in found:

@@ -62,6 +62,7 @@ class Maps:
         self.samples = inputs[0].shape[1 if self.network.inputs[0].frames else 0]
         self.tape = Tape(prepared(self.network, parameters, self.example.dtype), wanted, bool(wanted), self.example.dtype)
         self.by_component = bool(wanted)  # the order: one component after another, or time step by time step
+        self.statistics = statistics
         self.rules = Rules(self.network, self.tape, statistics, self.example)
         self.maps: dict[Key, Tensor] = {}
         self.forms: dict[Key, Tensor] = {}  # of maps: pooled, resized

@@ -40,6 +40,7 @@ class Terms(Maps):
         self.terms: dict[tuple[int, int], Tensor] = {}
         self.linear: dict[int, LinearMap | None] = {}
         self._packed: dict[tuple[Any, ...], LinearMap | None] = {}
+        self.keeps_packed = not self.tape.recording  # for the next rollout
         self.uses = Counter((t.drive, t.position) for terms in schedule.terms.values() for t in terms)
         self.uses_left = Counter(self.uses)
         self.ahead: set[int] = set()  # drives that are evaluated in windows
@@ -54,9 +55,8 @@ class Terms(Maps):
             c = drive.connection
             key = (c.operator, c.weights, c.stride, c.groups, c.concat, self.network.window(c), self.network.read_size(c))
             if key not in self._packed:
-                keep = not self.tape.recording
                 self._packed[key] = linear_map(
-                    self.network, c, self.tape.parameters, self.engine, self.samples, len(drive.slots), keep=keep
+                    self.network, c, self.tape.parameters, self.engine, self.samples, len(drive.slots), keep=self.keeps_packed
                 )
             self.linear[drive.index] = self._packed[key]
         return self.linear[drive.index]

@@ -13,6 +13,9 @@ from rnndyn_fast.ops.buffers import Region, empty
 from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element
 
 
+_PART = 64  # calls in one function: compiling many at once takes megabytes, which the process keeps
+
+
 class Program:
     """A recorded run. ``given``: the tensors that it was recorded with, replaced by others of the same layout."""
 
@@ -52,7 +55,7 @@ class Code:
         self.failed: str | None = None
         self._names: dict[str, Any] = {"first_element": first_element}
         self._known: dict[int, str] = {}  # functions, by id
-        self._lines: list[str] = []
+        self._calls: list[list[str]] = []  # lines of each
         self._addresses: set[int] = set()  # numbers of what is given whose address is read
 
     def add(self, step: tuple[Any, ...]) -> None:
@@ -60,23 +63,19 @@ class Code:
         kind, what, *rest = step
         if kind == "hold":
             self._constant(what)
-        elif kind == "launch":
-            (args,) = rest
-            self._lines.append(f"{self._function(what)}({', '.join(self._argument(a) for a in args)})")
+            return
+        args, kwargs, *copied = rest if kind != "launch" else (*rest, {})
+        parts = [self._argument(a) for a in args] + [f"{name}={self._argument(value)}" for name, value in kwargs.items()]
+        call = f"{self._function(what)}({', '.join(parts)})"
+        if kind != "copied":
+            self._calls.append([call])
+            return
+        places = copied[0]
+        if len(what._schema.returns) == 1 and not str(what._schema.returns[0].type).startswith("List"):
+            self._calls.append([f"r = {call}", f"{self._argument(places[0])}.copy_(r)"])
         else:
-            args, kwargs, *copied = rest
-            parts = [self._argument(a) for a in args] + [f"{name}={self._argument(value)}" for name, value in kwargs.items()]
-            call = f"{self._function(what)}({', '.join(parts)})"
-            if kind == "torch":
-                self._lines.append(call)
-                return
-            self._lines.append(f"r = {call}")
-            places = copied[0]
-            if len(what._schema.returns) == 1 and not str(what._schema.returns[0].type).startswith("List"):
-                self._lines.append(f"{self._argument(places[0])}.copy_(r)")
-            else:
-                self._lines.append("r = [t for t in r if t is not None]")
-                self._lines += [f"{self._argument(place)}.copy_(r[{k}])" for k, place in enumerate(places)]
+            copies = [f"{self._argument(place)}.copy_(r[{k}])" for k, place in enumerate(places)]
+            self._calls.append([f"r = {call}", "r = [t for t in r if t is not None]", *copies])
 
     def _function(self, function: Any) -> str:
         if id(function) not in self._known:
@@ -143,10 +142,15 @@ class Code:
 
     def function(self) -> Callable[..., None]:
         """Of what is given."""
-        lines = [f"def run({', '.join(f'x{k}' for k in range(len(self._layouts)))}):"]
-        lines += [f"    a{k} = first_element(x{k})" for k in sorted(self._addresses)]
-        lines += [f"    {line}" for line in self._lines] or ["    pass"]
-        exec("\n".join(lines), self._names)
+        given = ", ".join(f"x{k}" for k in range(len(self._layouts)))
+        known = ", ".join([given, *(f"a{k}" for k in sorted(self._addresses))])
+        lines = [f"def run({given}):", *(f"    a{k} = first_element(x{k})" for k in sorted(self._addresses))]
+        for first in range(0, len(self._calls), _PART):
+            part = f"part{first}"
+            calls = [f"    {line}" for call in self._calls[first : first + _PART] for line in call]
+            exec("\n".join([f"def {part}({known}):", *calls]), self._names)
+            lines.append(f"    {part}({known})")
+        exec("\n".join([*lines, "    return"]), self._names)
         run: Callable[..., None] = self._names["run"]
         return run
 
