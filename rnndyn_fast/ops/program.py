@@ -12,7 +12,6 @@ from torch import Tensor
 from rnndyn_fast.ops.buffers import Region, empty
 from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element
 
-
 _PART = 64  # calls in one function: compiling many at once takes megabytes, which the process keeps
 
 
