@@ -7,6 +7,12 @@
 // Speed: of one register, every step waits for the one before (30 of them, four cycles each), and the processor looks ahead no further than one or
 //   two registers; of several, steps alternate (UGRNN: 1.9 times as fast).
 
+#ifdef __SANITIZE_ADDRESS__
+#define RNNDYN_INLINED  // (the checks of some thousand copies take minutes to compile)
+#else
+#define RNNDYN_INLINED __attribute__((always_inline))
+#endif
+
 // K registers. Numbers stand for registers of them.
 template <typename Real, int K>
 struct Several {
@@ -20,15 +26,15 @@ struct Several {
   }
   // function(k) for each register.
   template <class Function>
-  static inline __attribute__((always_inline)) Several of(Function function) {
+  static inline RNNDYN_INLINED Several of(Function function) {
     Several y;
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) y.v[k] = function(k);
     return y;
   }
-#define RNNDYN_SEVERAL(op)                                                                               \
-  friend inline __attribute__((always_inline)) Several operator op(const Several& a, const Several& b) { \
-    return of([&](int k) __attribute__((always_inline)) { return a.v[k] op b.v[k]; });                   \
+#define RNNDYN_SEVERAL(op)                                                               \
+  friend inline RNNDYN_INLINED Several operator op(const Several& a, const Several& b) { \
+    return of([&](int k) RNNDYN_INLINED { return a.v[k] op b.v[k]; });                   \
   }
   RNNDYN_SEVERAL(+)
   RNNDYN_SEVERAL(-)
@@ -38,10 +44,9 @@ struct Several {
 
 // NaN stays NaN.
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> bounded(const Several<Real, K>& x, Real least,
-                                                                      Real most) {
+static inline RNNDYN_INLINED Several<Real, K> bounded(const Several<Real, K>& x, Real least, Real most) {
   typedef typename Simd<Real>::vec vec;
-  return Several<Real, K>::of([&](int k) __attribute__((always_inline)) -> vec {
+  return Several<Real, K>::of([&](int k) RNNDYN_INLINED -> vec {
 #ifdef __AVX512F__
     // (Of two numbers of which one is NaN the instructions take the second one.)
     if constexpr (Simd<Real>::kFloat) {
@@ -55,21 +60,19 @@ static inline __attribute__((always_inline)) Several<Real, K> bounded(const Seve
 }
 // x < 0 ? a : b, and x > 0 ? a : b.
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> if_negative(const Several<Real, K>& x,
-                                                                          const Several<Real, K>& a,
-                                                                          const Several<Real, K>& b) {
-  return Several<Real, K>::of([&](int k) __attribute__((always_inline)) { return x.v[k] < 0 ? a.v[k] : b.v[k]; });
+static inline RNNDYN_INLINED Several<Real, K> if_negative(const Several<Real, K>& x, const Several<Real, K>& a,
+                                                          const Several<Real, K>& b) {
+  return Several<Real, K>::of([&](int k) RNNDYN_INLINED { return x.v[k] < 0 ? a.v[k] : b.v[k]; });
 }
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> if_positive(const Several<Real, K>& x,
-                                                                          const Several<Real, K>& a,
-                                                                          const Several<Real, K>& b) {
-  return Several<Real, K>::of([&](int k) __attribute__((always_inline)) { return x.v[k] > 0 ? a.v[k] : b.v[k]; });
+static inline RNNDYN_INLINED Several<Real, K> if_positive(const Several<Real, K>& x, const Several<Real, K>& a,
+                                                          const Several<Real, K>& b) {
+  return Several<Real, K>::of([&](int k) RNNDYN_INLINED { return x.v[k] > 0 ? a.v[k] : b.v[k]; });
 }
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> rough_reciprocal(const Several<Real, K>& x) {
+static inline RNNDYN_INLINED Several<Real, K> rough_reciprocal(const Several<Real, K>& x) {
   typedef typename Simd<Real>::vec vec;
-  return Several<Real, K>::of([&](int k) __attribute__((always_inline)) -> vec {
+  return Several<Real, K>::of([&](int k) RNNDYN_INLINED -> vec {
 #ifdef __AVX512F__
     if constexpr (Simd<Real>::kFloat) return (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x.v[k]);
 #endif
@@ -91,7 +94,7 @@ struct Exponential {
   typedef Several<Real, K> Values;
   Values p, scale;
 
-  inline __attribute__((always_inline)) explicit Exponential(const Values& x) {
+  inline RNNDYN_INLINED explicit Exponential(const Values& x) {
     typedef typename Bits<Real>::type ints;
     constexpr bool f = Simd<Real>::kFloat;
     // 1.5 * 2^mantissa: adding it rounds to an integer.
@@ -100,7 +103,7 @@ struct Exponential {
     const Real low = f ? Real(-2.12194440e-4) : Real(1.90821492927058770002e-10);
     const Values shifted = x * Real(1.44269504088896340736) + magic, n = shifted - magic;
     const Values r = (x - n * high) - n * low, square = r * r;
-    scale = Values::of([&](int k) __attribute__((always_inline)) {
+    scale = Values::of([&](int k) RNNDYN_INLINED {
       return (typename Values::vec)(((ints)shifted.v[k] << Bits<Real>::kMantissa) + (ints)splat<Real>(1));
     });
     constexpr Real c[] = {
@@ -117,7 +120,7 @@ struct Exponential {
 };
 
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> sigmoid(const Several<Real, K>& x) {
+static inline RNNDYN_INLINED Several<Real, K> sigmoid(const Several<Real, K>& x) {
   constexpr Real limit =
       Simd<Real>::kFloat ? Real(87) : Real(708);  // the least normal number lies just below exp(-limit)
   const Exponential<Real, K> e(bounded<Real, K>(Real(0) - x, -limit, limit));
@@ -126,18 +129,18 @@ static inline __attribute__((always_inline)) Several<Real, K> sigmoid(const Seve
   return y;
 }
 template <typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> hyperbolic_tangent(const Several<Real, K>& x) {
+static inline RNNDYN_INLINED Several<Real, K> hyperbolic_tangent(const Several<Real, K>& x) {
   const Exponential<Real, K> e(bounded<Real, K>(x + x, Real(-40), Real(40)));
   const Several<Real, K> a = e.scale * e.p + (e.scale - Real(1)), b = a + Real(2);
   if constexpr (kRough<Real>) {
     const Several<Real, K> y = rough_reciprocal(b), q = a * y;
     return q + y * (a - q * b);
   }
-  return Several<Real, K>::of([&](int k) __attribute__((always_inline)) { return a.v[k] / b.v[k]; });
+  return Several<Real, K>::of([&](int k) RNNDYN_INLINED { return a.v[k] / b.v[k]; });
 }
 
 template <GateActivation kActivation, typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> activate(const Several<Real, K>& x) {
+static inline RNNDYN_INLINED Several<Real, K> activate(const Several<Real, K>& x) {
   if constexpr (kActivation == GateActivation::kRelu) return if_negative<Real, K>(x, Real(0), x);
   if constexpr (kActivation == GateActivation::kTanh) return hyperbolic_tangent(x);
   if constexpr (kActivation == GateActivation::kElu) {
@@ -149,8 +152,7 @@ static inline __attribute__((always_inline)) Several<Real, K> activate(const Sev
 }
 // The activation's slope at x, where its value is y.
 template <GateActivation kActivation, typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> slope(const Several<Real, K>& x,
-                                                                    const Several<Real, K>& y) {
+static inline RNNDYN_INLINED Several<Real, K> slope(const Several<Real, K>& x, const Several<Real, K>& y) {
   if constexpr (kActivation == GateActivation::kRelu) return if_positive<Real, K>(x, Real(1), Real(0));
   if constexpr (kActivation == GateActivation::kElu) return if_positive<Real, K>(x, Real(1), y + Real(1));
   if constexpr (kActivation == GateActivation::kTanh) return Real(1) - y * y;
@@ -165,9 +167,9 @@ struct Run {
 
   static constexpr int64_t kLanes = Simd<Real>::kLanes;
 
-  inline __attribute__((always_inline)) Values read(const Real* row) const {
+  inline RNNDYN_INLINED Values read(const Real* row) const {
     if constexpr (K > 0) {
-      return Values::of([&](int k) __attribute__((always_inline)) { return load_vec(row + at + k * kLanes); });
+      return Values::of([&](int k) RNNDYN_INLINED { return load_vec(row + at + k * kLanes); });
     } else {
       Values values;
       values.v[0] = typename Simd<Real>::vec{};
@@ -175,7 +177,7 @@ struct Run {
       return values;
     }
   }
-  inline __attribute__((always_inline)) void write(Real* row, const Values& values) const {
+  inline RNNDYN_INLINED void write(Real* row, const Values& values) const {
     for (int k = 0; k < K; ++k) store_vec(row + at + k * kLanes, values.v[k]);
     for (int64_t i = 0; K == 0 && i < left; ++i) row[at + i] = values.v[0][i];
   }
@@ -185,7 +187,7 @@ constexpr int kRegisters = 4;  // that go together
 
 // function(run) for all runs of a row.
 template <typename Real, class Function>
-static inline __attribute__((always_inline)) void each_run(int64_t size, Function function) {
+static inline RNNDYN_INLINED void each_run(int64_t size, Function function) {
   constexpr int64_t lanes = Simd<Real>::kLanes;
   int64_t at = 0;
   for (; at + kRegisters * lanes <= size; at += kRegisters * lanes) function(Run<Real, kRegisters>{at, 0});

@@ -10,8 +10,7 @@
 // Limits: at most kMaxPortTerms terms of a port; the caller checks shapes.
 
 template <typename Rule, class Lanes>
-inline __attribute__((always_inline)) void gate_lanes(const GateStepParams<typename Lanes::Real>& p, const Lanes& x,
-                                                      bool backward) {
+inline RNNDYN_INLINED void gate_lanes(const GateStepParams<typename Lanes::Real>& p, const Lanes& x, bool backward) {
   if (backward) {
     Rule::backward(p, x);
   } else {
@@ -50,7 +49,7 @@ void gate_step_rows(const GateStepParams<Real>& p, bool backward) {
       if (biases) row_zero(totals, size);
       for (int64_t pixel = chunk * kGateChunk; pixel < last; pixel += together) {
         const int64_t pixels = last - pixel < together ? last - pixel : together;
-        each_run<Real>(pixels * p.channels, [&](auto run) __attribute__((always_inline)) {
+        each_run<Real>(pixels * p.channels, [&](auto run) RNNDYN_INLINED {
           gate_lanes<Rule>(p, GateLanes<Real, Rule, decltype(run)>{p, bias, pixel, run}, backward);
         });
         Real* total = totals;

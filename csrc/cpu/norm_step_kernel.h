@@ -44,9 +44,8 @@ inline const Real* norm_sum(const Real* const* terms, int num_terms, const Real*
 }
 
 template <bool kSquash, typename Real, int K>
-static inline __attribute__((always_inline)) Several<Real, K> norm_value(const Several<Real, K>& drive,
-                                                                         const Several<Real, K>& modulator,
-                                                                         bool rectify) {
+static inline RNNDYN_INLINED Several<Real, K> norm_value(const Several<Real, K>& drive,
+                                                         const Several<Real, K>& modulator, bool rectify) {
   const Several<Real, K> a = rectify ? if_negative<Real, K>(drive, Real(0), drive) : drive;
   if constexpr (kSquash) return a * (Real(2) * sigmoid(modulator));
   return a;
@@ -111,7 +110,7 @@ struct NormForward {
                                        offset, pixels, s.channels)
                             : nullptr;
     const bool active = s.norm == NormKind::kNone;
-    each_run<Real>(size, [&](auto run) __attribute__((always_inline)) {
+    each_run<Real>(size, [&](auto run) RNNDYN_INLINED {
       const auto value = norm_value<kSquash>(run.read(d), run.read(kSquash ? m : d), rectify);
       run.write(z, active ? activate<kActivation>(value) : value);
     });
@@ -186,7 +185,7 @@ struct NormForward {
     const Real *gamma = p.gamma, *beta = p.beta;
     for (int64_t i = 0; i < pixels; ++i) {
       Real* row = z + i * c;
-      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+      each_run<Real>(c, [&](auto run) RNNDYN_INLINED {
         const auto y = (run.read(row) - run.read(mean)) * run.read(rstd) * run.read(gamma) + run.read(beta);
         run.write(row, activate<kActivation>(y));
       });
@@ -260,7 +259,7 @@ struct NormBackward {
       const Real* d = driven ? p.drive + offset + i * c : gamma;  // (any row: its values are not used)
       const Real* m = kSquash && p.modulator != nullptr ? p.modulator + offset + i * c : gamma;
       const Real* grad = p.grad_state + offset + i * c;
-      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+      each_run<Real>(c, [&](auto run) RNNDYN_INLINED {
         typedef typename decltype(run)::Values Values;
         const Values z = driven ? norm_value<kSquash>(run.read(d), run.read(m), rectify) : Values(Real(0));
         // The same expression as in the forward pass, so that the slope sees the same rounding.
@@ -331,7 +330,7 @@ struct NormBackward {
       const Real* grad = p.grad_state + at;
       Real* grad_d = p.grad_drive != nullptr ? p.grad_drive + at : scratch + 6 * c;
       Real* grad_m = kSquash && p.grad_modulator != nullptr ? p.grad_modulator + at : scratch + 7 * c;
-      each_run<Real>(c, [&](auto run) __attribute__((always_inline)) {
+      each_run<Real>(c, [&](auto run) RNNDYN_INLINED {
         typedef typename decltype(run)::Values Values;
         const Values drive = run.read(d), a = rectify ? if_negative(drive, Values(Real(0)), drive) : drive;
         const Values half = kSquash ? sigmoid(run.read(m)) : Values(Real(0.5)), factor = Real(2) * half;
