@@ -13,7 +13,7 @@ from cases import CASES, RolloutCase
 from torch import Tensor, nn
 
 from rnndyn_fast import release_memory
-from rnndyn_fast.graph import replay
+from rnndyn_fast.graph import replay, taped_maps
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
 from rnndyn_fast.ops.buffers import Region, empty
@@ -316,6 +316,38 @@ def test_results_are_the_callers_own() -> None:
         kept.append((_step(net, x + 1), [p.grad for p in net.parameters()]))
     for (states, grads), before in zip(kept, copies, strict=False):
         assert all(torch.equal(a, b) for a, b in zip((t for t in (*states, *grads) if t is not None), before, strict=True))
+
+
+def test_parameters_that_lie_elsewhere_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first of such runs keeps its memory low for a replay; and however many they are, recordings of others stay."""
+    net, x = _small("scheduled")
+    steady, image = _small("scheduled")
+    tidied = [0]
+    monkeypatch.setattr(taped_maps, "tidy_buffers", lambda: tidied.append(tidied.pop() + 1))
+
+    def once(parameters: dict[str, Tensor]) -> None:
+        (states,) = torch.func.functional_call(net, parameters, (x,)).values()
+        states.square().sum().backward()
+
+    expected = _step(steady, image)
+    first = tidied[0]
+    assert first
+    for _ in range(2):
+        _step(steady, image)
+    (recording,) = recordings()
+    tidied[0] = 0
+    kept = []  # (so that no run finds the place of an earlier one)
+    for k in range(replay._MOST + 2):
+        kept.append({name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()})
+        once(kept[-1])
+        assert tidied[0] == first, k
+    assert recordings() == [recording]
+    assert len(replay._known) == 1
+    assert all(torch.equal(a, b) for a, b in zip(_step(steady, image), expected, strict=True))
+    assert tidied[0] == first
+    once(kept[-1])  # where one ran before: it is recorded, and keeps little
+    assert tidied[0] > first
+    assert len(recordings()) == 2
 
 
 def test_release_memory_gives_recordings_back() -> None:

@@ -1,8 +1,9 @@
 """Rollouts that were recorded, run again.
 
 The first run of a rollout with certain shapes, layouts and parameters goes as ever. The second one is recorded
-(:mod:`rnndyn_fast.ops.recording`); from the third on the recorded calls run, one after another. Programs share one region of memory, the
-stage, so one rollout at a time runs there, from its forward pass to its backward pass; what comes meanwhile goes as ever.
+(:mod:`rnndyn_fast.ops.recording`); from the third on the recorded calls run, one after another. Where parameters lie elsewhere in every run
+(weights that parametrizations compute), all runs are first ones. Programs share one region of memory, the stage, so one rollout at a time
+runs there, from its forward pass to its backward pass; what comes meanwhile goes as ever.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from rnndyn_fast.ops.places import Strided, first_element, layout
 from rnndyn_fast.ops.program import Program
 from rnndyn_fast.ops.recording import Mark, Recorder
 
-_MOST = 32  # programs that are kept
+_MOST = 32  # recordings that are kept, and kinds of rollouts that ran once
 _lock = threading.Lock()
 
 
@@ -117,7 +118,9 @@ class Recording:
         return self.forward(given)
 
 
-_known: OrderedDict[Hashable, Recording] = OrderedDict()
+# By kind (what is run, layouts of inputs, ...) and where parameters lie.
+_known: OrderedDict[tuple[Hashable, Hashable], Recording] = OrderedDict()  # of rollouts that ran more than once
+_once: OrderedDict[Hashable, deque[int]] = OrderedDict()  # the others: hashes of where the parameters of the latest ones of a kind lie
 
 
 def can_replay(x: Tensor) -> bool:
@@ -125,27 +128,37 @@ def can_replay(x: Tensor) -> bool:
     return not _launch.on_device(x) and os.environ.get("RNNDYN_REPLAY") != "0"
 
 
-def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recording | None:
-    """What is known of a rollout; None where it is run for the first time, or nothing can be noted of it."""
+def recording_of(key: Hashable, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Recording | None, bool]:
+    """What is known of a rollout: None where it is run for the first time, or nothing can be noted of it.
+
+    And whether this run had better keep little memory for the next one, which will be replayed in memory of its own: so does a first
+    run, unless parameters seem to lie elsewhere in every run, of which none is replayed.
+    """
     if not can_replay(inputs[0]):
-        return None
-    whole = (
-        key,
-        layout(inputs),
-        tuple((first_element(p), p.shape, p.stride()) for p in parameters),
-        _launch.isa(),
-        torch.get_num_threads(),
-        torch.is_inference_mode_enabled(),
-    )
+        return None, False
+    kind = (key, layout(inputs), _launch.isa(), torch.get_num_threads(), torch.is_inference_mode_enabled())
+    places = tuple((first_element(p), p.shape, p.stride()) for p in parameters)
+    mark = hash(places)
     with _lock:
-        found = _known.get(whole)
-        if found is None:
-            _known[whole] = Recording()
-            while len(_known) > _MOST:
-                _known.popitem(last=False)
-            return None
-        _known.move_to_end(whole)
-        return found
+        found = _known.get((kind, places))
+        if found is not None:
+            _known.move_to_end((kind, places))
+            return found, False
+        others = _once.setdefault(kind, deque(maxlen=_MOST))
+        _once.move_to_end(kind)
+        if mark not in others:
+            moves = bool(others) or any(k == kind and not r.replayed for (k, _), r in _known.items())
+            others.append(mark)
+            if len(_once) > _MOST:
+                _once.popitem(last=False)
+            return None, not moves
+        others.remove(mark)
+        if not others:
+            del _once[kind]
+        found = _known[kind, places] = Recording()
+        if len(_known) > _MOST:
+            _known.popitem(last=False)
+        return found, False
 
 
 def release_memory() -> int:
@@ -156,6 +169,7 @@ def release_memory() -> int:
     """
     with _lock:
         _known.clear()
+        _once.clear()
         free = _stage.turn is None or _stage.turn() is None
         return (_stage.clear() if free else 0) + release_packed()
 

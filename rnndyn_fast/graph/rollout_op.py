@@ -53,7 +53,7 @@ def _forward_native(
         return _operands(inputs, parameters, network, timesteps, record, engine, keep=not training)
 
     with on_its_device(inputs[0]):
-        recording = recording_of((network, timesteps, tuple(record), engine, training), inputs, parameters)
+        recording, _ = recording_of((network, timesteps, tuple(record), engine, training), inputs, parameters)
         if not training:
             return run_inference(recording, inputs, parameters, lambda: forward_inference(operands()))
         flight = Flight.begin(recording, inputs, parameters)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rnndyn_fast.graph.area_rules import Slots
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.linear import DenseMap
-from rnndyn_fast.graph.replay import Flight, Recording, can_replay, recording_of, run_inference
+from rnndyn_fast.graph.replay import Flight, Recording, recording_of, run_inference
 from rnndyn_fast.graph.schedule import Component, Drive, Schedule
 from rnndyn_fast.graph.spec import Operator, pooled_shape
 from rnndyn_fast.graph.tape import Key, map_key, parted
@@ -364,11 +364,12 @@ def rollout_taped(
     wanted = {name for name, t in zip(names, tensors, strict=True) if t.requires_grad} if torch.is_grad_enabled() else set()
     with torch.no_grad(), on_its_device(inputs[0]):
         values = tensors[len(inputs) :]
-        recording = recording_of((schedule, engine, statistics is None, tuple(name in wanted for name in names)), inputs, values)
+        key = (schedule, engine, statistics is None, tuple(name in wanted for name in names))
+        recording, tidies = recording_of(key, inputs, values)
 
         def start() -> TapedRun:
             run = TapedRun(schedule, inputs, parameters, statistics, engine, wanted)
-            run.tidies = recorder() is not None or (recording is None and can_replay(inputs[0]))
+            run.tidies = tidies or recorder() is not None
             return run
 
         if not wanted:
