@@ -47,7 +47,7 @@ ISAS = ("portable", *(isa for isa in _core.build_info()["isa_supported"] if isa 
 
 
 def _prepared(operator: Operator, kernel: int, stride: int, padding: int, output_padding: int, parts: int, weight: Tensor) -> Weight:
-    m = AmxMap((kernel, kernel), stride, padding, output_padding, operator is TRANSPOSE, parts)
+    m = AmxMap((kernel, kernel), stride, padding, operator is TRANSPOSE, parts)
     return Weight(Geometry(operator, stride, padding, output_padding), weight, EngineChoice.of(m, "test"))
 
 

@@ -31,7 +31,7 @@ MAPS: dict[str, tuple[Geometry, int, WinogradMap | AmxMap]] = {
     "F42T": (TWICE3, 3, WinogradMap(WinogradForm(5, 2), 3, transposed=True)),
     "F43T": (TWICE5, 5, WinogradMap(WinogradForm(6, 3), 5, transposed=True)),
     "amx": (SAME3, 3, AmxMap((3, 3), 1, 1, parts=3)),
-    "amxT": (TWICE3, 3, AmxMap((3, 3), 2, 1, 1, transposed=True, parts=3)),
+    "amxT": (TWICE3, 3, AmxMap((3, 3), 2, 1, transposed=True, parts=3)),
     "amx1": (Geometry(CONV), 1, AmxMap((1, 1), parts=3)),
 }
 # M, H, W, C_source, C_target

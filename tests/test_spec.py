@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from cases import CASES, FRAMES, IMAGE, MUL, RolloutCase, down, identity, lateral, linear, up
+from torch.nn import functional
 
 from rnndyn_fast.graph import Area, Connection, Input, Network, Norm, Pool, Readout, Role, Unroll
 from rnndyn_fast.models import blt_net_64, blt_net_128
+from rnndyn_fast.ops.engines import Geometry, Operator
 
 A, B = Area("a", 4), Area("b", 4)
 
@@ -83,6 +86,7 @@ def test_models_round_trip() -> None:
             {"areas": (A,), "connections": [linear("image", "a")]},
             r"linear map needs a 1 x 1 map \(pool=Pool.MEAN\?\), got 8 x 8",
         ),
+        ({"connections": [up("image", "a", output_padding=1)]}, "output_padding is of transposed convolutions, not conv"),
         ({"areas": (A,), "connections": [up("image", "a", 11, padding=0)]}, r"too small, the result would be -2 x -2"),
         (
             {"areas": (A,), "connections": [up("image", "a")], "readout": Readout("it", 10)},
@@ -107,6 +111,24 @@ def test_refuses_one_parameter_with_two_shapes() -> None:
     net = network(connections=[up("image", "a", parameter="w"), up("a", "b", parameter="w")])
     with pytest.raises(ValueError, match=r"'w.weight' is used with the shapes \(4, 3, 3, 3\) and \(4, 4, 3, 3\)"):
         _ = net.parameter_shapes
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 3), (5, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("padding", "extra"), [(0, 0), (1, 0), (1, 1), (2, 1)])
+def test_sizes_are_those_of_pytorch(kernel: tuple[int, int], stride: int, padding: int, extra: int) -> None:
+    """A convolution's output padding is zeros below and right of the map; a transposed one's is less than its stride."""
+    x = torch.zeros(2, 3, 7, 9)
+    y = functional.conv2d(functional.pad(x, (padding, padding + extra) * 2), torch.zeros(5, 3, *kernel), stride=stride)
+    geometry = Geometry(Operator.CONV, stride, padding, extra)
+    assert geometry.output_size((7, 9), kernel) == y.shape[2:]
+    if extra < stride:
+        y = functional.conv_transpose2d(x, torch.zeros(3, 5, *kernel), None, stride, padding, extra)
+        geometry = Geometry(Operator.CONV_TRANSPOSE, stride, padding, extra)
+        assert geometry.output_size((7, 9), kernel) == y.shape[2:]
+        if kernel[0] == kernel[1]:
+            c = Connection("image", "a", Role.TOP_DOWN, Operator.CONV_TRANSPOSE, kernel[0], stride, padding, extra)
+            assert c.output_size((3, 7, 9)) == y.shape[2:]
 
 
 def test_shapes_follow_from_connections() -> None:

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
-from rnndyn_fast.ops.engines import Geometry, Operator
+from rnndyn_fast.ops.engines import Geometry, Operator, output_length
 
 Shape = tuple[int, int, int]  # channels, height, width
 SAME: Literal["same"] = "same"
@@ -156,7 +156,9 @@ class Connection:
             before = after = [self.padding] * 2
         if self.output_padding == FIT:
             assert target is not None
-            extra = [t - ((n - 1) * self.stride - 2 * b + k) for t, n, b, k in zip(target, size, before, kernel, strict=True)]
+            extra = [
+                t - output_length(self.operator, n, k, self.stride, 2 * b) for t, n, b, k in zip(target, size, before, kernel, strict=True)
+            ]
             if not all(0 <= n < max(self.stride, 2) for n in extra):
                 raise ValueError(
                     f"connection {self.label}: no output padding makes a map of {target} from one of {size} "
@@ -174,15 +176,10 @@ class Connection:
         size = (height, width)
         if self.operator is Operator.LINEAR and size != (1, 1):
             raise ValueError(f"connection {self.label}: a linear map needs a 1 x 1 map (pool=Pool.MEAN?), got {height} x {width}")
-        if self.operator is Operator.CONV:
+        if self.operator in (Operator.CONV, Operator.CONV_TRANSPOSE):
             w = self.window(size)
-            pads = [b + a for b, a in zip(w.before, w.after, strict=True)]
-            height, width = ((n + p - k) // self.stride + 1 for n, p, k in zip(size, pads, w.kernel, strict=True))
-        elif self.operator is Operator.CONV_TRANSPOSE:
-            w = self.window(size)
-            height, width = (
-                (n - 1) * self.stride - 2 * b + k + e for n, b, k, e in zip(size, w.before, w.kernel, w.output_padding, strict=True)
-            )
+            padding = [b + a - e for b, a, e in zip(w.before, w.after, w.output_padding, strict=True)]
+            height, width = (output_length(self.operator, n, k, self.stride, p) for n, k, p in zip(size, w.kernel, padding, strict=True))
         if min(height, width) < 1:
             raise ValueError(
                 f"connection {self.label}: the source map {source} is too small, the result would be {height} x {width}; "
@@ -211,6 +208,8 @@ class Connection:
             raise ValueError(
                 f"connection {self.label}: groups, middle_channels and cut_kernel are of convolutions, not {self.operator.value}"
             )
+        if self.operator is not Operator.CONV_TRANSPOSE and self.output_padding != 0:
+            raise ValueError(f"connection {self.label}: output_padding is of transposed convolutions, not {self.operator.value}")
         if self.groups < 1 or (self.middle_channels is not None and self.middle_channels < 1):
             raise ValueError(
                 f"connection {self.label}: expected groups and middle_channels >= 1, got {self.groups} and {self.middle_channels}"

@@ -183,7 +183,7 @@ class SeparableMap:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self.pointwise is None or not isinstance(self.first, DepthwiseMap):
             return self.second.forward(self.first.forward(x), out)
-        first, channels = self.first, self.second.weight.weight.shape[0]
+        first, channels = self.first, self.second.weight.channels
         return separable_conv(x, first.packed, first.bias, self.pointwise, channels, first.stride, first.before, first.size, out)
 
     def backward(

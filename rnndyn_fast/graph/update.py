@@ -93,7 +93,7 @@ def update_area(
     fused = _fused(modulators or drives)
     if fused:
         terms = [t.weight.fused.term(t.x) for t in fused]
-        shape = fused[0].weight.fused.output_shape(fused[0].x.shape)
+        shape = fused[0].weight.output_shape(fused[0].x.shape)
         fused_step(
             area, terms, shape, _without(drives, fused), _without(modulators, fused), drive_bias, modulator_bias, value,
             modulates=bool(modulators), modulator_sum=modulator_sum, mean=mean, rstd=rstd, **outputs,

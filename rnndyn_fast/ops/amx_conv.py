@@ -32,23 +32,12 @@ class AmxMap:
     kernel: tuple[int, int]
     stride: int = 1
     padding: int = 0
-    output_padding: int = 0
     transposed: bool = False
     parts: int = 2
     packs_late: bool = False  # its weights, in every call
 
     def __str__(self) -> str:
         return {1: "bfloat16", 2: "bfloat16 x 3", 3: "bfloat16 x 6"}[self.parts]
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of a map of that size."""
-
-        def size(n: int, k: int) -> int:
-            if self.transposed:
-                return (n - 1) * self.stride - 2 * self.padding + k + self.output_padding
-            return (n + 2 * self.padding + self.output_padding - k) // self.stride + 1
-
-        return size(height, self.kernel[0]), size(width, self.kernel[1])
 
 
 def _taps(m: AmxMap) -> tuple[Tap, ...]:
@@ -78,7 +67,6 @@ class PackedAmxWeight:
     map: AmxMap
     backward: bool
     data: tuple[Tensor, ...]
-    channels: int  # of the result
     strides: tuple[int, int] | None = None  # of the result's and the source's channels in the parameter, where it is that
 
     @property
@@ -100,9 +88,9 @@ def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False) -> Pac
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
     if m.packs_late:
-        return PackedAmxWeight(m, backward, (weight,), sizes[0], sizes[2:])
+        return PackedAmxWeight(m, backward, (weight,), sizes[2:])
     data = tuple(_launch_conv.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
-    return PackedAmxWeight(m, backward, data, sizes[0])
+    return PackedAmxWeight(m, backward, data)
 
 
 def amx_conv(

@@ -56,7 +56,7 @@ class Weight:
         """As the fused convolution takes it."""
         transposed = self.geometry.operator is Operator.CONV_TRANSPOSE
         weight = self.weight[:, :, None, None] if self.geometry.operator is Operator.LINEAR else self.weight
-        return FusedWeight(weight, self.geometry.stride, self.geometry.padding, self.geometry.output_padding, transposed)
+        return FusedWeight(weight, self.geometry.stride, self.geometry.padding, transposed)
 
     @cached_property
     def packed(self) -> Packed:
@@ -88,23 +88,15 @@ class Weight:
         """Give up what was packed for the forward convolution; it is packed anew when it is wanted again."""
         self.__dict__.pop("packed", None)
 
-    def direct_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """Of the vendor's result for a map of that size: height, width and channels."""
-        g, shape = self.geometry, self.weight.shape
-        if g.operator is Operator.LINEAR:
-            return 1, 1, shape[0]
-        if g.operator is Operator.CONV_TRANSPOSE:
-            h, w = ((n - 1) * g.stride - 2 * g.padding + k + g.output_padding for n, k in zip((height, width), shape[2:], strict=True))
-            return h, w, shape[1]
-        h, w = ((n + 2 * g.padding - k) // g.stride + 1 for n, k in zip((height, width), shape[2:], strict=True))
-        return h, w, shape[0]
+    @property
+    def channels(self) -> int:
+        """Of the result."""
+        return self.weight.shape[1 if self.geometry.operator is Operator.CONV_TRANSPOSE else 0]
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of a map of that size."""
-        m = self.choice.map
-        if isinstance(m, AmxMap):
-            return m.output_size(height, width)
-        return (2 * height, 2 * width) if m is not None and m.transposed else (height, width)
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Of the result for maps of that shape, [M, H, W, C]."""
+        samples, height, width, _ = shape
+        return samples, *self.geometry.output_size((height, width), self.weight.shape[2:]), self.channels
 
 
 Packed = PackedWeight | PackedAmxWeight
@@ -157,8 +149,7 @@ def convolve(
     """The linear map, without bias. Returns [M, H', W', C'], contiguous; ``out``, if given, holds it then."""
     if weight.choice.map is not None or "forward" in weight.choice.fused:
         return _sum([weight], [x], out)
-    samples, height, width, _ = x.shape
-    size = weight.direct_size(height, width)
+    samples, *size = weight.output_shape(x.shape)
     nbytes = math.prod(size) * x.element_size()
     if x.device.type != "cpu" or samples * nbytes <= _DIRECT_BYTES:
         y = _direct(weight, x)
@@ -240,14 +231,13 @@ def _sum(
     epilogue: Epilogue | None = None,
     accumulate: bool = False,
 ) -> Tensor:
+    if out is None:
+        out = empty(weights[0].output_shape(xs[0].shape), xs[0].dtype)
     if weights[0].choice.map is None:  # a GPU's fused convolution
         return fused_sum([w.fused for w in weights], xs, out)
     packed = [w.packed for w in weights]
     if all(isinstance(w, PackedWeight) for w in packed):
         return winograd_conv(xs, [w for w in packed if isinstance(w, PackedWeight)], out, epilogue, accumulate=accumulate)
-    if out is None:
-        samples, height, width, _ = xs[0].shape
-        out = empty((samples, *weights[0].output_size(height, width), packed[0].channels), torch.float32)
     for k, (x, w) in enumerate(zip(xs, packed, strict=True)):
         assert isinstance(w, PackedAmxWeight)
         amx_conv(x, w, out, accumulate=accumulate or k > 0, epilogue=epilogue if k == len(xs) - 1 else None)
@@ -314,9 +304,10 @@ def convolve_backward(
 
 def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size, into: Tensor | None) -> Tensor:
     packed = weight.packed_backward
+    out = empty(shape, torch.float32) if into is None else into
     if isinstance(packed, PackedWeight):
-        return winograd_conv([grad], [packed], into, accumulate=into is not None)
-    return amx_conv(grad, packed, empty(shape, torch.float32) if into is None else into, accumulate=into is not None)
+        return winograd_conv([grad], [packed], out, accumulate=into is not None)
+    return amx_conv(grad, packed, out, accumulate=into is not None)
 
 
 _MANY_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)

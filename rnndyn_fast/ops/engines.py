@@ -38,18 +38,36 @@ class Operator(enum.Enum):
     IDENTITY = "identity"
 
 
+def output_length(operator: Operator, length: int, kernel: int, stride: int, padding: int) -> int:
+    """Of a convolution's result, or a transposed one's, along one axis. ``padding``: at both ends together, without what a transposed one's
+    output padding gives back."""
+    if operator is Operator.CONV_TRANSPOSE:
+        return (length - 1) * stride + kernel - padding
+    return (length + padding - kernel) // stride + 1
+
+
 @dataclass(frozen=True)
 class Geometry:
     """An operator with its stride and padding, the same in both directions; the weight tells the rest.
 
-    ``output_padding``: transposed, as torch takes it; of a convolution zeros below and right of the map, beyond the padding, which only
-    the engine of matrix units reads.
+    ``output_padding``: transposed, as torch takes it; of a convolution zeros below and right of the map, beyond the padding, which the
+    engines of matrix units and, with 2 x 2 kernels, Winograd read.
     """
 
     operator: Operator
     stride: int = 1
     padding: int = 0
     output_padding: int = 0
+
+    def output_size(self, size: tuple[int, int], kernel: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of what it makes of a map of that height and width."""
+        if self.operator is Operator.LINEAR:
+            return 1, 1
+        extra = -self.output_padding if self.operator is Operator.CONV_TRANSPOSE else self.output_padding
+        height, width = (
+            output_length(self.operator, n, k, self.stride, 2 * self.padding + extra) for n, k in zip(size, kernel, strict=True)
+        )
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,7 @@ def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> A
         return AmxMap((1, 1), parts=parts)
     kernel = (weight_shape[2], weight_shape[3])
     transposed = geometry.operator is Operator.CONV_TRANSPOSE
-    return AmxMap(kernel, geometry.stride, geometry.padding, geometry.output_padding, transposed, parts)
+    return AmxMap(kernel, geometry.stride, geometry.padding, transposed, parts)
 
 
 def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:

@@ -41,12 +41,10 @@ class FusedWeight:
         weight: Tensor,  # [C_out, C_in, K, K], or transposed [C_in, C_out, K, K]
         stride: int,
         padding: int,
-        output_padding: int,
         transposed: bool,
     ) -> None:
         self.weight = weight
-        self.stride, self.padding, self.output_padding, self.transposed = stride, padding, output_padding, transposed
-        self.channels = weight.shape[1 if transposed else 0]
+        self.stride, self.padding, self.transposed = stride, padding, transposed
 
     @cached_property
     def _rows_first(self) -> Tensor:
@@ -62,17 +60,6 @@ class FusedWeight:
     ) -> ConvTerm:
         """The map of x, to be summed with others."""
         return ConvTerm(x, self._columns_first if self.transposed else self._rows_first, self.stride, self.padding, self.transposed)
-
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """Of the map of an [N, H, W, C_in]: [N, H', W', C_out]."""
-        n, kernel = shape[0], self.weight.shape[2]
-
-        def size(of: int) -> int:
-            if self.transposed:
-                return (of - 1) * self.stride - 2 * self.padding + kernel + self.output_padding
-            return (of + 2 * self.padding - kernel) // self.stride + 1
-
-        return n, size(shape[1]), size(shape[2]), self.channels
 
     def data_grad(
         self,
@@ -101,9 +88,8 @@ class FusedWeight:
 def fused_sum(
     weights: Sequence[FusedWeight],  # at most MAX_TERMS
     xs: Sequence[Tensor],  # each [N, H, W, C_in]
-    out: Tensor | None = None,  # [N, H', W', C_out]
+    out: Tensor,  # [N, H', W', C_out]
 ) -> Tensor:
-    """The sum of the maps, [N, H', W', C_out], in one launch."""
-    value = empty(weights[0].output_shape(xs[0].shape), xs[0].dtype) if out is None else out
-    _launch_cuda.recurrent_conv([w.term(x) for w, x in zip(weights, xs, strict=True)], None, [], None, value)
-    return value
+    """The sum of the maps, in one launch, written into ``out``."""
+    _launch_cuda.recurrent_conv([w.term(x) for w, x in zip(weights, xs, strict=True)], None, [], None, out)
+    return out

@@ -155,7 +155,7 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], obj
     x = draw(case.measured_samples, case.height, case.width, case.weight_shape[0 if transposed else 1])
     parameter = 0.05 * draw(*case.weight_shape)
     weights = [Weight(case.geometry, parameter, EngineChoice(None, "", fused=passes)) for passes in (PASSES, ())]
-    shape = weights[0].fused.output_shape(x.shape)
+    shape = weights[0].output_shape(x.shape)
     added, grad, value = draw(*shape), draw(*shape), torch.empty(shape, dtype=case.dtype, device=device)
 
     def fused() -> None:

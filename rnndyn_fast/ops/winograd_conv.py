@@ -159,7 +159,6 @@ class PackedWeight:
     map: WinogradMap
     backward: bool
     data: tuple[Tensor, ...]
-    channels: int  # of the result
     by_taps: bool  # only in order, and transformed as it is read
 
     @property
@@ -212,7 +211,7 @@ def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> Pa
     else:
         terms = _backward_taps(m) if backward else taps(m)
         data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (term,), sizes, weight, by_taps=by_taps) for term in terms)
-    return PackedWeight(m, backward, data, sizes[0], by_taps)
+    return PackedWeight(m, backward, data, by_taps)
 
 
 def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
@@ -223,31 +222,25 @@ def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
 def winograd_conv(
     xs: Sequence[Tensor],  # each [M, H, W, C_in]
     weights: Sequence[PackedWeight],
-    out: Tensor | None = None,  # [M, H', W', C_out]
+    out: Tensor,  # [M, H', W', C_out], contiguous
     epilogue: Epilogue | None = None,
     *,
     accumulate: bool = False,
 ) -> Tensor:
-    """The sum of the linear maps of several sources, with one inverse transform and perhaps an epilogue; written into ``out``, if given,
-    or added to it.
+    """The sum of the linear maps of several sources, with one inverse transform and perhaps an epilogue; written into ``out``, or added to
+    it.
 
-    With weights packed for the gradient of the data, that gradient. Returns [M, H', W', C_out], contiguous; ``out`` where it is given.
+    With weights packed for the gradient of the data, that gradient.
     """
     m, backward = weights[0].map, weights[0].backward
-    samples, height, width, _ = xs[0].shape
     packed = [t for w in weights for t in w.data]
     by_taps = [w.by_taps for w in weights for _ in w.data]
-    scale = 2 if m.transposed else 1
     if m.transposed and not backward:
-        if out is None:
-            out = empty((samples, height * scale, width * scale, weights[0].channels), torch.float32)
         _launch_conv.winograd_conv(
             m.form.key, m.pad, [Grid(x) for x in xs], packed, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue,
             by_taps=by_taps,
         )  # fmt: skip
         return out
-    if out is None:
-        out = empty((samples, height // scale, width // scale, weights[0].channels), torch.float32)
     grids = [grid for x in xs for grid in (_phases(m, x) if m.transposed else [Grid(x)] * len(m.shifts))]
     shifts = [(0, 0)] * len(grids) if m.transposed else m.shifts * len(xs)
     pad, vanishing = (m.backward_pad, _vanishing(m)[1]) if backward else (m.pad, _vanishing(m)[0])
