@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rnndyn_fast.graph.rollout import rollout
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
+from rnndyn_fast.nn.parameters import current_parameters, owners_of
 
 
 def parse_interaction(value: str | None) -> Interaction:
@@ -115,7 +116,7 @@ class BLTConv(nn.Module):
             in_chan, out_chan, kernel_size, b_input.shape[2], b_input.shape[3], tuple(inputs)[1:],
             parse_interaction(self.LT_interaction), self.pool_input, self.bottom_up.bias is not None,
         )  # fmt: skip
-        parameters = dict(self.named_parameters())
+        parameters = current_parameters(self, owners_of(tuple(network.parameter_shapes)))
         return rollout(network, 1, list(inputs.values()), parameters, ("z",), backend=self.backend)[0][0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional
 from rnndyn_fast.graph.rollout import rollout
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
 from rnndyn_fast.graph.spec import Area, Connection, Network, Norm, Operator
+from rnndyn_fast.nn.parameters import current_parameters, owners_of
 
 
 class RecurrentNetwork(nn.Module):
@@ -51,6 +51,7 @@ class RecurrentNetwork(nn.Module):
         for path, leaf in _leaf_modules(network):
             if not (modules and path.split(".")[0] in modules):
                 _place(self, path, leaf)
+        self._owners = owners_of((*network.parameter_shapes, *network.buffer_shapes))  # of what a rollout takes
         missing = network.parameter_shapes.keys() - dict(self.named_parameters()).keys()
         if missing:
             raise ValueError(f"modules: parameters {sorted(missing)} of the spec are missing")
@@ -158,27 +159,9 @@ class RecurrentNetwork(nn.Module):
             result.append(recorded)
         return tuple(result) if len(result) > 1 else result[0]
 
-    def _tell_of_hooks(self) -> None:
-        """Submodules hold parameters and are not called, so that their hooks do not run."""
-        for name, module in self.named_modules():
-            if name and (module._forward_pre_hooks or module._forward_hooks):
-                warnings.warn(
-                    f"the forward hooks of submodule {name!r} do not run: a rollout reads its parameters and does not call it. Weights "
-                    "that a hook computes (torch.nn.utils.spectral_norm, weight_norm, prune) stay what they are: take "
-                    "torch.nn.utils.parametrizations, or prune.remove first; states of areas are recorded with record=",
-                    stacklevel=4,
-                )
-
     def states(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.graph.rollout`). Training moves the running statistics."""
-        if not torch.compiler.is_compiling():
-            self._tell_of_hooks()
-        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        for name in self.network.parameter_shapes:
-            # Modules may have been replaced by equivalents (weight norm, a functional call): take what the attribute gives now.
-            if name not in named:
-                owner, _, leaf = name.rpartition(".")
-                named[name] = getattr(self.get_submodule(owner), leaf)
+        named = current_parameters(self, self._owners)
         statistics: dict[str, tuple[Tensor, Tensor]] | None = {} if self.training and self.network.buffer_shapes else None
         states = rollout(
             self.network, self.timesteps, inputs, named, names, backend=self.backend, engine=self.engine, statistics=statistics
