@@ -91,6 +91,21 @@ def test_large_values_saturate(name: str, isa: str) -> None:
             torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
+def test_units_in_the_last_place(isa: str) -> None:
+    """Sigmoid and tanh within 3, elu within 2, wherever the result is a normal number; infinities give the limits."""
+    wide, near = torch.linspace(-86, 86, 20_011), torch.logspace(-20, 1, 5_003)
+    x = torch.cat([wide, near, -near, torch.tensor([torch.inf, -torch.inf])]).view(1, -1, 1, 1)
+    zero, one = torch.zeros_like(x), Gain(1.0, 0.0)
+    _, sigmoid = gate_step(GRUGates(), {"gates": [torch.cat([x, x], 1)], "memory": [zero]}, {})
+    (tanh,) = gate_step(GRUUpdate(), {"candidate": [x], "update": [zero], "memory": [zero]}, {})
+    (elu,) = gate_step(ReciprocalGated(one, one), {"drive": [x], "memory": [zero]}, {})
+    for found, function, most in ((sigmoid, torch.sigmoid, 3.0), (tanh, torch.tanh, 3.0), (elu, torch.nn.functional.elu, 2.0)):
+        truth, finite = function(x.double()), x.isfinite()
+        unit = 2.0 ** (torch.frexp(truth[finite]).exponent - 24)
+        assert ((found[finite].double() - truth[finite]) / unit).abs().max() < most
+        torch.testing.assert_close(found[~finite], truth[~finite].float(), rtol=0, atol=1e-37)
+
+
 def test_small_values_keep_their_digits(isa: str) -> None:
     """tanh and elu near zero, relative to their size."""
     small = torch.tensor([1e-7, -1e-7, 3e-4, -3e-4, 1e-20, 0.0]).view(1, -1, 1, 1)

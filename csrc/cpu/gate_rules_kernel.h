@@ -30,7 +30,7 @@ struct GateLanes {
 };
 
 struct GruGates {
-  static constexpr int kPorts = 2, kStates = 2, kMultiple[kMaxPorts] = {2, 1, 0, 0};
+  static constexpr int kPorts = 2, kMultiple[kMaxPorts] = {2, 1, 0, 0};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>& p, const Lanes& x) {
     x.state(0, sigmoid(x.port(0) + Real(p.forget_bias)) * x.port(1));
@@ -47,7 +47,7 @@ struct GruGates {
 };
 
 struct GruUpdate {
-  static constexpr int kPorts = 3, kStates = 1, kMultiple[kMaxPorts] = {1, 1, 1, 0};
+  static constexpr int kPorts = 3, kMultiple[kMaxPorts] = {1, 1, 1, 0};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>&, const Lanes& x) {
     const Values u = x.port(1);
@@ -63,7 +63,7 @@ struct GruUpdate {
 };
 
 struct Lstm {
-  static constexpr int kPorts = 2, kStates = 2, kMultiple[kMaxPorts] = {4, 1, 0, 0};
+  static constexpr int kPorts = 2, kMultiple[kMaxPorts] = {4, 1, 0, 0};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>& p, const Lanes& x) {
     const Values kept = x.port(1) * sigmoid(x.port(0, 2) + Real(p.forget_bias));
@@ -86,7 +86,7 @@ struct Lstm {
 };
 
 struct Ugrnn {
-  static constexpr int kPorts = 2, kStates = 1, kMultiple[kMaxPorts] = {2, 1, 0, 0};
+  static constexpr int kPorts = 2, kMultiple[kMaxPorts] = {2, 1, 0, 0};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>& p, const Lanes& x) {
     const Values g = sigmoid(x.port(0) + Real(p.forget_bias));
@@ -103,7 +103,7 @@ struct Ugrnn {
 };
 
 struct Intersection {
-  static constexpr int kPorts = 3, kStates = 2, kMultiple[kMaxPorts] = {4, 1, 1, 0};
+  static constexpr int kPorts = 3, kMultiple[kMaxPorts] = {4, 1, 1, 0};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>& p, const Lanes& x) {
     const Real bias = Real(p.forget_bias);
@@ -129,7 +129,7 @@ struct Intersection {
 
 template <GateActivation kActivation>
 struct Reciprocal {
-  static constexpr int kPorts = 4, kStates = 1, kMultiple[kMaxPorts] = {1, 1, 1, 1};
+  static constexpr int kPorts = 4, kMultiple[kMaxPorts] = {1, 1, 1, 1};
   template <class Lanes, typename Real = typename Lanes::Real, class Values = typename Lanes::Values>
   static void forward(const GateStepParams<Real>& p, const Lanes& x) {
     const Values tau = Real(p.tau.constant) + Real(p.tau.factor) * hyperbolic_tangent(Real(p.tau.slope) * x.port(1));

@@ -1,8 +1,8 @@
 // gate_step: gate arithmetic of a cell, forward and backward. Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are
 // documented in gate_step.h, equations in rnndyn_fast/ops/cells.py.
 //
-// Maths: rules in gate_rules_kernel.h, a register of channels at a time. Backward computes the gates again from the ports: nothing but ports is kept.
-// Precision: sigmoid, tanh and elu as ctrnn_math_kernel.h makes them, within a few units in the last place. (Exact quotients took half the time.)
+// Maths: rules in gate_rules_kernel.h, a few registers of channels at a time. Backward computes the gates again from the ports: nothing but ports is kept.
+// Precision: sigmoid, tanh and elu of gate_math_kernel.h. (Exact quotients took half the time.)
 // Traffic: forward reads every term once and writes states (and, of several terms, their sum) once; backward reads ports and
 //   gradients once and writes the gradients of the ports once; biases are summed while those are in L1. Bound by memory bandwidth in float32
 //   with AVX-512.
