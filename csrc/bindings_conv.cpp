@@ -241,7 +241,10 @@ void amx_weight_grad(const Shape& input, const std::array<int64_t, 2>& grid, con
   p.tap = tap, p.num_taps = fill_amx_taps(tap, taps);
   p.samples = input[0], p.in_height = input[1], p.in_width = input[2], p.in_channels = input[3];
   p.height = grid[0], p.width = grid[1];
-  p.out_channels = sizes[0], p.out_stride = sizes[2], p.in_stride = sizes[3];
+  p.out_channels = sizes[0], p.out_stride = sizes[2];
+  if (sizes[3] != p.num_taps)
+    throw std::invalid_argument("sizes: expected kernels of as many elements as there are taps, " +
+                                std::to_string(p.num_taps) + ", got " + std::to_string(sizes[3]));
   p.in_step = in_step, p.parts = parts, p.num_threads = num_threads, p.accumulate = accumulate;
   p.x = pointer<const float>(x), p.grad = pointer<const float>(grad), p.grad_weight = pointer<float>(grad_weight);
   p.workspace = pointer<void>(workspace(kernels().amx_weight_grad_workspace(p)).cast<Address>());

@@ -136,6 +136,11 @@ static void amx_pack_band(const AmxConvParams& p, const AmxConvSizes& s, int64_t
           const float* pixel = p.x + (((sample + n) * p.in_height + row) * p.in_width + column) * p.in_channels;
           for (int64_t b = 0; b < l.blocks; ++b) {
             char* hi = line + b * p.parts * part;
+            // (Two pixels ahead: so many lines are stored to that the processor does not look far itself.)
+            if (inside) {
+              __builtin_prefetch(pixel + b * 32 + 2 * l.step * p.in_channels, 0, 3);
+              __builtin_prefetch(pixel + b * 32 + 2 * l.step * p.in_channels + 16, 0, 3);
+            }
             split_bf16(inside ? pixel + b * 32 : p.x, inside ? p.in_channels - b * 32 : 0, p.parts, hi, part);
           }
         }

@@ -161,7 +161,8 @@ static inline void tile_stay_awake(TileScope& scope) {
 }
 
 // The tiles of a product of two by two: sums 0 to 3; 4 and 5 hold rows of A, 6 and 7 columns of B. One step is 32 products deep.
-// a0, a1: 16 rows of 64 bytes each, one part after another `a_part` bytes apart; b: both columns of the first part, then of the next, adjacent.
+// a0, a1: 16 rows of 64 bytes each, one part after another `a_part` bytes apart; b: both columns of the first part, `b_half` bytes apart, then of the
+//   next: adjacent, if nothing else is said.
 // Loads stand between products, which hides them (measured: grouped, they double the time).
 // kPair: without it the rows of a1, and sums 2 and 3, are left out.
 template <bool kPair>
@@ -171,30 +172,31 @@ static inline void tile_load_a(TileScope& scope, const char* a0, const char* a1)
   if constexpr (kPair) RNNDYN_TILE_LOAD(5, a1, 64);
 }
 template <bool kPair>
-static inline void tile_products(TileScope& scope, const char* b) {
+static inline void tile_products(TileScope& scope, const char* b, int64_t b_half) {
   (void)scope;
   RNNDYN_TILE_LOAD(6, b, 64);
   RNNDYN_TILE_PRODUCT(0, 4, 6);
   if constexpr (kPair) RNNDYN_TILE_PRODUCT(2, 5, 6);
-  RNNDYN_TILE_LOAD(7, b + kTileBytes, 64);
+  RNNDYN_TILE_LOAD(7, b + b_half, 64);
   RNNDYN_TILE_PRODUCT(1, 4, 7);
   if constexpr (kPair) RNNDYN_TILE_PRODUCT(3, 5, 7);
 }
 template <int Parts, bool kPair = true>
-static inline void tile_step(TileScope& scope, const char* a0, const char* a1, int64_t a_part, const char* b) {
+static inline void tile_step(TileScope& scope, const char* a0, const char* a1, int64_t a_part, const char* b,
+                             int64_t b_half = kTileBytes) {
   // Small products first; those below float32's precision are left out.
   tile_load_a<kPair>(scope, a0, a1);
-  for (int part = Parts - 1; part >= 0; --part) tile_products<kPair>(scope, b + part * 2 * kTileBytes);
+  for (int part = Parts - 1; part >= 0; --part) tile_products<kPair>(scope, b + part * 2 * b_half, b_half);
   if constexpr (Parts == 2) {
     tile_load_a<kPair>(scope, a0 + a_part, a1 + a_part);
-    tile_products<kPair>(scope, b);
+    tile_products<kPair>(scope, b, b_half);
   }
   if constexpr (Parts == 3) {
     tile_load_a<kPair>(scope, a0 + a_part, a1 + a_part);
-    tile_products<kPair>(scope, b + 2 * kTileBytes);
-    tile_products<kPair>(scope, b);
+    tile_products<kPair>(scope, b + 2 * b_half, b_half);
+    tile_products<kPair>(scope, b, b_half);
     tile_load_a<kPair>(scope, a0 + 2 * a_part, a1 + 2 * a_part);
-    tile_products<kPair>(scope, b);
+    tile_products<kPair>(scope, b, b_half);
   }
 }
 
