@@ -37,6 +37,7 @@ CASES = [
     (CONV, 1, 1, 0, 0, (37, 1, 1, 50, 20)),
     (TRANSPOSE, 3, 2, 1, 1, (2, 4, 4, 33, 17)),
     (TRANSPOSE, 3, 2, 1, 1, (1, 5, 7, 20, 33)),
+    (TRANSPOSE, 3, 2, 1, 1, (9, 4, 4, 33, 17)),  # a group of eight samples and one of one; taps two columns apart share lines
     (TRANSPOSE, 5, 2, 2, 1, (3, 4, 5, 20, 3)),
     (TRANSPOSE, 2, 3, 0, 0, (2, 3, 5, 4, 4)),
     (TRANSPOSE, 3, 1, 1, 0, (1, 6, 3, 3, 9)),
@@ -197,8 +198,12 @@ def test_large_blocks(parts: int) -> None:
         assert _relative(grad_weight, expected_weight) < 2 * TOLERANCE[parts]
 
 
-@pytest.mark.parametrize("shape", [(5, 9, 9, 40, 70), (1, 5, 8, 96, 96)], ids=["bands", "panels"])
+@pytest.mark.parametrize(
+    "shape", [(5, 9, 9, 40, 70), (1, 5, 8, 96, 96), (24, 2, 4, 352, 352)], ids=["bands", "panels", "one chunk of sums"]
+)
 def test_independent_of_the_number_of_threads(shape: tuple[int, ...]) -> None:
+    if shape[-1] > 300 and _core.build_info()["isa"] != "amx":
+        pytest.skip("too slow on emulated matrix units")
     x, weight = _operands(CONV, 3, shape)
     prepared = _prepared(CONV, 3, 1, 1, 0, 2, weight)
     before, results = torch.get_num_threads(), []
