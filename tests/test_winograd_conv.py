@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, convolution, engines, winograd_conv
+from rnndyn_fast.ops import _launch, convolution, engines, places, winograd_conv
 from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward, convolve_sum
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
@@ -140,6 +140,28 @@ def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, sourc
     total = grad_weight.clone()
     assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
     torch.testing.assert_close(total, 2 * grad_weight, rtol=1e-5, atol=1e-5 * float(grad_weight.abs().max()))
+
+
+@pytest.mark.parametrize(("source", "target", "size"), [(1504, 388, 6), (1504, 388, 34), (1024, 1376, 6)])
+def test_the_last_part_of_a_large_weight_has_room(source: int, target: int, size: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has fewer channels, takes all rows of frequencies at a time, and so more scratch than the first one."""
+    held: list[tuple[Tensor, int]] = []
+    beyond = 1 << 20
+
+    def take(nbytes: int) -> int:
+        room = torch.full((nbytes // 4 + beyond + 16,), 7.0)
+        skip = -places.first_element(room) % 64
+        held.append((room, (nbytes + skip) // 4))
+        return places.first_element(room) + skip
+
+    monkeypatch.setattr(_launch, "scratch", lambda: ([], take))
+    monkeypatch.setattr(_launch, "room", lambda held: take)
+    m = WinogradMap(WinogradForm(8, 3), 3)
+    x, grad = torch.randn(1, size, size, source), torch.randn(1, size, size, target)
+    winograd_conv.winograd_weight_grad(m, torch.empty(target, source, 3, 3), x, grad)
+    assert len(held) == 2
+    for room, end in held:
+        assert bool((room[end:] == 7).all())
 
 
 @pytest.mark.parametrize("m", [m for m in MAPS if m.form.kernel == 3], ids=str)

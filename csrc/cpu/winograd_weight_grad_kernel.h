@@ -249,14 +249,25 @@ static void winograd_weight_grad_form(const WinogradWeightGradParams& p) {
   }
 }
 
+// The most that any part asks for: the last one has fewer channels, and may take all rows of frequencies at a time, or no matrix units.
+template <int Patch, int Kernel, class Size>
+static int64_t winograd_weight_grad_most(const WinogradWeightGradParams& p, Size size) {
+  int64_t most = 0;
+  for (int64_t first = 0; first < p.out_channels;) {
+    const WinogradWeightGradParams part = winograd_weight_grad_part_of<Patch, Kernel>(p, first);
+    most = larger(most, size(WinogradWeightGradSizes<Patch, Kernel>(part)));
+    first += part.out_channels;
+  }
+  return most;
+}
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_workspace_form(const WinogradWeightGradParams& p) {
-  const WinogradWeightGradSizes<Patch, Kernel> s(winograd_weight_grad_part_of<Patch, Kernel>(p, 0));
-  return s.v_size + s.q_size + s.room() * p.num_threads;
+  return winograd_weight_grad_most<Patch, Kernel>(
+      p, [&](const auto& s) { return s.v_size + s.q_size + s.room() * p.num_threads; });
 }
 template <int Patch, int Kernel>
 static int64_t winograd_weight_grad_sums_form(const WinogradWeightGradParams& p) {
-  return WinogradWeightGradSizes<Patch, Kernel>(winograd_weight_grad_part_of<Patch, Kernel>(p, 0)).sums_size;
+  return winograd_weight_grad_most<Patch, Kernel>(p, [](const auto& s) { return s.sums_size; });
 }
 
 // ---------------------------------------------------------------- by form
