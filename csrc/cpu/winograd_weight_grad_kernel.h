@@ -217,7 +217,6 @@ static void winograd_weight_grad_part(const WinogradWeightGradParams& p) {
     TileScope scope(s.units);
     float* room = p.workspace + s.v_size + s.q_size + omp_get_thread_num() * s.room();
     if (s.two_rows) {
-      // (Rows 1 and 2 first: they reach all taps.)
       WinogradWeightGradRows<Patch, Kernel, TwoRows<1, 2>>{p, s}.run(scope, room, p.accumulate);
       WinogradWeightGradRows<Patch, Kernel, TwoRows<3, Patch == 5 ? 3 : 4>>{p, s}.run(scope, room, true);
       if constexpr (Patch == 8) WinogradWeightGradRows<Patch, Kernel, TwoRows<5, 6>>{p, s}.run(scope, room, true);
