@@ -145,14 +145,17 @@ def test_very_large_weights_are_packed_late(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engines, "has_matrix_units", lambda: True)
     geometry = Geometry(CONV, 1, 1, 0)
 
-    def late(channels: int, size: int, samples: int) -> bool:
-        m = choose_engine(geometry, (channels, channels, 3, 3), size, size, torch.float32, "amx", samples, 3).map
+    def late(channels: int, size: int, samples: int, reads: int = 10) -> bool:
+        m = choose_engine(geometry, (channels, channels, 3, 3), size, size, torch.float32, "amx", samples, reads).map
         assert isinstance(m, AmxMap)
         return m.packs_late
 
     assert late(1024, 4, 4)
     assert not late(1024, 4, 64)  # many pixels: packing ahead is cheap beside the products
     assert not late(512, 4, 4)
+    assert late(512, 8, 4, 3)  # few reads pay for little
+    assert not late(512, 8, 8, 3)
+    assert not late(128, 4, 4, 3)
 
 
 def test_emulated_and_real_units_agree() -> None:

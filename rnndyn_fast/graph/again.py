@@ -41,6 +41,11 @@ class StatesAgain:
             self.made[reading.key] = self.makers[reading.key](None)
         return self.made[reading.key]
 
+    def forget(self, keys: Iterable[Key]) -> None:
+        """States that nothing reads for a while: they are made once more then."""
+        for key in keys:
+            self.made.pop(key, None)
+
     def leave(self, keys: Iterable[Key], keep: bool) -> None:
         """States and forms that nothing reads from here on; ``keep``: until the tape is walked again."""
         for key in keys:

@@ -33,6 +33,12 @@ from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import ASKED_FOR, EngineChoice, Geometry, choose_engine
 
 Grads = list[tuple[str, Tensor]]  # of parameters, by name; those of one name add up
+Sums = Callable[[str], Tensor | None]  # of a parameter's gradients so far, by name, where more may be added in place
+
+
+def no_sums(_: str) -> Tensor | None:
+    """Nothing is there yet."""
+    return None
 
 
 class LinearMap(Protocol):
@@ -48,9 +54,9 @@ class LinearMap(Protocol):
         """The map's value, in ``out`` if that is given."""
 
     def backward(
-        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None, sums: Sums = no_sums
     ) -> tuple[Tensor | None, Grads]:
-        """Gradients of x and of the weights. ``into``: the map may be added to it, and is then returned as it."""
+        """Gradients of x and of the weights. ``into``: the map may be added to it, and is then returned as it; ``sums`` likewise."""
 
 
 @dataclass
@@ -77,13 +83,18 @@ class DenseMap:
         return x if self.border is None else functional.pad(x, (0, 0, *self.border))
 
     def backward(
-        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None, sums: Sums = no_sums
     ) -> tuple[Tensor | None, Grads]:
         _, height, width, _ = x.shape
         if self.border is not None:
             x = self.bordered(x)
         into = into if self.border is None else None
-        grad_x, grad_weight = convolve_backward(self.weight, grad, x, need_x=need_x, need_weight=need_weight, into=into)
+        weight_into = sums(self.name) if need_weight and self.channels is None else None
+        if weight_into is not None and (weight_into.dtype != grad.dtype or weight_into.shape != self.weight.weight.shape):
+            weight_into = None
+        grad_x, grad_weight = convolve_backward(
+            self.weight, grad, x, need_x=need_x, need_weight=need_weight, into=into, weight_into=weight_into
+        )
         if grad_x is not None and self.border is not None:
             left, _, top, _ = self.border
             grad_x = grad_x[:, top : top + height, left : left + width].contiguous()
@@ -115,7 +126,7 @@ class DepthwiseMap:
         return y if out is None else out.copy_(y)
 
     def backward(
-        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None, sums: Sums = no_sums
     ) -> tuple[Tensor | None, Grads]:
         _, h, w, c = x.shape
         grad_x = depthwise_data_grad(grad, self.packed, self.stride, self.before, (h, w, c)) if need_x else None
@@ -150,7 +161,7 @@ class GroupedMap:
         return y.contiguous() if out is None else out.copy_(y)
 
     def backward(
-        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None, sums: Sums = no_sums
     ) -> tuple[Tensor | None, Grads]:
         seen, padding = self._bordered(x)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -187,11 +198,11 @@ class SeparableMap:
         return separable_conv(x, first.packed, first.bias, self.pointwise, channels, first.stride, first.before, first.size, out)
 
     def backward(
-        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None
+        self, x: Tensor, grad: Tensor, *, need_x: bool, need_weight: bool, into: Tensor | None = None, sums: Sums = no_sums
     ) -> tuple[Tensor | None, Grads]:
         shape = (*grad.shape[:3], self.second.weight.weight.shape[1])
         middle = self.first.forward(x) if need_weight else empty(shape, grad.dtype)  # (of which only the shape is used)
-        grad_middle, grads = self.second.backward(middle, grad, need_x=True, need_weight=need_weight)
+        grad_middle, grads = self.second.backward(middle, grad, need_x=True, need_weight=need_weight, sums=sums)
         assert grad_middle is not None
         if need_weight and self.bias is not None:
             grads.append((self.bias, grad_middle.flatten(0, 2).sum(0, dtype=sums_dtype(grad.dtype))))

@@ -27,6 +27,7 @@ from rnndyn_fast.ops.program import Program
 from rnndyn_fast.ops.recording import Mark, Recorder
 
 _MOST = 32  # recordings that are kept, and kinds of rollouts that ran once
+_LARGE_RESULT = 1 << 20  # bytes
 _lock = threading.Lock()
 
 
@@ -115,6 +116,8 @@ class Recording:
             _stage.clear()
             release_buffers()
             self.replayed = True
+        elif self.forward.gives_back:
+            release_buffers()  # (in which the last results lay)
         return self.forward(given)
 
 
@@ -278,8 +281,15 @@ class Flight:
         if self.recording.forward is not None and self.recording.backward is not None:
             self.recording.attempts = 0
         _stage.recorded = None
+        returned: list[Tensor | None] = []
+        while found:  # (one after another leaves the stage, so that none is there twice)
+            t = found.pop(0)
+            returned.append(None if t is None else recorder.returned(t))
+            if t is not None and t.nbytes >= _LARGE_RESULT:
+                del t
+                _stage.clear()
         _stage.clear()
-        return [None if t is None else recorder.returned(t) for t in found]
+        return returned
 
     def _settled(self, recorder: Recorder) -> list[Strided]:
         """Where what is kept lies: at first as the forward pass was noted, in the end as it is replayed."""

@@ -147,12 +147,18 @@ class Tape:
         while self._steps and not keep:
             self._steps.pop()()
 
-    def add_parameter(self, name: str, grad: Tensor) -> None:
-        """One summand of a parameter's gradient, if that is wanted."""
-        if name in self.wanted:
+    def own_parameter(self, name: str) -> Tensor | None:
+        """The sum of a parameter's gradient so far, to be added to; None: there is none yet, or somebody else may read it."""
+        return self.parameter_grads[name] if name in self._summed else None
+
+    def add_parameter(self, name: str, grad: Tensor, *, own: bool = False) -> None:
+        """One summand of a parameter's gradient, if that is wanted. ``own``: nobody else reads it; it may be the sum so far itself, to
+        which the summand was added."""
+        if name in self.wanted and grad is not self.parameter_grads.get(name):
             grad = grad.to(sums_dtype(grad.dtype))
             if name not in self.parameter_grads:
                 self.parameter_grads[name] = grad
+                self._summed.update([name] if own else [])
             elif name in self._summed:
                 self.parameter_grads[name].add_(grad)
             else:  # (the first one may be somebody else's too)

@@ -237,6 +237,7 @@ class TapedRun(Terms):
         self.tape.walk_back(keep)
         self.blocks = {}
         self._drop_packed(forward=False)
+        self.weights_back(list(self.collected))
 
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[str | None], keep: bool) -> list[Tensor | None]:
         """:meth:`walk_back`, and what is needed, by name: in the parameters' shapes."""

@@ -20,7 +20,9 @@ from rnndyn_fast.ops.buffers import empty, sums_dtype, tidy_buffers
 from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled
 
-WINDOW_BYTES = 4 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+# Of the maps in the windows of a component, one of each of its areas: several time steps, so that a call over them is worth its start, and
+# few of many.
+WINDOW_BYTES = 4 << 20
 
 LARGE_FORM = 4 << 20  # bytes of a pooled map, from which on backward makes it again from the sum before the norm
 
@@ -74,6 +76,7 @@ class Maps:
         self.whole_uses: Counter[tuple[str, int]] = Counter()  # of maps that are not read pooled
         self.recorded = {self.network.recorded(name)[0] for name in schedule.record}
         self.reaches = self._reaches()
+        self._companions = {name: component.areas for component in schedule.components for name in component.areas}
         self.tidies = False
 
     def _reaches(self) -> set[str]:
@@ -204,10 +207,12 @@ class Maps:
     # ---------------------------------------------------------------- windows
 
     def window(self, name: str) -> int:
-        """Slots of an area in a window: as many as fit, in windows of nearly equal size, of which the first may be shorter."""
+        """Slots of an area in a window: as many as fit beside those of its component, in windows of nearly equal size, of which the first
+        may be shorter."""
         channels, height, width = self.network.shapes[name]
         slots = self.schedule.num_slots[name]
-        fit = max(1, WINDOW_BYTES // (self.samples * height * width * channels * self.example.element_size()))
+        each = self.samples * height * width * channels * self.example.element_size()
+        fit = max(1, WINDOW_BYTES // (len(self._companions.get(name, (name,))) * each))
         return -(-slots // -(-slots // fit))
 
     def _windows(self, name: str) -> list[range]:

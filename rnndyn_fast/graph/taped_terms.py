@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,6 +46,7 @@ class Terms(Maps):
         self.uses_left = Counter(self.uses)
         self.ahead: set[int] = set()  # drives that are evaluated in windows
         self.postponed: set[int] = set()
+        self._waiting: dict[int, bool] = {}
         self.collected: defaultdict[int, list[tuple[list[Reading], list[Tensor]]]] = defaultdict(list)
 
     # ---------------------------------------------------------------- terms
@@ -127,7 +129,7 @@ class Terms(Maps):
             self.tape.record(self._linear_back, index, first, xs, keys, bool(weights))
 
     def _linear_back(self, index: int, first: int, xs: list[Reading], keys: list[Key], need_weight: bool) -> None:
-        drive, linear = self.schedule.drives[index], self.linear[index]
+        drive, linear = self.schedule.drives[index], self.linear.get(index)
         assert linear is not None
         found = [self.tape.grads.take(term_key(index, first + k))[0] for k in range(len(xs))]
         if all(grad is None for grad in found):
@@ -135,22 +137,28 @@ class Terms(Maps):
         channels, height, width = drive.shape
         zero = torch.zeros((self.samples, height, width, channels), dtype=self.example.dtype) if any(g is None for g in found) else None
         grads = [zero if grad is None else grad for grad in found]
-        if index in self.postponed and linear.postponed and need_weight:
+        if linear.postponed and need_weight and (index in self.postponed or self._waits(index)):
             # (What is made again is made now: later the way back has gone past what it is made from.)
             self.collected[index].append(([x if isinstance(x, int) else self.rules.again.read(x) for x in xs], grads))  # type: ignore[arg-type]
             need_weight = False
-            if sum(len(some) for some, _ in self.collected[index]) >= self.window(drive.connection.target):
-                self._weights_back((index,))
+            if not self._waits(index) and sum(len(some) for some, _ in self.collected[index]) >= self.window(drive.connection.target):
+                self.weights_back((index,))
         need_x = drive.source in self.reaches
         if need_x or need_weight:
             x = self._read(drive, xs, shape_only=not need_weight)
             into = self.tape.grads.own(keys[0]) if need_x and len(keys) == 1 else None
-            grad_x, found_weights = linear.backward(x, stacked(grads), need_x=need_x, need_weight=need_weight, into=into)  # type: ignore[arg-type]
-            for name, grad in found_weights:
-                self.tape.add_parameter(name, grad)
+            grad = stacked(grads)  # type: ignore[arg-type]
+            grad_x, found_weights = linear.backward(
+                x, grad, need_x=need_x, need_weight=need_weight, into=into, sums=self.tape.own_parameter
+            )
+            for name, grad_weight in found_weights:
+                self.tape.add_parameter(name, grad_weight, own=True)
             if grad_x is not None and grad_x is not into:
                 for key, part in zip(keys, parted(grad_x, len(keys)), strict=True):
                     self.tape.grads.add(key, part, own=True)
+            if self.network.delay(drive.connection) > 0 and self.window(drive.source) == 1:
+                self.rules.again.forget(keys)
+                self.blocks.pop((drive.source, "again None"), None)
         if first == 0 and linear.dense is not None and sum(other is linear for other in self.linear.values()) == 1:
             linear.dense.drop_packed()  # (what is left is its weight's gradient)
 
@@ -171,9 +179,18 @@ class Terms(Maps):
             linear = self.linear.get(index)
             if linear is not None and linear.dense is not None:
                 linear.dense.drop_packed()
-        self._weights_back(drives)
+        self.weights_back([index for index in drives if not self._waits(index)])
 
-    def _weights_back(self, drives: Sequence[int]) -> None:
+    def _waits(self, index: int) -> bool:
+        """Whether a weight's gradient waits for the end of the way back: what it is made of takes less memory than it does."""
+        if index not in self._waiting:
+            drive, linear = self.schedule.drives[index], self.linear.get(index)
+            channels, (height, width) = self.network.shapes[drive.source][0], self.network.read_size(drive.connection)
+            maps = len(drive.slots) * self.samples * (height * width * channels + math.prod(drive.shape))
+            self._waiting[index] = linear is not None and linear.dense is not None and maps < linear.dense.weight.numel()
+        return self._waiting[index]
+
+    def weights_back(self, drives: Sequence[int]) -> None:
         """The gradients of weights within a component, over a window of its steps, or what is left."""
         for index in drives:
             pairs = self.collected.pop(index, [])[::-1]
@@ -184,9 +201,9 @@ class Terms(Maps):
                 xs = [x for some, _ in pairs for x in some]
                 grads = [grad for _, some in pairs for grad in some]
                 x = self._read(self.schedule.drives[index], xs)
-                _, found = linear.backward(x, stacked(grads), need_x=False, need_weight=True)
+                _, found = linear.backward(x, stacked(grads), need_x=False, need_weight=True, sums=self.tape.own_parameter)
                 for name, grad in found:
-                    self.tape.add_parameter(name, grad)
+                    self.tape.add_parameter(name, grad, own=True)
 
     # ---------------------------------------------------------------- areas
 

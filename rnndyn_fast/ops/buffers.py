@@ -106,7 +106,7 @@ class Region:
     def give_back(self, beyond: int = 0) -> int:
         """Give the memory of gaps back to the system, from byte ``beyond`` on. Returns the bytes that they had."""
         self._join()
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        if not CAN_GIVE_BACK:
             return 0
         parts = [(max(first, beyond), min(end, self.touched)) for first, end in self.gaps if (first, end) not in self._clean]
         parts = [(-(-first // _PAGE) * _PAGE, end if end == self.touched else end // _PAGE * _PAGE) for first, end in parts]
@@ -118,6 +118,11 @@ class Region:
         if not beyond:
             self._clean = set(self.gaps)
         return sum(end - first for first, end in parts)
+
+    def give_back_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Give the memory of some ranges of whole pages back to the system, whatever is there."""
+        for first, end in ranges:
+            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def reach(self, end: int) -> None:
         """Aliases may be written to up to this byte."""
@@ -133,6 +138,8 @@ class Region:
         self.give_back(self._reach)
         self._reach = max(self._users, default=0)
 
+
+CAN_GIVE_BACK = hasattr(mmap, "MADV_DONTNEED")
 
 _lock = threading.Lock()
 _regions: list[Region] = []

@@ -130,13 +130,16 @@ def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.
 
 
 _LATE_BYTES, _LATE_PIXELS = 16 << 20, 128  # of packed weights; of the source, all samples of a time step
+_LATE_BYTES_FEW, _LATE_PIXELS_FEW = 2 << 20, 256  # the same where few time steps read the weights
 
 
-def _packs_late(weight_shape: tuple[int, ...], pixels: int, parts: int) -> bool:
+def _packs_late(weight_shape: tuple[int, ...], pixels: int, parts: int, reads: int) -> bool:
     """Whether weights are packed in every call, a piece at a time, rather than ahead: where they would be very large, and are read for few
     pixels. They come from memory in every call anyway, and as the parameter they are two thirds as large; splitting them takes as long as
-    the products of 64 pixels."""
-    return 2 * parts * math.prod(weight_shape) > _LATE_BYTES and pixels <= _LATE_PIXELS
+    the products of 64 pixels, but in pieces that stay in L2 a third of the time of packing ahead."""
+    few = reads <= FEW_READS
+    least, most = (_LATE_BYTES_FEW, _LATE_PIXELS_FEW) if few else (_LATE_BYTES, _LATE_PIXELS)
+    return 2 * parts * math.prod(weight_shape) > least and pixels <= most
 
 
 def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> AmxMap:
@@ -246,7 +249,9 @@ def _choose(
     if engine == "amx" or (engine == "auto" and matrix_units and min(weight_shape[:2]) >= 16):
         try:
             can_run_amx(geometry, weight_shape, dtype, raise_error=True)
-            units = replace(_amx_map(geometry, weight_shape, parts), packs_late=_packs_late(weight_shape, samples * height * width, parts))
+            units = replace(
+                _amx_map(geometry, weight_shape, parts), packs_late=_packs_late(weight_shape, samples * height * width, parts, reads)
+            )
         except ValueError as error:
             if engine == "amx":
                 return EngineChoice(None, str(error).split(": ", 1)[1])

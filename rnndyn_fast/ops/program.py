@@ -19,6 +19,7 @@ class Program:
     """A recorded run. ``given``: the tensors that it was recorded with, replaced by others of the same layout."""
 
     run: Callable[..., None]  # (comes last)
+    gives_back = False  # memory of the stage on the way, for results
 
     def __init__(self, made: Sequence[tuple[int, torch.dtype]], results: Sequence[tuple[int, Strided] | None]) -> None:
         self._made, self._results = made, results

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from rnndyn_fast.ops.buffers import Region, empty, taking_from
+from rnndyn_fast.ops.buffers import CAN_GIVE_BACK, Region, empty, taking_from
+from rnndyn_fast.ops.giving_back import PIECE, given_back
 from rnndyn_fast.ops.placement import Life, placed
 from rnndyn_fast.ops.places import Address, Place, Rooms, Strided, first_element, places_in, storage_of
 from rnndyn_fast.ops.program import Code, Layout, Program
@@ -317,26 +318,38 @@ class Recorder(TorchDispatchMode):
     def _finish(self) -> None:
         """Place the buffers, and make the code of all phases."""
         recorded = range(self.region.start, self.region.start + max((first + nbytes for first, nbytes in self._sizes), default=0))
-        self._arrange()
+        back, number = self._arrange(), 0
         for program, steps, layouts in self._phases:
+            program.gives_back = bool(back)
             code = Code(self.region, layouts, self.settled, recorded)
             for step in steps:
+                if number in back:
+                    code.add(("launch", self.region.give_back_ranges, (back[number],)))
                 code.add(step)
+                number += 1
             program.run = code.function()
             self.failed = self.failed or code.failed
 
-    def _arrange(self) -> None:
+    def _arrange(self) -> dict[int, list[tuple[int, int]]]:
+        """Place the buffers. Returns the parts of the region that are given back to the system before some of the steps."""
         lives: dict[int, tuple[int, int]] = {}  # first and last step
+        results: dict[int, tuple[int, int]] = {}  # bytes and first step
         steps = [step for _, some, _ in self._phases for step in some]
         for k, step in enumerate(steps):
             for place in places_in(step[2:]):
-                if place.kind == "taken" and place.number not in self._lasting:
+                if place.kind == "taken" and place.number in self._lasting:
+                    results.setdefault(place.number, (self._sizes[place.number][1], k))
+                elif place.kind == "taken":
                     lives[place.number] = lives.get(place.number, (k, k))[0], k
         lives.update({number: (lives.get(number, (0, 0))[0], len(steps)) for number in self._kept})
-        found, end = placed([Life(self._sizes[number][1], *life) for number, life in lives.items()])
+        buffers = [Life(self._sizes[number][1], *life) for number, life in lives.items()]
+        found, end = placed(buffers)
         self.region.reach(end)
         for number, first in zip(lives, found, strict=True):
             self._sizes[number] = first, self._sizes[number][1]
+        if not CAN_GIVE_BACK:
+            return {}
+        return given_back(buffers, found, list(results.values()), len(steps), -self.region.start % PIECE)
 
     def returned(self, result: Tensor) -> Tensor:
         """A result as its receiver may have it: a copy of what lies in the region."""
