@@ -20,9 +20,9 @@ from rnndyn_fast.ops.buffers import empty, sums_dtype, tidy_buffers
 from rnndyn_fast.ops.channels_last import channels_last
 from rnndyn_fast.reference.rollout import Statistics, pooled
 
-# Of the maps in the windows of a component, one of each of its areas: several time steps, so that a call over them is worth its start, and
-# few of many.
-WINDOW_BYTES = 4 << 20
+WINDOW_BYTES = 4 << 20  # of a window's maps: several time steps, so that a call over them is worth its start, and few of many
+
+FEW_STEPS = 4  # of a rollout
 
 LARGE_FORM = 4 << 20  # bytes of a pooled map, from which on backward makes it again from the sum before the norm
 
@@ -76,7 +76,7 @@ class Maps:
         self.whole_uses: Counter[tuple[str, int]] = Counter()  # of maps that are not read pooled
         self.recorded = {self.network.recorded(name)[0] for name in schedule.record}
         self.reaches = self._reaches()
-        self._companions = {name: component.areas for component in schedule.components for name in component.areas}
+        self.component_of = {name: number for number, component in enumerate(schedule.components) for name in component.areas}
         self.tidies = False
 
     def _reaches(self) -> set[str]:
@@ -207,12 +207,13 @@ class Maps:
     # ---------------------------------------------------------------- windows
 
     def window(self, name: str) -> int:
-        """Slots of an area in a window: as many as fit beside those of its component, in windows of nearly equal size, of which the first
-        may be shorter."""
+        """Slots of an area in a window: as many as fit, in windows of nearly equal size, of which the first may be shorter. Of few time
+        steps windows would be most, so the areas of a component share the room of one then."""
         channels, height, width = self.network.shapes[name]
-        slots = self.schedule.num_slots[name]
+        slots, number = self.schedule.num_slots[name], self.component_of.get(name)
+        beside = 1 if number is None or slots > FEW_STEPS else len(self.schedule.components[number].areas)
         each = self.samples * height * width * channels * self.example.element_size()
-        fit = max(1, WINDOW_BYTES // (len(self._companions.get(name, (name,))) * each))
+        fit = max(1, WINDOW_BYTES // (beside * each))
         return -(-slots // -(-slots // fit))
 
     def _windows(self, name: str) -> list[range]:

@@ -17,9 +17,11 @@ from rnndyn_fast.graph.linear import DenseMap, LinearMap, linear_map
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term
 from rnndyn_fast.graph.spec import Connection, Operator, Pool
 from rnndyn_fast.graph.tape import Key, map_key, parted, stacked, term_key
-from rnndyn_fast.graph.taped_maps import Maps
-from rnndyn_fast.ops.convolution import MAX_SUMMED, can_sum, convolve_sum
+from rnndyn_fast.graph.taped_maps import FEW_STEPS, Maps
+from rnndyn_fast.ops.convolution import MAX_SUMMED, Weight, can_sum, convolve_sum
 from rnndyn_fast.reference.rollout import Statistics, term
+
+LARGE_PACKED = 2 << 20  # bytes of a packed weight
 
 Reading = Tensor | Again | int  # what backward reads: a map that is kept, one that is made again, or the slot of an input
 
@@ -159,8 +161,18 @@ class Terms(Maps):
             if self.network.delay(drive.connection) > 0 and self.window(drive.source) == 1:
                 self.rules.again.forget(keys)
                 self.blocks.pop((drive.source, "again None"), None)
-        if first == 0 and linear.dense is not None and sum(other is linear for other in self.linear.values()) == 1:
-            linear.dense.drop_packed()  # (what is left is its weight's gradient)
+        if linear.dense is not None and (self._packs_for_each(drive, linear.dense) or (
+            first == 0 and sum(other is linear for other in self.linear.values()) == 1
+        )):  # fmt: skip
+            linear.dense.drop_packed()  # (of the last step: what is left is its weight's gradient)
+
+    def _packs_for_each(self, drive: Drive, weight: Weight) -> bool:
+        """Whether the way back packs a weight for each time step: a large one, beside others, that few steps read."""
+        return (
+            len(drive.slots) <= FEW_STEPS
+            and weight.packed_bytes >= LARGE_PACKED
+            and len(self.schedule.components[self.component_of[drive.connection.target]].drives_within) > 1
+        )
 
     def _read(self, drive: Drive, xs: Sequence[Reading], *, shape_only: bool = False) -> Tensor:
         """What a drive read, [len(xs) * N, H, W, C]; where only its shape matters, perhaps with any values."""
