@@ -48,7 +48,6 @@ class Terms(Maps):
         self.uses_left = Counter(self.uses)
         self.ahead: set[int] = set()  # drives that are evaluated in windows
         self.postponed: set[int] = set()
-        self._waiting: dict[int, bool] = {}
         self.collected: defaultdict[int, list[tuple[list[Reading], list[Tensor]]]] = defaultdict(list)
 
     # ---------------------------------------------------------------- terms
@@ -143,7 +142,7 @@ class Terms(Maps):
             # (What is made again is made now: later the way back has gone past what it is made from.)
             self.collected[index].append(([x if isinstance(x, int) else self.rules.again.read(x) for x in xs], grads))  # type: ignore[arg-type]
             need_weight = False
-            if not self._waits(index) and sum(len(some) for some, _ in self.collected[index]) >= self.window(drive.connection.target):
+            if self._collected_slots(index) >= self.window(drive.connection.target) and self._is_due(index):
                 self.weights_back((index,))
         need_x = drive.source in self.reaches
         if need_x or need_weight:
@@ -191,16 +190,31 @@ class Terms(Maps):
             linear = self.linear.get(index)
             if linear is not None and linear.dense is not None:
                 linear.dense.drop_packed()
-        self.weights_back([index for index in drives if not self._waits(index)])
+        self.weights_back([index for index in drives if self._is_due(index)])
+
+    def _collected_slots(self, index: int) -> int:
+        return sum(len(some) for some, _ in self.collected.get(index, ()))
+
+    def _is_due(self, index: int) -> bool:
+        """Whether a weight's gradient is there already, or would take no more memory than the maps that it is made of; else it waits for
+        more of them, or for the end of the way back."""
+        linear = self.linear.get(index)
+        if linear is None or linear.dense is None:
+            return True
+        there = self.tape.own_parameter(self.schedule.drives[index].connection.weights[-1]) is not None
+        return there or self._elements(index) * self._collected_slots(index) >= linear.dense.weight.numel()
+
+    def _elements(self, index: int) -> int:
+        """Of the maps that a drive reads and makes at one slot."""
+        drive = self.schedule.drives[index]
+        height, width = self.network.read_size(drive.connection)
+        return self.samples * (height * width * self.network.shapes[drive.source][0] + math.prod(drive.shape))
 
     def _waits(self, index: int) -> bool:
-        """Whether a weight's gradient waits for the end of the way back: what it is made of takes less memory than it does."""
-        if index not in self._waiting:
-            drive, linear = self.schedule.drives[index], self.linear.get(index)
-            channels, (height, width) = self.network.shapes[drive.source][0], self.network.read_size(drive.connection)
-            maps = len(drive.slots) * self.samples * (height * width * channels + math.prod(drive.shape))
-            self._waiting[index] = linear is not None and linear.dense is not None and maps < linear.dense.weight.numel()
-        return self._waiting[index]
+        """Whether a weight's gradient waits for the end of the way back, whatever is collected of its maps (:meth:`_is_due`)."""
+        linear = self.linear.get(index)
+        slots = len(self.schedule.drives[index].slots)
+        return linear is not None and linear.dense is not None and self._elements(index) * slots < linear.dense.weight.numel()
 
     def weights_back(self, drives: Sequence[int]) -> None:
         """The gradients of weights within a component, over a window of its steps, or what is left."""
