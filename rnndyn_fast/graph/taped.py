@@ -38,7 +38,7 @@ _MANY_TILES = 64  # of a time step, from which on Winograd's weights are read of
 
 LARGE_MAP = 1 << 20  # bytes, from which on the first components of such a run take some samples at a time
 
-MUCH_PACKED = 32 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
+MUCH_PACKED = 24 << 20  # bytes of packed weights that inference component by component must save: it packs them anew every time
 
 
 class TapedRun(Terms):
