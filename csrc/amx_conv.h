@@ -64,10 +64,9 @@ struct AmxWeightGradParams {
   bool accumulate;  // add to grad_weight
   int num_taps;
   const AmxTap* tap;
-  const float* x;     // [M, in_height, in_width, C_in], contiguous
-  const float* grad;  // [M, height, width, C_out], contiguous
-  float*
-      grad_weight;  // element o * out_stride + i * num_taps + index_t, written, or added to: all elements of a kernel are taps
+  const float* x;      // [M, in_height, in_width, C_in], contiguous
+  const float* grad;   // [M, height, width, C_out], contiguous
+  float* grad_weight;  // element o * out_stride + i * num_taps + index_t, written or added to
   int64_t out_stride;
   void* workspace;  // amx_weight_grad_workspace(...) bytes, scratch, 64-byte aligned
 };
