@@ -110,10 +110,12 @@ class DecodabilityReducer(SumReducer):
         except ValueError:
             self.sums = old
             raise
-        joined = {key: np.concatenate([old[key], value]) if old else value for key, value in held.items()}
+        if not old:
+            old = {key: value[:0] for key, value in held.items()}
+        index = np.concatenate([old["held.index"], held["held.index"]])
         # In the order of their numbers, the first `held_out` of them.
-        order = np.lexsort((joined["held.index"], random_numbers(joined["held.index"])))[: self.held_out]
-        self.sums.update({key: value[order] for key, value in joined.items()})
+        order = np.lexsort((index, random_numbers(index)))[: self.held_out]
+        self.sums.update({key: _rows_of(old[key], value, order) for key, value in held.items()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sums and the held-out samples."""
@@ -164,6 +166,16 @@ class DecodabilityReducer(SumReducer):
             score = x @ weight - 0.5 * (mean.T * weight).sum(0) + log_share
             right.append(int((score.argmax(1) == y).sum()))
         return np.array(right, np.float64)
+
+
+def _rows_of(old: np.ndarray, new: np.ndarray, order: np.ndarray) -> np.ndarray:  # [M, ...], [N, ...], [K] -> [K, ...]
+    """Rows of both, numbered as if joined, each copied once; the old ones themselves where they are all there is to take."""
+    if len(order) == len(old) and np.array_equal(order, np.arange(len(old))):
+        return old
+    rows = np.empty((len(order), *old.shape[1:]), old.dtype)
+    from_new = order >= len(old)
+    rows[~from_new], rows[from_new] = old[order[~from_new]], new[order[from_new] - len(old)]
+    return rows
 
 
 def random_numbers(index: np.ndarray, stream: int = 0) -> np.ndarray:  # [N] int64 -> [N] uint64

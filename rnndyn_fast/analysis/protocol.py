@@ -187,8 +187,8 @@ class SumReducer(Reducer):
         if mine != theirs:
             different = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
             raise ValueError(f"{name}: expected sums {different!r} of shape {mine.get(different)} as before, got {theirs.get(different)}")
-        for key, value in values.items():
-            self.sums[key] += value
+        for key, value in values.items():  # by torch: covariances are tens of MiB, and NumPy adds on one core
+            torch.from_numpy(self.sums[key]).add_(torch.from_numpy(value))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, copied."""
