@@ -4,43 +4,44 @@
 // Threads: over models and groups of tiles. The backward pass sums the weight gradients of a group by itself and the groups in order; how
 //   tiles are grouped depends on the shape alone, so results do not depend on the number of threads.
 
+// A square of values as its transpose, a register's lanes wide.
+template <typename Real>
+static inline void ctrnn_transpose_square(const Real* from, int64_t from_stride, Real* to, int64_t to_stride) {
+  constexpr int lanes = Simd<Real>::kLanes;
+  typename Simd<Real>::vec x[lanes];
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes; ++k) x[k] = load_vec(from + k * from_stride);
+  transpose<Real>(x);
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes; ++k) store_vec(to + k * to_stride, x[k]);
+}
+
+// Columns that whole squares hold, where a tile is full: function(column, trial) for each square. Returns how many columns that were.
+template <typename Real, class Function>
+static inline int64_t ctrnn_each_square(int64_t count, int64_t columns, Function function) {
+  constexpr int lanes = Simd<Real>::kLanes;
+  int64_t done = 0;
+  if (count == kCtrnnTile)
+    for (; done + lanes <= columns; done += lanes)
+      for (int64_t n = 0; n < kCtrnnTile; n += lanes) function(done, n);
+  return done;
+}
+
 // [count, columns] rows of memory, `stride` apart, into and out of [columns, 16] with the rows as lanes.
 template <typename Real>
 static inline void ctrnn_load_tile(const Real* from, int64_t stride, int64_t count, int64_t columns, Real* tile) {
-  typedef typename Simd<Real>::vec vec;
-  constexpr int lanes = Simd<Real>::kLanes;
-  int64_t done = 0;
-  if (count == kCtrnnTile) {
-    for (; done + lanes <= columns; done += lanes)
-      for (int64_t n = 0; n < kCtrnnTile; n += lanes) {
-        vec x[lanes];
-#pragma GCC unroll 16
-        for (int k = 0; k < lanes; ++k) x[k] = load_vec(from + (n + k) * stride + done);
-        transpose<Real>(x);
-#pragma GCC unroll 16
-        for (int k = 0; k < lanes; ++k) store_vec(tile + (done + k) * kCtrnnTile + n, x[k]);
-      }
-  }
+  const int64_t done = ctrnn_each_square<Real>(count, columns, [&](int64_t i, int64_t n) {
+    ctrnn_transpose_square(from + n * stride + i, stride, tile + i * kCtrnnTile + n, kCtrnnTile);
+  });
   for (int64_t i = done; i < columns; ++i)
     for (int64_t n = 0; n < kCtrnnTile; ++n) tile[i * kCtrnnTile + n] = n < count ? from[n * stride + i] : Real(0);
 }
 
 template <typename Real>
 static inline void ctrnn_store_tile(const Real* tile, int64_t stride, int64_t count, int64_t columns, Real* to) {
-  typedef typename Simd<Real>::vec vec;
-  constexpr int lanes = Simd<Real>::kLanes;
-  int64_t done = 0;
-  if (count == kCtrnnTile) {
-    for (; done + lanes <= columns; done += lanes)
-      for (int64_t n = 0; n < kCtrnnTile; n += lanes) {
-        vec x[lanes];
-#pragma GCC unroll 16
-        for (int k = 0; k < lanes; ++k) x[k] = load_vec(tile + (done + k) * kCtrnnTile + n);
-        transpose<Real>(x);
-#pragma GCC unroll 16
-        for (int k = 0; k < lanes; ++k) store_vec(to + (n + k) * stride + done, x[k]);
-      }
-  }
+  const int64_t done = ctrnn_each_square<Real>(count, columns, [&](int64_t i, int64_t n) {
+    ctrnn_transpose_square(tile + i * kCtrnnTile + n, kCtrnnTile, to + n * stride + i, stride);
+  });
   for (int64_t i = done; i < columns; ++i)
     for (int64_t n = 0; n < count; ++n) to[n * stride + i] = tile[i * kCtrnnTile + n];
 }
