@@ -3,7 +3,7 @@
 // Maps are channels-last and contiguous: [N, H, W, C] at (((n * H + h) * W + w) * C + c).
 // Every buffer is owned by the caller, who allocates it; a null pointer means "absent" or "not wanted". Nothing is
 // synchronised or allocated across calls. No output may alias an input, except that `value` may be the very buffer of
-// drive[0] (each element is read before it is written).
+// drive[0], and `state` that of `value` (each element is read before it is written).
 #pragma once
 #include <cstdint>
 

@@ -54,50 +54,78 @@ static inline void epilogue_ask(const ConvEpilogue& e, const float* y) {
   for (int k = 0; k < e.num_modulator; ++k) __builtin_prefetch(e.modulator[k] + offset, 0, 3);
 }
 
+// A vector of results, and the area's other terms there, as its value z, which takes their place. kFull: all lanes are channels.
+template <bool kFull>
+static inline vec epilogue_value(const ConvEpilogue& e, float* at, int64_t lanes, bool modulated, vec drive_bias,
+                                 vec modulator_bias) {
+  if constexpr (kFull) lanes = kVectorFloats;
+  const int64_t offset = at - e.value;
+  vec value = load_part(at, lanes), factor = 1.0f + modulator_bias;
+  if (e.modulates) {
+    factor += value;
+    value = drive_bias;
+  } else {
+    value += drive_bias;
+  }
+  for (int k = 0; k < e.num_drive; ++k) value += load_part(e.drive[k] + offset, lanes);
+  if (modulated) {
+    for (int k = 0; k < e.num_modulator; ++k) factor += load_part(e.modulator[k] + offset, lanes);
+    if (e.modulator_sum != nullptr) store_past_caches(e.modulator_sum + offset, factor, lanes);
+    value *= factor;
+  }
+  store_part(at, value, lanes);
+  return value;
+}
+
+// Sums over rows x cols pixels of function(pixel), in four sums, so that additions do not wait for each other.
+template <class Function>
+static inline vec sum_of_pixels(float* y, int64_t rows, int64_t row_stride, int64_t cols, int64_t col_stride,
+                                Function function) {
+  vec s0{}, s1{}, s2{}, s3{};
+  for (int64_t r = 0; r < rows; ++r) {
+    float* at = y + r * row_stride;
+    int64_t j = 0;
+    for (; j + 4 <= cols; j += 4, at += 4 * col_stride) {
+      s0 += function(at);
+      s1 += function(at + col_stride);
+      s2 += function(at + 2 * col_stride);
+      s3 += function(at + 3 * col_stride);
+    }
+    for (; j < cols; ++j, at += col_stride) s0 += function(at);
+  }
+  return (s0 + s1) + (s2 + s3);
+}
+
+// One vector of channels, from first_channel + c on, of the results at y.
+template <bool kFull>
+static inline void epilogue_channels(const ConvEpilogue& e, float* y, int64_t rows, int64_t row_stride, int64_t cols,
+                                     int64_t col_stride, int64_t channel, int64_t lanes, LaneMoments* cell) {
+  if constexpr (kFull) lanes = kVectorFloats;
+  const bool modulated = e.modulates || e.num_modulator > 0;
+  const bool alone = !modulated && e.num_drive == 0 && e.drive_bias == nullptr;
+  const vec drive_bias = e.drive_bias != nullptr ? load_part(e.drive_bias + channel, lanes) : vec{};
+  const vec modulator_bias = e.modulator_bias != nullptr ? load_part(e.modulator_bias + channel, lanes) : vec{};
+  auto value = [&](float* at) {
+    return alone ? load_part(at, lanes) : epilogue_value<kFull>(e, at, lanes, modulated, drive_bias, modulator_bias);
+  };
+  const vec sum = sum_of_pixels(y, rows, row_stride, cols, col_stride, value);
+  if (cell == nullptr) return;
+  const vec mean = sum * (1.0f / float(rows * cols));
+  auto square = [&](const float* at) {
+    const vec deviation = load_part(at, lanes) - mean;
+    return deviation * deviation;
+  };
+  cell->merge(in_lanes(float(rows * cols), lanes), mean, sum_of_pixels(y, rows, row_stride, cols, col_stride, square));
+}
+
 // The results at y: rows x cols pixels, `channels` of them from first_channel on. Their moments are merged into the cell, if there is one.
 static void epilogue_block(const ConvEpilogue& e, float* y, int64_t rows, int64_t row_stride, int64_t cols,
                            int64_t col_stride, int64_t first_channel, int64_t channels, LaneMoments* cell) {
-  const bool modulated = e.modulates || e.num_modulator > 0;
-  const bool alone = !modulated && e.num_drive == 0 && e.drive_bias == nullptr;
-  for (int64_t c = 0; c < channels; c += kVectorFloats) {
-    const int64_t lanes = channels - c;
-    const vec drive_bias = e.drive_bias != nullptr ? load_part(e.drive_bias + first_channel + c, lanes) : vec{};
-    const vec modulator_bias =
-        e.modulator_bias != nullptr ? load_part(e.modulator_bias + first_channel + c, lanes) : vec{};
-    vec sum{};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < cols; ++j) {
-        float* at = y + r * row_stride + j * col_stride + c;
-        vec value = load_part(at, lanes);
-        if (!alone) {
-          const int64_t offset = at - e.value;
-          vec factor = 1.0f + modulator_bias;
-          if (e.modulates) {
-            factor += value;
-            value = drive_bias;
-          } else {
-            value += drive_bias;
-          }
-          for (int k = 0; k < e.num_drive; ++k) value += load_part(e.drive[k] + offset, lanes);
-          if (modulated) {
-            for (int k = 0; k < e.num_modulator; ++k) factor += load_part(e.modulator[k] + offset, lanes);
-            if (e.modulator_sum != nullptr) store_past_caches(e.modulator_sum + offset, factor, lanes);
-            value *= factor;
-          }
-          store_part(at, value, lanes);
-        }
-        sum += value;
-      }
-    if (cell == nullptr) continue;
-    const vec mean = sum * (1.0f / float(rows * cols));
-    vec m2{};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < cols; ++j) {
-        const vec deviation = load_part(y + r * row_stride + j * col_stride + c, lanes) - mean;
-        m2 += deviation * deviation;
-      }
-    cell->merge(in_lanes(float(rows * cols), lanes), mean, m2);
-  }
+  int64_t c = 0;
+  for (; c + kVectorFloats <= channels; c += kVectorFloats)
+    epilogue_channels<true>(e, y + c, rows, row_stride, cols, col_stride, first_channel + c, kVectorFloats, cell);
+  if (c < channels)
+    epilogue_channels<false>(e, y + c, rows, row_stride, cols, col_stride, first_channel + c, channels - c, cell);
 }
 
 // Statistics of one sample from its cells.

@@ -380,6 +380,9 @@ class _Inference:
                 continue
             if pool is Pool.NONE and state is not None:
                 self.forms[form] = state
+            elif pool is Pool.NONE and value is not None and ours and not operands.on_device:
+                # In the place of the value, whose lines are at hand: a map of its own would be read before it is written.
+                self.forms[form], ours = value, False
             else:
                 self.forms[form] = self._map(form_shape(shape, pool))
             outputs[{Pool.NONE: "state", Pool.MAX: "max_pooled", Pool.MEAN: "mean_pooled"}[pool]] = self.forms[form]
