@@ -36,8 +36,9 @@ from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.train import QuietReporter
 
 AREAS = ("v2", "v4", "it", "gap")  # every area that changes in time
-# Times per image are differences of two counts of batches. One batch is too few for the smaller: tables of 64 samples' moments are
-# quicker made than those of 256, and first batches wait for fresh memory; more than that changes neither.
+# Times per image are differences of two counts of batches. What is done once must take as long with few as with many: tables of 64 samples'
+# moments are quicker made than those of 256, and classifiers are tested with all samples until HELD_OUT are there.
+HELD_OUT = 256
 BATCH, FEW, MANY, ROUNDS = (4, 1, 2, 1) if QUICK else (64, 4, 12, 5)
 MEAN = STD = np.full(3, 127.0)
 
@@ -74,7 +75,7 @@ def all_reducers(weight: Tensor, timesteps: int, areas: tuple[str, ...], classes
         RepresentationChangeReducer(areas),
         MomentReducer(areas),
         RdmReducer(("gap",), classes=range(classes)),
-        DecodabilityReducer(("gap",), num_classes=classes),
+        DecodabilityReducer(("gap",), num_classes=classes, held_out=HELD_OUT),
     ]
 
 
