@@ -67,7 +67,7 @@ class Noise:
         return {}
 
 
-def all_reducers(weight: Tensor, timesteps: int, areas: tuple[str, ...], classes: int) -> list[Reducer]:
+def all_reducers(weight: Tensor, timesteps: int, areas: tuple[str, ...], classes: int, held_out: int = 2000) -> list[Reducer]:
     """Every reducer: norms, change and moments of `areas`, the others of the pooled representations."""
     return [
         ReadoutZoneReducer(weight, timesteps=timesteps),
@@ -75,7 +75,7 @@ def all_reducers(weight: Tensor, timesteps: int, areas: tuple[str, ...], classes
         RepresentationChangeReducer(areas),
         MomentReducer(areas),
         RdmReducer(("gap",), classes=range(classes)),
-        DecodabilityReducer(("gap",), num_classes=classes, held_out=HELD_OUT),
+        DecodabilityReducer(("gap",), num_classes=classes, held_out=held_out),
     ]
 
 
@@ -99,7 +99,7 @@ def test_extraction_over_forward(kind: str, tmp_path: Path) -> None:
                 bare(images)
 
     def extraction(count: int, save: tuple[str, ...] = ()) -> None:
-        reducers = all_reducers(weight, net.timesteps, AREAS, 100)
+        reducers = all_reducers(weight, net.timesteps, AREAS, 100, HELD_OUT)
         stream(
             recorded, source, reducers, out=out, save=save, batch_size=BATCH, limit=count * BATCH, overwrite=True, reporter=QuietReporter()
         )

@@ -21,6 +21,8 @@ from rnndyn_fast.analysis import (
     ReadoutZoneReducer,
     Reducer,
     RepresentationChangeReducer,
+    SumReducer,
+    Table,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -286,3 +288,40 @@ def test_batches_say_what_is_wrong() -> None:
     reducer = DecodabilityReducer(("a",), num_classes=2)
     with pytest.raises(ValueError, match="labels: expected"):
         reducer.add(Batch([0], [2], {"a": np.zeros((1, 1, 2))}))
+
+
+def test_sums_of_a_reducer_of_ones_own_may_be_any_arrays() -> None:
+    """Scalars of NumPy, read-only and reversed arrays; the batch's own are left as they are."""
+
+    class Own(SumReducer):
+        name = "own"
+        requires = ("gap",)
+
+        def measure(self, batch: Batch) -> dict[str, Any]:
+            values = batch.area("gap").numpy().astype(np.float64)
+            return {"total": values.sum(), "steps": np.broadcast_to(values.sum(), (3,)), "reversed": values.sum((1, 2))[::-1]}
+
+        def tables(self) -> dict[str, Table]:
+            return {"total": Table((), self.sums["total"])}
+
+    reducer, maps = Own(), np.arange(24.0).reshape(2, 4, 3)
+    for first in (0, 2):
+        reducer.add(Batch([first, first + 1], [0, 0], {"gap": maps[:, first : first + 2]}))
+    assert float(reducer.result()["total"]) == maps.sum()
+    assert reducer.sums["steps"].tolist() == [maps.sum()] * 3
+    assert reducer.sums["reversed"].tolist() == maps.sum((1, 2))[::-1].tolist()
+
+
+def test_held_out_samples_take_the_places_of_those_that_leave() -> None:
+    rng = np.random.default_rng(0)
+    values, labels = rng.normal(size=(2, 90, 4)), rng.integers(0, 2, 90)
+    whole = DecodabilityReducer(("gap",), num_classes=2, held_out=11)
+    whole.add(Batch(np.arange(90), labels, {"gap": values}))
+    parts = DecodabilityReducer(("gap",), num_classes=2, held_out=11)
+    for rows in np.array_split(np.arange(90), 12):
+        parts.add(Batch(rows, labels[rows], {"gap": values[:, rows]}))
+    index, label, held = (parts.sums[f"held.{name}"] for name in ("index", "label", "gap"))
+    assert sorted(index) == sorted(whole.sums["held.index"])
+    np.testing.assert_array_equal(label, labels[index])
+    np.testing.assert_array_equal(held, values[:, index].transpose(1, 0, 2).astype(np.float32))
+    np.testing.assert_array_equal(parts.result()["accuracy"], whole.result()["accuracy"])

@@ -305,6 +305,23 @@ def test_value_may_take_the_memory_of_the_first_drive() -> None:
     assert torch.equal(state, expected["state"])
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 6, 4), (3, 33, 7, 9)])
+def test_state_may_take_the_memory_of_the_value(isa: str, shape: tuple[int, int, int, int]) -> None:
+    step = Step(shape, 2, 1)
+    operands, (n, c, h, w) = Operands(step, torch.float64), shape
+    expected = operands.forward()
+    assert operands.gamma is not None
+    assert operands.beta is not None
+    place, pooled = poisoned(n, h, w, c, dtype=torch.float64), poisoned(n, h // 2, w // 2, c, dtype=torch.float64)
+    area_step_forward(
+        [maps(x) for x in operands.drives], [maps(x) for x in operands.modulators],
+        gamma=operands.gamma.permute(1, 2, 0).contiguous(), beta=operands.beta.permute(1, 2, 0).contiguous(),
+        value=place, state=place, max_pooled=pooled, mean=torch.empty(n, dtype=torch.float64), rstd=torch.empty(n, dtype=torch.float64),
+    )  # fmt: skip
+    assert torch.equal(place, expected["state"])
+    assert torch.equal(pooled, maps(functional.max_pool2d(standard(place), 2, 2)))
+
+
 @pytest.mark.parametrize("kept", ["state", "no_state"])
 def test_first_of_equal_maxima_wins_and_takes_the_gradient(isa: str, kept: str) -> None:
     x = torch.zeros(1, 6, 6, 5)

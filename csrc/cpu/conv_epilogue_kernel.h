@@ -96,7 +96,7 @@ static inline vec sum_of_pixels(float* y, int64_t rows, int64_t row_stride, int6
   return (s0 + s1) + (s2 + s3);
 }
 
-// One vector of channels, from first_channel + c on, of the results at y.
+// One vector of channels, from `channel` on, of the results at y.
 template <bool kFull>
 static inline void epilogue_channels(const ConvEpilogue& e, float* y, int64_t rows, int64_t row_stride, int64_t cols,
                                      int64_t col_stride, int64_t channel, int64_t lanes, LaneMoments* cell) {

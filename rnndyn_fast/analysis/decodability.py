@@ -97,7 +97,7 @@ class DecodabilityReducer(SumReducer):
     def _limit(self) -> np.uint64 | None:
         """The largest number among a full set of held-out samples: later ones must lie below."""
         held = self.sums.get("held.index")
-        return random_numbers(held[-1:])[0] if held is not None and len(held) >= self.held_out else None
+        return random_numbers(held).max() if held is not None and len(held) >= self.held_out else None
 
     def _include(self, values: Mapping[str, np.ndarray], name: str) -> None:
         if not values:
@@ -110,12 +110,19 @@ class DecodabilityReducer(SumReducer):
         except ValueError:
             self.sums = old
             raise
-        if not old:
-            old = {key: value[:0] for key, value in held.items()}
-        index = np.concatenate([old["held.index"], held["held.index"]])
-        # In the order of their numbers, the first `held_out` of them.
-        order = np.lexsort((index, random_numbers(index)))[: self.held_out]
-        self.sums.update({key: _rows_of(old[key], value, order) for key, value in held.items()})
+        mine = {key: old[key] if old else value[:0] for key, value in held.items()}
+        index = np.concatenate([mine["held.index"], held["held.index"]])
+        # The first `held_out` of them, by their numbers.
+        first = np.lexsort((index, random_numbers(index)))[: self.held_out]
+        before = len(mine["held.index"])
+        stay, come = np.sort(first[first < before]), first[first >= before] - before
+        if before == self.held_out:  # those that come take the places of those that leave: most batches bring a few, of tens of MiB
+            leave = np.setdiff1d(np.arange(before), stay)
+            for key, value in held.items():
+                mine[key][leave] = value[come]
+        else:
+            mine = {key: np.concatenate([mine[key][stay], value[come]]) for key, value in held.items()}
+        self.sums.update(mine)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sums and the held-out samples."""
@@ -166,16 +173,6 @@ class DecodabilityReducer(SumReducer):
             score = x @ weight - 0.5 * (mean.T * weight).sum(0) + log_share
             right.append(int((score.argmax(1) == y).sum()))
         return np.array(right, np.float64)
-
-
-def _rows_of(old: np.ndarray, new: np.ndarray, order: np.ndarray) -> np.ndarray:  # [M, ...], [N, ...], [K] -> [K, ...]
-    """Rows of both, numbered as if joined, each copied once; the old ones themselves where they are all there is to take."""
-    if len(order) == len(old) and np.array_equal(order, np.arange(len(old))):
-        return old
-    rows = np.empty((len(order), *old.shape[1:]), old.dtype)
-    from_new = order >= len(old)
-    rows[~from_new], rows[from_new] = old[order[~from_new]], new[order[from_new] - len(old)]
-    return rows
 
 
 def random_numbers(index: np.ndarray, stream: int = 0) -> np.ndarray:  # [N] int64 -> [N] uint64

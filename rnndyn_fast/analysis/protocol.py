@@ -188,7 +188,7 @@ class SumReducer(Reducer):
             different = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
             raise ValueError(f"{name}: expected sums {different!r} of shape {mine.get(different)} as before, got {theirs.get(different)}")
         for key, value in values.items():  # by torch: covariances are tens of MiB, and NumPy adds on one core
-            torch.from_numpy(self.sums[key]).add_(torch.from_numpy(value))
+            torch.from_numpy(self.sums[key]).add_(torch.from_numpy(np.require(value, requirements=("C", "W"))))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, copied."""
