@@ -1,4 +1,4 @@
-"""Gated cells and the networks beyond the first on a CUDA device: our kernels (``backend="scheduled"``), also as CUDA graphs, against every
+"""Gated cells and the networks beyond the first on a CUDA device: our kernels (``backend="native"``), also as CUDA graphs, against every
 term at every time step in PyTorch's operations, eager and with maps and weights in channels_last; float16 by autocast, in the same run,
 alternating. Peak memory of a training step.
 
@@ -58,7 +58,7 @@ def made(name: str) -> tuple[RecurrentNetwork, list[Tensor], tuple[str, ...]]:
 def contenders(name: str) -> dict[str, tuple[RecurrentNetwork, list[Tensor], tuple[str, ...]]]:
     """The same parameters and inputs in each."""
     ours, inputs, record = made(name)
-    ours.backend = "scheduled"
+    ours.backend = "native"
     eager = copy.deepcopy(ours)
     eager.backend = "reference"
     last = copy.deepcopy(eager).to(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph import Operator
 from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.program import plan
 
 HALF = (torch.float16, torch.bfloat16)
 LAUNCHES = ("area_step_forward", "area_step_backward", "recurrent_conv", "recurrent_conv_weight_grad")
@@ -39,7 +41,9 @@ def count_launches(
 
 def send_to_kernels(patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0)) -> list[str]:
     """Tensors of these dtypes are as if on a device of that capability (others stay the CPU's). Returns the names of the launches."""
-    patch.setattr(_launch, "on_device", lambda tensor: tensor.dtype in dtypes)
+    # (An arena is bytes: as those of a device, its program runs on tensors. Plans of the CPU are not those of the kernels.)
+    patch.setattr(_launch, "on_device", lambda tensor: tensor.dtype in (*dtypes, torch.uint8))
+    patch.setattr(plan, "_plans", OrderedDict())
     patch.setattr(_launch_cuda, "capability", lambda device: capability)
     return count_launches(patch)
 

@@ -126,10 +126,10 @@ def test_two_stream_network(options: dict[str, Any], monkeypatch: pytest.MonkeyP
     if options.get("hook_type", "None") != "None":
         name = "V1_1" if options["hook_type"] == "concat" else "V1_1_BU"
         published.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output))
-    ours = accelerate(published, backend="scheduled")
+    ours = accelerate(published, backend="native")
     assert isinstance(ours, BLTVS)
     assert not ours.training
-    expected = blt_vs(**options, backend="scheduled")
+    expected = blt_vs(**options, backend="native")
     expected.load_state_dict(published.state_dict(), strict=True)
     assert ours.config == expected.config
     x = torch.rand(1, 3, options["image_size"], options["image_size"])

@@ -4,7 +4,9 @@ and threads."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast import _core
-from rnndyn_fast.graph.operands import area_step_forward, at_most
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.program.kinds import KINDS
 from rnndyn_fast.reference.area_step import area_step
 
 ISAS = _core.build_info()["isa_supported"]
@@ -64,6 +66,21 @@ def maps(x: Tensor) -> Tensor:
 def standard(x: Tensor) -> Tensor:
     """[N, H, W, C] as [N, C, H, W]."""
     return x.permute(0, 3, 1, 2)
+
+
+def at_most(terms: Sequence[Tensor]) -> list[Tensor]:
+    """The terms as the kernel takes them: those past its limit summed into one."""
+    limit = _launch.MAX_TERMS
+    if len(terms) <= limit:
+        return list(terms)
+    rest = torch.empty_like(terms[0])
+    KINDS["total"].run(terms[limit - 1 :], rest)
+    return [*terms[: limit - 1], rest]
+
+
+def area_step_forward(drives: Sequence[Tensor], modulators: Sequence[Tensor] = (), *, rectify: bool = True, **operands: Any) -> None:
+    """The instruction ``area_step``, of any number of terms."""
+    KINDS["area_step"].run(at_most(drives), at_most(modulators), rectify=rectify, **operands)
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:

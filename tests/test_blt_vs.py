@@ -13,10 +13,11 @@ from conftest import golden, golden_module
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role, rollout
+from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.graph.spec import FIT, Activation
 from rnndyn_fast.models import BLTVS, blt_vs, build
 from rnndyn_fast.models.blt_vs_net import AREAS
+from rnndyn_fast.program import rollout
 
 LAYERS = ["full", "v1_224", "v4_224", "lgn_224", "retina_224", "td_all_negative"]
 NETWORKS = {
@@ -167,7 +168,7 @@ def samples(x: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in NETWORKS.items() for name in names])
 def test_golden_networks(size: str, name: str) -> None:
-    net, data = golden_net(size, name, backend="scheduled")
+    net, data = golden_net(size, name, backend="native")
     shared = part(size)
     net.double()  # (in float32 one relu that decides otherwise moves some gradients by 1e-2)
     image = torch.from_numpy(shared["input"]).double().requires_grad_(True)

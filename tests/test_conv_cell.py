@@ -72,7 +72,7 @@ def close(got: Tensor, expected: Tensor, what: str, *, gradient: bool = False) -
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("backend", ["reference", "scheduled"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", CASES)
 def test_golden_cells(name: str, dtype: torch.dtype, backend: str) -> None:

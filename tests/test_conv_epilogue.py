@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from cases import ADD, DOWN, MUL, UP, identity
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast import _core
-from rnndyn_fast.graph.operands import AreaOperands
-from rnndyn_fast.graph.update import Pending, update_area
+from rnndyn_fast import _core, rollout
+from rnndyn_fast.graph import Activation, Area, Connection, Input, Network, Norm, Pool
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_conv, pack_amx_weight
 from rnndyn_fast.ops.convolution import Weight, can_end, convolve_sum
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
+from rnndyn_fast.program import plan, terms
 
 CONV, TRANSPOSE = Operator.CONV, Operator.CONV_TRANSPOSE
 SAME3, SAME5, SAME7 = Geometry(CONV, 1, 1), Geometry(CONV, 1, 2), Geometry(CONV, 1, 3)
@@ -209,56 +213,86 @@ def test_pixels_that_nothing_reaches_are_refused() -> None:
 # ---------------------------------------------------------------- an area's step
 
 
-def area_of(shape: tuple[int, ...], *, norm: bool) -> AreaOperands:
-    gamma, beta = (torch.randn(shape[1:]), torch.randn(shape[1:])) if norm else (None, None)
-    return AreaOperands(gamma, beta, 1e-5, True)
+def area_of(engines: tuple[str | None, ...], *, multiplicative: bool, norm: bool) -> Network:
+    """One area: a known drive (multiplicative: and a known modulator), and a convolution of an input for each engine."""
+    inputs, connections = [Input("known", 20, 6, 8)], [identity("known", "a")]
+    if multiplicative:
+        inputs.append(Input("factor", 20, 6, 8))
+        connections.append(identity("factor", "a", DOWN, delay=0))
+    for k, name in enumerate(engines):
+        twice = name in ("amxT", "F42T")
+        inputs.append(Input(f"x{k}", 18 + k, *((3, 4) if twice else (6, 8))))
+        operator, stride = (TRANSPOSE, 2) if twice else (CONV, 1)
+        role = DOWN if multiplicative else UP
+        connections.append(Connection(f"x{k}", "a", role, operator, 3, stride, delay=0, parameter=f"w{k}"))
+    areas = (Area("a", 20, MUL if multiplicative else ADD, Norm.LAYER if norm else Norm.NONE),
+             Area("pooled", 20, norm=Norm.NONE, activation=Activation.IDENTITY))  # fmt: skip
+    return Network("one_area", tuple(inputs), areas, (*connections, identity("a", "pooled", pool=Pool.MAX)))
+
+
+def choose(engines: tuple[str | None, ...]) -> Callable[..., Any]:
+    """The engines of the area's convolutions, told by the channels that they read."""
+
+    def chooser(*_: Any) -> Callable[..., EngineChoice]:
+        def chosen(geometry: Geometry, shape: tuple[int, ...], *__: Any) -> EngineChoice:
+            name = engines[shape[0 if geometry.operator is TRANSPOSE else 1] - 18]
+            return EngineChoice.of(MAPS[name][2], "test") if name else EngineChoice(None, "test")
+
+        return chosen
+
+    return chooser
+
+
+def kinds_of(made: plan.Plan) -> list[tuple[str, bool, bool]]:
+    """The forward instructions that compute terms or the area: whether they end with an epilogue, and add to what is there."""
+    instrs = made.versions[0].executable.program.part(backward=False)
+    return [(i.kind, i.operands.get("ends", False), i.operands.get("accumulate", False)) for i in instrs if "conv" in i.kind]
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("engines", [("F43", "F43"), ("F43", "amx"), ("amx", "amxT"), (None, "F42T"), (None, None)], ids=str)
 @pytest.mark.parametrize("multiplicative", [False, True])
-def test_pending_terms_of_an_area(norm: bool, engines: tuple[str | None, ...], multiplicative: bool) -> None:
-    """Terms computed beforehand and terms computed with the step, by one engine, two, or the vendor's: the same state."""
-    size = (2, 6, 8, 20)
-    area, known, factor = area_of(size, norm=norm), torch.randn(size), torch.randn(size)
-    terms: list[Pending] = []
-    exact: list[Tensor] = []
-    for k, name in enumerate(engines):
-        twice = name in ("amxT", "F42T")
-        case = Case(name or "F43", (2, 3, 4, 18, 20) if twice else (2, 6, 8, 18, 20), "alone", seed=k)
-        weight = case.weight if name else Weight(case.geometry, case.weight.weight, EngineChoice(None, "test"))
-        terms.append(Pending(weight, case.x))
-        exact.append(case.conv())
-    drives, modulators = ([known], [*terms, factor]) if multiplicative else ([known, *terms], [])
-    value = torch.full(size, float("nan")) if norm else None
-    mean, rstd = (torch.full((2,), float("nan")), torch.full((2,), float("nan"))) if norm else (None, None)
-    state, pooled = torch.full(size, float("nan")), torch.full((2, 3, 4, 20), float("nan"))
-    total = torch.full(size, float("nan")) if multiplicative else None
-    update_area(area, drives, modulators, None, None, value, mean, rstd, total, state=state, max_pooled=pooled)
-
-    z = known.double() * (1 + factor.double() + sum(exact)) if multiplicative else known.double() + sum(exact)
-    if norm:
-        assert area.gamma is not None
-        assert area.beta is not None
-        flat = z.flatten(1)
-        z = ((flat - flat.mean(1, keepdim=True)) / (flat.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()).view(size)
-        z = z * area.gamma.double() + area.beta.double()
-    h = z.clamp_min(0)
-    assert relative(state, h) < TOLERANCE
-    assert relative(pooled, functional.max_pool2d(h.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)) < TOLERANCE
-    if total is not None:
-        assert relative(total, (1 + factor.double() + sum(exact)).expand(size)) < TOLERANCE
-
-
-def test_a_drive_in_the_place_of_the_value() -> None:
-    size = (2, 6, 8, 20)
-    area, drive = area_of(size, norm=True), torch.randn(size)
+def test_pending_terms_of_an_area(
+    norm: bool, engines: tuple[str | None, ...], multiplicative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terms computed beforehand and terms computed with the step, by one engine, two, or the vendor's: the same state and gradients."""
+    monkeypatch.setattr(terms, "chooser", choose(engines))
+    monkeypatch.setattr(plan, "_plans", OrderedDict())
+    network = area_of(engines, multiplicative=multiplicative, norm=norm)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, n.channels, n.height, n.width, generator=generator) for n in network.inputs]
+    parameters = {}
+    for name, shape in network.parameter_shapes.items():
+        value = torch.randn(shape, generator=generator)
+        parameters[name] = value / (18 * 9) ** 0.5 if name.startswith("w") else value
     results = []
-    for in_place in (True, False):
-        case = Case("F43", (2, 6, 8, 18, 20), "alone")
-        first = drive.clone()
-        value = first if in_place else torch.empty(size)
-        state = torch.empty(size)
-        update_area(area, [first, Pending(case.weight, case.x)], [], None, None, value, torch.empty(2), torch.empty(2), state=state)
-        results.append(state)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "native")):
+        leaves = {name: p.to(dtype).requires_grad_() for name, p in parameters.items()}
+        xs = [x.to(dtype).requires_grad_() for x in inputs]
+        states = rollout(network, 1, xs, leaves, ("a", "pooled"), backend=backend)
+        with torch.no_grad():
+            again = rollout(network, 1, xs, leaves, ("a", "pooled"), backend=backend)
+        sum((s * s).sum() for s in states).backward()
+        results.append([*states, *again, *(t.grad for t in (*xs, *leaves.values()))])
+    for ours, exact in zip(results[1][:4], results[0][:4], strict=True):
+        assert relative(ours.detach(), exact.detach()) < TOLERANCE
+    for ours, exact in zip(results[1][4:], results[0][4:], strict=True):
+        assert relative(ours, exact) < 20 * TOLERANCE
+    for made in plan._plans.values():
+        ends = [kind for kind in kinds_of(made) if kind[1]]
+        assert len(ends) == (norm and engines != (None, None)), "with a norm one convolution ends with the epilogue"
+
+
+def test_a_drive_in_the_place_of_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's convolution is where the value goes, and ours is added to it."""
+    monkeypatch.setattr(terms, "chooser", choose((None, "F43")))
+    monkeypatch.setattr(plan, "_plans", OrderedDict())
+    network = area_of((None, "F43"), multiplicative=False, norm=True)
+    inputs = [torch.randn(2, n.channels, n.height, n.width) for n in network.inputs]
+    parameters = {n: torch.randn(s) / (18 * 9 if n.startswith("w") else 1) ** 0.5 for n, s in network.parameter_shapes.items()}
+    (state,) = rollout(network, 1, inputs, parameters, ("a",), backend="native")
+    (made,) = plan._plans.values()
+    assert ("conv", True, True) in kinds_of(made)
+    double = {name: p.double() for name, p in parameters.items()}
+    (exact,) = rollout(network, 1, [x.double() for x in inputs], double, ("a",), backend="reference")
+    assert relative(state, exact) < TOLERANCE

@@ -57,7 +57,7 @@ def nchw(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).movedim(-1, -3).to(dtype)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("scheduled", torch.float64), ("scheduled", torch.float32)])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("native", torch.float64), ("native", torch.float32)])
 @pytest.mark.parametrize("name", MODELS)
 def test_golden_models(name: str, backend: str, dtype: torch.dtype) -> None:
     """Every layer's output at every step, the cells' states after the last one, and the answer."""

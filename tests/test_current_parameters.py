@@ -69,7 +69,7 @@ def tied(net: Any) -> None:
 CHANGES = (assigned, changed_in_place, replaced_layer, replaced_area, loaded, parametrized, a_plain_attribute, tied)
 
 
-@pytest.mark.parametrize("backend", ["native", "scheduled"])
+@pytest.mark.parametrize("backend", ["native"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
 def test_changes_are_seen(change: Callable[[Any], None], backend: str) -> None:
     net, x = small(backend), torch.rand(1, 3, 16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +14,13 @@ from cases import CASES, RolloutCase
 from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, widened
 
 from rnndyn_fast.devices import choose_device
-from rnndyn_fast.graph import can_run_native, rollout
-from rnndyn_fast.graph.operands import drive_device_engine
-from rnndyn_fast.graph.plan import describe
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch_cuda, measured
-from rnndyn_fast.ops import buffers as buffers_module
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
 from rnndyn_fast.ops.measured import Case, Times
+from rnndyn_fast.program import can_run_native, kinds, rollout
+from rnndyn_fast.program.describe import describe
 
 pytestmark = in_harness
 CONV, DEVICE = Geometry(Operator.CONV, 1, 1), torch.device("cpu")  # (stands for the device)
@@ -158,9 +157,9 @@ def test_both_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.M
         assert found == {name: Times(1.0, 2.0) for name in ("forward", "data", "weight")}
 
 
-def mixed(case: RolloutCase, passes: tuple[str, ...]) -> Callable[..., EngineChoice]:
+def mixed(passes: tuple[str, ...]) -> Callable[..., EngineChoice]:
     def choose(*arguments: Any) -> EngineChoice:
-        choice = drive_device_engine(*arguments)
+        choice = choose_device_engine(*arguments)
         return EngineChoice(None, "test", fused=passes) if choice.fused else choice
 
     return choose
@@ -170,13 +169,13 @@ def mixed(case: RolloutCase, passes: tuple[str, ...]) -> Callable[..., EngineCho
 def test_passes_of_both_engines_mix(passes: tuple[str, ...], simt: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_rollout_half import step, without_relu
 
-    from rnndyn_fast.graph import operands
+    from rnndyn_fast.graph import linear
 
     case = without_relu(widened(CASES["topdown_multiplicative"]))
     inputs, parameters = rounded_case(case, torch.float16)
     truth = step(case, inputs, parameters, "reference")
     launches = send_to_kernels(monkeypatch, *HALF)
-    monkeypatch.setattr(operands, "drive_device_engine", mixed(case, passes))
+    monkeypatch.setattr(linear, "choose_device_engine", mixed(passes))
     result = step(case, [x.half() for x in inputs], {k: p.half() for k, p in parameters.items()}, "native", "fused")
     assert ("recurrent_conv_weight_grad" in launches) == ("weight" in passes)
     assert ("recurrent_conv" in launches) == (passes != ("weight",))
@@ -201,7 +200,7 @@ def test_the_plan_for_a_device() -> None:
     ]
     first = next(line for line in lines if line.startswith("image -> retina"))
     assert "32 and 3 channels: the fused convolution takes multiples of 8" in first
-    assert "saved for backward, per image (float16):" in lines
+    assert not any("arena" in line for line in lines), "of the CPU's programs"
     fused = describe(net.schedule(), "fused", device="cuda", dtype=torch.bfloat16)
     assert any(
         line.strip().startswith("v4 -> v2 (top_down)") and line.split()[4:] == ["fused", "asked", "for"] for line in fused.splitlines()
@@ -254,7 +253,7 @@ def test_engines_of_the_cpu_are_refused_on_a_device(simt: object, monkeypatch: p
             rollout(*arguments(case), case.record, backend="native", engine=engine)
 
 
-@pytest.mark.parametrize("when", [3, 11, 30])
+@pytest.mark.parametrize("when", [3, 11, 80])
 def test_out_of_memory_leaves_everything_as_it_was(when: int, simt: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a rollout, forward or backward: a clear error, the caller's tensors as before, and the next rollout runs."""
     case = widened(CASES["topdown_multiplicative"])
@@ -264,17 +263,19 @@ def test_out_of_memory_leaves_everything_as_it_was(when: int, simt: object, monk
         p.requires_grad_()
     before = [t.detach().clone() for t in (*inputs, *parameters.values())]
     taken = 0
-    empty = buffers_module.empty
 
-    def scarce(shape: Any, dtype: torch.dtype) -> torch.Tensor:
-        nonlocal taken
-        taken += 1
-        if taken == when:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return empty(shape, dtype)
+    def scarce(function: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **operands: Any) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == when:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            function(*args, **operands)
 
-    for name in ("graph.forward", "graph.backward", "graph.operands", "graph.fused_step", "ops.fused_conv"):
-        monkeypatch.setattr(f"rnndyn_fast.{name}.empty", scarce)
+        return run
+
+    for name, row in kinds.KINDS.items():
+        monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(row, run=scarce(row.run)))
 
     def step() -> None:
         outputs = rollout(network, timesteps, inputs, parameters, case.record, backend="native", engine="fused")

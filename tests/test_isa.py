@@ -91,16 +91,16 @@ def test_torch_set_num_threads_is_honoured() -> None:
     """Counted as threads of the process: the core's OpenMP runtime is torch's own, so one thread stays one."""
     code = """
 import torch, rnndyn_fast, psutil
-from rnndyn_fast.graph.operands import area_step_forward
+from rnndyn_fast.program.kinds import KINDS
 x, state = torch.empty(8, 64, 64, 32), torch.empty(8, 64, 64, 32)
 torch.set_num_threads({threads})
 counts = [psutil.Process().num_threads()]
-area_step_forward([x], state=state)
+KINDS["area_step"].run([x], rectify=True, state=state)
 counts.append(psutil.Process().num_threads())
 torch.relu(x)
 counts.append(psutil.Process().num_threads())
 torch.set_num_threads(1)
-area_step_forward([x], state=state)
+KINDS["area_step"].run([x], rectify=True, state=state)
 counts.append(psutil.Process().num_threads())
 print(*counts)
 """

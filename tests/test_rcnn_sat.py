@@ -51,7 +51,7 @@ def golden_net(name: str) -> tuple[RCNNSAT, dict[str, np.ndarray]]:
     config = json.loads(str(data["config"]))
     net = rcnn_sat(
         config["kind"], config["classes"], timesteps=config["timesteps"], cumulative_readout=config["cumulative_readout"],
-        image_size=tuple(config["image"][1:3]), width_divisor=config["width_divisor"], backend="scheduled",
+        image_size=tuple(config["image"][1:3]), width_divisor=config["width_divisor"], backend="native",
     )  # fmt: skip
     load_keras_checkpoint(net, keras_arrays(config))
     return net.to(torch.float32 if name in LARGE else torch.float64).train(config["training"]), data

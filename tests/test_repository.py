@@ -198,7 +198,7 @@ def test_files_name_no_machine_and_are_finished() -> None:
 
 def test_one_file_takes_addresses_of_tensors() -> None:
     sources = {name: text for name, text in texts((".py",)).items() if name.startswith("rnndyn_fast/")}
-    assert [name for name, text in sources.items() if "data_ptr(" in text] == ["rnndyn_fast/ops/places.py"]
+    assert [name for name, text in sources.items() if "data_ptr(" in text] == ["rnndyn_fast/ops/addresses.py"]
 
 
 def test_version_is_the_same_everywhere() -> None:

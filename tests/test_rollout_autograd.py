@@ -15,10 +15,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from rnndyn_fast.graph import rollout
-from rnndyn_fast.graph.rollout_op import Rollout
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.program import rollout
+from rnndyn_fast.program.rollout_op import Rollout, _plan
 
 SOME = [
     CASES[n]
@@ -37,7 +37,8 @@ parameters_require_grad = pytest.mark.parametrize("requires_grad", [False, True]
 def op_arguments(case: RolloutCase, training: bool, requires_grad: bool) -> tuple[Any, ...]:
     inputs = [x.requires_grad_(requires_grad) for x in case.inputs()]
     parameters = [p.requires_grad_(requires_grad) for p in case.parameters().values()]
-    return inputs, parameters, case.network.to_json(), case.timesteps, list(case.record), training, "auto"
+    needs = [training] * (len(inputs) + len(parameters))
+    return inputs, parameters, case.network.to_json(), case.timesteps, list(case.record), needs, False, "auto"
 
 
 def function(case: RolloutCase, backend: str, requires_grad: bool = False) -> tuple[Callable[[Tensor], list[Tensor]], Tensor]:
@@ -82,15 +83,15 @@ def test_opcheck_backward(case: RolloutCase) -> None:
     arguments = op_arguments(case, True, False)
     results, n = torch.ops.rnndyn.rollout(*arguments), len(case.record)
     grads = [torch.randn(r.shape, dtype=r.dtype) for r in results[:n]]
-    inputs, parameters, network, timesteps, record, _, engine = arguments
-    needs = [i % 3 != 1 for i in range(len(inputs) + len(parameters))]
-    checked = (grads, results[n:], inputs, parameters, network, timesteps, record, needs, engine)
+    given = [True] * n
+    assert len(results) > n  # the states, and what backward reads
+    checked = (grads, given, results[:n], results[n:], *arguments)
     assert set(torch.library.opcheck(torch.ops.rnndyn.rollout_backward, checked).values()) == {"SUCCESS"}
 
 
 def test_op_without_training_refuses_a_gradient() -> None:
     outputs = torch.ops.rnndyn.rollout(*op_arguments(SOME[0], False, True))
-    with pytest.raises(RuntimeError, match="expected training=True where a gradient is wanted, got training=False"):
+    with pytest.raises(RuntimeError, match="expected needs=True for every input and parameter whose gradient is wanted"):
         outputs[0].sum().backward()
 
 
@@ -158,7 +159,9 @@ def test_function_alone_refuses_forward_mode() -> None:
     case = SOME[0]
     (x,), parameters = case.inputs(), case.parameters()
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-        Rollout.apply(case.network.to_json(), 4, case.record, True, "auto", forward_ad.make_dual(x, x), *parameters.values())
+        tensors, key = (x, *parameters.values()), (case.network.to_json(), 4, case.record, (True,) * (1 + len(parameters)), False, "auto")
+        plan, given = _plan(tensors, key)
+        Rollout.apply(plan, None, tuple(given), forward_ad.make_dual(x, x), *parameters.values())
 
 
 # ---------------------------------------------------------------- transforms
@@ -276,7 +279,7 @@ def test_autocast_asks_matrix_units_for_bfloat16(training: bool) -> None:
         assert 1e-5 < error < 0.1  # products of 8 bits, but not none
 
 
-@pytest.mark.parametrize("backend", ["native", "scheduled"])
+@pytest.mark.parametrize("backend", ["native"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool, backend: str) -> None:
     """Saved tensors are read once, and a forward pass that is run again in backward has its own: the same gradients."""

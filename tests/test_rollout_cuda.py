@@ -12,8 +12,8 @@ from device_rollouts import send_to_kernels
 from test_rollout import run, test_float32_is_as_good_as_plain_pytorch
 from torch import Tensor
 
-from rnndyn_fast.graph import rollout
 from rnndyn_fast.ops import _launch
+from rnndyn_fast.program import rollout
 
 # (Imported for its body; it is collected where it is written.)
 float32_is_as_good_as_plain_pytorch = test_float32_is_as_good_as_plain_pytorch

@@ -16,10 +16,10 @@ from test_rollout_half import errors, without_maxima, without_relu
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph import rollout
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep, RecurrentNetwork
 from rnndyn_fast.ops import measured
+from rnndyn_fast.program import rollout
 
 pytestmark = on_a_device
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnndyn_fast.graph import Activation, Pool, compile_schedule, rollout, rollout_op
-from rnndyn_fast.graph.saved import saved_buffers
+from rnndyn_fast.graph import Activation, Pool
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.program import plan, rollout
+from rnndyn_fast.program.ir import instr_lives
 
 pytestmark = in_harness
 
@@ -130,16 +131,26 @@ def test_what_is_saved_is_half_but_for_statistics(name: str, simt: object, monke
     case = widened(CASES[name])
     send_to_kernels(monkeypatch, *HALF)
     inputs, parameters = rounded_case(case, torch.float16)
-    arguments = (
-        [x.half() for x in inputs], [p.float() for p in parameters.values()], case.network.to_json(), case.timesteps, list(case.record),
-        True, "fused",
-    )  # fmt: skip
-    saved = torch.ops.rnndyn.rollout(*arguments)[len(case.record) :]
-    buffers = saved_buffers(compile_schedule(case.network, case.timesteps, case.record))
-    single = {"centre", "rstd"}
-    expected = [torch.uint8 if b.byte else torch.float32 if b.kind in single else torch.float16 for b in buffers]
-    assert [t.dtype for t in saved] == expected
-    assert any(b.kind in single for b in buffers)
+    xs, ps = [x.half() for x in inputs], {name: p.float().requires_grad_() for name, p in parameters.items()}
+    needs = [False] * len(xs) + [True] * len(ps)
+    arguments = (xs, list(ps.values()), case.network.to_json(), case.timesteps, list(case.record), needs, False, "fused")
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rollout(case.network, case.timesteps, xs, ps, case.record, backend="native", engine="fused")
+    (made,) = plan._plans.values()
+    program = made.versions[0].executable.program
+    assert any(t.dtype == torch.uint8 and program.nbytes <= t.numel() < program.nbytes + (1 << 16) for t in saved)
+    kept = [v for v, (first, last) in instr_lives(program.instrs).items() if first < program.split <= last]
+    area_maps = [v for v in kept if len(v.shape) >= 4 and v.dtype != torch.uint8 and "channels last" not in v.name]
+    assert area_maps
+    assert {v.dtype for v in area_maps} == {torch.float16}
+    assert {v.dtype for v in kept if v.name.endswith((" mean", " rstd"))} == {torch.float32}
+    assert {v.dtype for v in kept if v.name.endswith(" argmax")} <= {torch.uint8}
     torch.library.opcheck(torch.ops.rnndyn.rollout, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -157,14 +168,14 @@ class NoHostSync(TorchDispatchMode):
 def test_no_rollout_waits_for_the_device(case: RolloutCase, simt: object, monkeypatch: pytest.MonkeyPatch) -> None:
     send_to_kernels(monkeypatch, *HALF)
     inputs, parameters = rounded_case(case, torch.float16)
-    xs, ps = [x.half() for x in inputs], [p.half() for p in parameters.values()]
-    key = (case.network.to_json(), case.timesteps, list(case.record))
+    xs, ps = [x.half().requires_grad_() for x in inputs], {name: p.half().requires_grad_() for name, p in parameters.items()}
+    arguments = (case.network, case.timesteps, xs, ps, case.record)
     with NoHostSync():
-        results = rollout_op._forward_native(xs, ps, *key, True, "fused")
-        outputs, saved = results[: len(case.record)], results[len(case.record) :]
-        grads = [torch.ones_like(o) for o in outputs]
-        rollout_op._backward_native(grads, saved, xs, ps, *key, [True] * (len(xs) + len(ps)), "fused")
-        rollout_op._forward_native(xs, ps, *key, False, "fused")
+        outputs = rollout(*arguments, backend="native", engine="fused")
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        with torch.no_grad():
+            rollout(*arguments, backend="native", engine="fused")
+    assert all(leaf.grad is not None for leaf in xs)
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSync():
         torch.ones(2).sum().item()
 

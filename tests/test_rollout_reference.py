@@ -10,16 +10,8 @@ import torch
 from cases import INTERACTIONS, RolloutCase, down, identity, lateral, linear, up
 from torch import Tensor
 
-from rnndyn_fast.graph import (
-    Area,
-    Input,
-    Interaction,
-    Network,
-    Norm,
-    Pool,
-    Role,
-    rollout,
-)
+from rnndyn_fast.graph import Area, Input, Interaction, Network, Norm, Pool, Role
+from rnndyn_fast.program import rollout
 
 
 def _tiny(interaction: Interaction) -> Network:

@@ -14,8 +14,8 @@ import yaml
 from torch import nn
 
 from rnndyn_fast.data import ImageFile, make_dataset
-from rnndyn_fast.graph.plan import describe
 from rnndyn_fast.models import blt_net_64
+from rnndyn_fast.program.describe import describe
 from rnndyn_fast.train import (
     QuietReporter,
     TrainConfig,

@@ -319,7 +319,7 @@ def test_flip_and_blur_change_half_of_the_images(images: Path) -> None:
 
 def test_single_readout_has_its_weights_in_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnndyn_fast.models.blt_vs_net.CHANNELS", (2, 2, 4, 4, 4, 2, 2))
-    net = blt_vs(6, 3, 1, image_size=128, readout_type="single", bio_unroll=False, backend="scheduled")
+    net = blt_vs(6, 3, 1, image_size=128, readout_type="single", bio_unroll=False, backend="native")
     with torch.no_grad():
         net.readout_weights.copy_(torch.arange(6.0))
         x = torch.rand(1, 3, 128, 128)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, convolution, engines, places, winograd_conv
+from rnndyn_fast.ops import _launch, addresses, convolution, engines, winograd_conv
 from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward, convolve_sum
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
@@ -150,15 +150,15 @@ def test_the_last_part_of_a_large_weight_has_room(source: int, target: int, size
 
     def take(nbytes: int) -> int:
         room = torch.full((nbytes // 4 + beyond + 16,), 7.0)
-        skip = -places.first_element(room) % 64
+        skip = -addresses.first_element(room) % 64
         held.append((room, (nbytes + skip) // 4))
-        return places.first_element(room) + skip
+        return addresses.first_element(room) + skip
 
-    monkeypatch.setattr(_launch, "scratch", lambda: ([], take))
-    monkeypatch.setattr(_launch, "room", lambda held: take)
+    monkeypatch.setattr(_launch, "take_scratch", take)
+    monkeypatch.setattr(_launch, "take_room", take)
     m = WinogradMap(WinogradForm(8, 3), 3)
     x, grad = torch.randn(1, size, size, source), torch.randn(1, size, size, target)
-    winograd_conv.winograd_weight_grad(m, torch.empty(target, source, 3, 3), x, grad)
+    winograd_conv.winograd_weight_grad(m, x, grad, torch.empty(target, source, 3, 3))
     assert len(held) == 2
     for room, end in held:
         assert bool((room[end:] == 7).all())

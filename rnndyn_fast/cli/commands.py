@@ -28,6 +28,7 @@ def plan(
     device: str = "cpu",
     dtype: str = "float32",
     batch: int = 16,
+    instructions: str | None = None,
     **options: Any,
 ) -> None:
     """`rnndyn plan`"""
@@ -35,8 +36,8 @@ def plan(
 
     from rnndyn_fast import models
     from rnndyn_fast.devices import named_device
-    from rnndyn_fast.graph.plan import describe
     from rnndyn_fast.ops._launch_cuda import check_device
+    from rnndyn_fast.program.describe import describe
     from rnndyn_fast.train import TrainConfig, read_checkpoint
 
     if dtype not in (known := ("float32", "float64", "float16", "bfloat16")):
@@ -55,7 +56,7 @@ def plan(
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
-    print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
+    print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
 
 
 def train(**options: Any) -> None:

@@ -79,7 +79,6 @@ def report() -> str:
         outputs, _ = CTRNN(2, 1, 4, backend=backend)(torch.ones(1, 3, 1))
         outputs.sum().backward()
 
-    lines += _rows({"networks, scheduled": _attempt(network, "scheduled")})
     for backend in ("native", "reference"):
         lines += _rows(
             {

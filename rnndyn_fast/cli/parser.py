@@ -171,6 +171,7 @@ def _plan(parser: ArgumentParser) -> None:
     )
     _add(parser, "dtype", Literal["float32", "float64", "float16", "bfloat16"], "of the maps", "float32")
     _add(parser, "batch", int, "images in a batch", 16)
+    _add(parser, "instructions", Literal["inference", "training"] | None, "print every instruction of that program too", None)
 
 
 def _train(parser: ArgumentParser) -> None:
@@ -228,7 +229,7 @@ def _extract(parser: ArgumentParser) -> None:
 
 
 def _add_engine(parser: ArgumentParser) -> None:
-    _add(parser, "backend", Literal["native", "scheduled", "reference"] | None, "default: whichever can run", None)
+    _add(parser, "backend", Literal["native", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
         "engine",

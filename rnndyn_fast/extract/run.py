@@ -97,8 +97,8 @@ def extract(
         resize: scale and crop image files of other sizes.
         device: "cpu", "cuda", ...; None: a GPU where there is one. There the network is replayed as CUDA graphs.
         precision: of maps, "float32", "float16" (on a GPU) or "bfloat16".
-        backend: "native", "scheduled", "reference" or None.
-        engine: how the native and scheduled backends convolve: "auto", "direct", "winograd", "amx", or on a GPU "fused".
+        backend: "native", "reference" or None.
+        engine: how the native backend convolves: "auto", "direct", "winograd", "amx", or on a GPU "fused".
         overwrite: replace files that exist.
         reporter: shows progress; None chooses a bar or lines.
 
@@ -145,9 +145,8 @@ def extract(
     weight, bias = net.readout_map()
     begins = net.first_output
     steps = net.timesteps - begins
-    reducing = None if backend == "scheduled" else backend  # (one of networks alone)
     makers: dict[str, Callable[[], Reducer]] = {
-        "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=reducing),
+        "readout_zones": lambda: ReadoutZoneReducer(weight, bias, steps, area=representations, keep_samples=keep_samples, backend=backend),
         "norms": lambda: NormReducer(measured),
         "change": lambda: RepresentationChangeReducer(measured),
         "moments": lambda: MomentReducer(measured),

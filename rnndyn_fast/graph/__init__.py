@@ -1,6 +1,5 @@
-"""Specs of recurrent networks, the schedule compiler, and the rollout engine."""
+"""Specs of recurrent networks, and the schedule compiler."""
 
-from rnndyn_fast.graph.rollout import can_run_native, rollout
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
 from rnndyn_fast.graph.spec import (
     Activation,
@@ -19,5 +18,5 @@ from rnndyn_fast.graph.spec import (
 
 __all__ = [
     "Activation", "Area", "Connection", "Input", "Interaction", "Network", "Norm", "Operator", "Pool", "Readout", "Role", "Schedule",
-    "Unroll", "can_run_native", "compile_schedule", "rollout",
+    "Unroll", "compile_schedule",
 ]  # fmt: skip

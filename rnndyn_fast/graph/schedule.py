@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from rnndyn_fast.graph.schedule_text import schedule_text
 from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
 
 AreaSlot = tuple[str, int]
@@ -280,15 +281,23 @@ class Schedule:
         """Forms of a node's map that its drives read (and, for a recorded area, the map itself)."""
         return self._pools_read[name]
 
+    def __str__(self) -> str:
+        return schedule_text(self)
+
+    def batch_norms(self) -> list[str]:
+        """Prefixes of the parameters of all batch norms that are computed, one for each time step."""
+        network = self.network
+        found = {
+            f"{network.area(name).norm_parameter}.{self.slot_of[name].index(slot)}"
+            for name, slot in self.terms
+            if network.area(name).norm is Norm.BATCH
+        }
+        return sorted(found)
+
     def multiplications(self, samples: int = 1) -> tuple[int, int]:
         """Multiply-adds of all drives as scheduled, and with every term of every area evaluated at every time step."""
         scheduled = sum(self.network.multiply_adds(d.connection) * len(d.slots) for d in self.drives)
         return samples * scheduled, samples * self._naive
-
-    def __str__(self) -> str:
-        from rnndyn_fast.graph.plan import describe
-
-        return describe(self)
 
 
 def _entering(network: Network, area: Area, found: Sequence[Read]) -> tuple[Read, ...] | None:

@@ -181,7 +181,7 @@ def blt_net_64(
         V2, V4,
             IT (with top-down connections each from V1 on twice the one before).
         unroll: "engineering" (as published) or "biological" (one time step per connection).
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
+        backend, engine: see :func:`rnndyn_fast.rollout`.
 
     Returns: a module; ``net(x)`` with x [N, in_channels, S, S] gives log-probabilities [T, N, num_classes].
 

@@ -320,7 +320,7 @@ def blt_vs(
         hook_type: "separate" or "concat" makes identity modules for forward hooks ("<area>_<t>_BU", ...; they are fed None where a map
             does not exist).
         readout_type: "multi": logits of every step; "single": their mean with learned weights.
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
+        backend, engine: see :func:`rnndyn_fast.rollout`.
 
     Returns: a module; ``net(img)`` with img [N, 3, S, S] in [-1, 1] gives a list of logits [N, num_classes].
 

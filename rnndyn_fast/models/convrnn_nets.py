@@ -253,7 +253,7 @@ def convrnn(
         image_off: the step from which on the input is 0.5 in normalised space.
         num_classes, image_size, widths, cell_widths, cell_channels: for other data and smaller networks: channels of layers, of the cells
             in them (SimpleRNN and LSTM shallow: 128, 256, 256), and of the other half of intermediate reciprocal gated cells.
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
+        backend, engine: see :func:`rnndyn_fast.rollout`.
 
     Returns: a module; ``net(x)`` with x [N, 3, H, W], normalised (:func:`rnndyn_fast.models.preprocess.imagenet`), gives log-probabilities
         [T - (L - 1), N, classes] from the first image-driven step on (L layers); ``net.decode(x)`` the answer, [N, classes].

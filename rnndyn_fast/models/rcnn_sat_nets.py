@@ -162,7 +162,7 @@ def rcnn_sat(
         cumulative_readout: probabilities of the sum of all logits so far (published for testing), else of each step's.
         image_size: at least 64; pretrained networks expect 128.
         width_divisor: all channel numbers are divided by it.
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
+        backend, engine: see :func:`rnndyn_fast.rollout`.
 
     Returns: a module; ``net(x)`` with x [N, 3, S, S] in [-1, 1] (:func:`rnndyn_fast.models.preprocess.signed_unit`) gives log-probabilities
         [T, N, num_classes]. In training mode batch norms use the batch and move their running statistics.

@@ -6,9 +6,9 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.rollout import rollout
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.nn.parameters import current_parameters, owners_of
+from rnndyn_fast.program.rollout import rollout
 
 
 def parse_interaction(value: str | None) -> Interaction:

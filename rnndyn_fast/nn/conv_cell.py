@@ -27,7 +27,7 @@ class ConvCell(RecurrentNetwork):
         residual_channels: reciprocal gated cells: of the layer's own input, which reaches the output half.
         feedback_channels: rgc_median: of the feedback, or 0.
         options: of the cell: kernel_size, forget_bias, layer_norm, peepholes, cell_channels.
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`.
+        backend, engine: see :func:`rnndyn_fast.rollout`.
 
     States are concatenated along channels as published: LSTM [c, h], reciprocal gated [c, o], else [h].
 

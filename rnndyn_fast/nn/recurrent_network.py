@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rnndyn_fast.graph.rollout import rollout
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
 from rnndyn_fast.graph.spec import Area, Connection, Network, Norm, Operator
 from rnndyn_fast.nn.parameters import current_parameters, owners_of
+from rnndyn_fast.program.rollout import rollout
 
 
 class RecurrentNetwork(nn.Module):
@@ -22,7 +22,7 @@ class RecurrentNetwork(nn.Module):
         network: the spec; parameter ``a.b.weight`` becomes attribute ``a.b.weight``. Initialisation is that of ``nn.Conv2d``,
             ``nn.ConvTranspose2d``, ``nn.Linear`` and ``nn.LayerNorm``.
         timesteps: T >= 1; the attribute of that name may be changed later.
-        backend, engine: see :func:`rnndyn_fast.graph.rollout`; attributes of those names may be changed later.
+        backend, engine: see :func:`rnndyn_fast.rollout`; attributes of those names may be changed later.
         modules: top-level modules to use in place of ones built here, by name.
 
     >>> from rnndyn_fast.models import blt_net_64
@@ -160,7 +160,7 @@ class RecurrentNetwork(nn.Module):
         return tuple(result) if len(result) > 1 else result[0]
 
     def states(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-        """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.graph.rollout`). Training moves the running statistics."""
+        """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.rollout`). Training moves the running statistics."""
         named = current_parameters(self, self._owners)
         statistics: dict[str, tuple[Tensor, Tensor]] | None = {} if self.training and self.network.buffer_shapes else None
         states = rollout(

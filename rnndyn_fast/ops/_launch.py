@@ -1,4 +1,4 @@
-"""Launches of the native core, to which addresses of tensors are handed (:mod:`rnndyn_fast.ops.places`).
+"""Launches of the native core, to which addresses of tensors are handed (:mod:`rnndyn_fast.ops.addresses`).
 
 Callers hold every tensor in their own frame for the length of the call, so that no address outlives its storage.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rnndyn_fast.ops.addresses import first_element
 from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.ops.places import first_element
-from rnndyn_fast.ops.recording import Core, address, recorder
+from rnndyn_fast.ops.core_calls import Core
 
 unavailable: str | None = None  # why there is no native core, if there is none
 try:
@@ -57,7 +57,7 @@ def address_of(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: 
             f"{name}: expected a contiguous CPU tensor {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
         )
-    return address(tensor)
+    return first_element(tensor)
 
 
 def _addresses(tensors: Sequence[Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
@@ -140,6 +140,7 @@ def gate_step(
     grad_biases: Sequence[Tensor | None] = (),  # [m * D] each, written: sums of grad_ports over pixels; not on devices
     *,
     backward: bool,
+    workspace: Tensor | None = None,  # float32, of gate_workspace_size, where grad_biases are wanted
 ) -> None:
     """Launch ``gate_step``; the order of ports and states is that of the cell."""
     if on_device(states[0]):
@@ -153,7 +154,7 @@ def gate_step(
     sizes = [(n, h, w, terms[0].shape[3]) for terms in ports]
     launch = _core.gate_step_float32 if dtype == torch.float32 else _core.gate_step_float64
     wanted = any(row is not None for row in grad_biases)
-    held, workspace = workspace_of(2 * _core.gate_step_workspace(n * h * w, sum(size[3] for size in sizes))) if wanted else (None, 0)
+    held, scratch = scratch_of(workspace, gate_workspace_size(n * h * w, sum(size[3] for size in sizes))) if wanted else (None, 0)
     launch(
         rule, n * h * w, channels, torch.get_num_threads(), forget_bias, tau, gate, activation,
         [_addresses(terms, f"ports[{k}]", size, dtype) for k, (terms, size) in enumerate(zip(ports, sizes, strict=True))],
@@ -163,7 +164,7 @@ def gate_step(
         [address_of(grad, f"grad_ports[{k}]", sizes[k], dtype) for k, grad in enumerate(grad_ports)],
         [address_of(grad, f"more[{k}]", shape, dtype) for k, grad in enumerate(more)],
         [address_of(row, f"grad_biases[{k}]", sizes[k][3:], dtype) for k, row in enumerate(grad_biases)],
-        workspace,
+        scratch,
         backward,
     )  # fmt: skip
     del held
@@ -191,6 +192,7 @@ def area_step_backward(
     grad_modulator: Tensor | None,  # [N, H, W, C]
     grad_gamma: Tensor | None,  # [H, W, C]
     grad_beta: Tensor | None,  # [H, W, C]
+    partial: Tensor | None = None,  # [N, num_chunks(H, W, C), 2] float64, scratch with a norm; not on devices
 ) -> None:
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
     given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives) if t is not None]
@@ -203,7 +205,8 @@ def area_step_backward(
         )  # fmt: skip
     n, h, w, c = shape
     pooled = (n, h // 2, w // 2, c)
-    partial = empty((n, num_chunks(h, w, c), 2), torch.float64) if gamma is not None else None
+    if partial is None and gamma is not None:
+        partial = empty((n, num_chunks(h, w, c), 2), torch.float64)
     launch = _core.area_step_backward_float32 if dtype == torch.float32 else _core.area_step_backward_float64
     launch(
         list(shape),
@@ -227,7 +230,7 @@ def area_step_backward(
         address_of(grad_modulator, "grad_modulator", shape, dtype),
         address_of(grad_gamma, "grad_gamma", (h, w, c), dtype),
         address_of(grad_beta, "grad_beta", (h, w, c), dtype),
-        0 if partial is None else address(partial),
+        address_of(partial, "partial", (n, num_chunks(h, w, c), 2), torch.float64),
     )
 
 
@@ -241,7 +244,7 @@ def _row_address(tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype
             f"{name}: expected a CPU tensor {list(shape)} of {dtype} with contiguous rows, got {list(tensor.shape)} of "
             f"{tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}"
         )
-    return address(tensor), list(tensor.stride()[:-1])
+    return first_element(tensor), list(tensor.stride()[:-1])
 
 
 def readout_zones(
@@ -275,7 +278,7 @@ def readout_zones(
         address_of(weight_norm, "weight_norm", (c,), dtype),
         address_of(inverse_distance, "inverse_distance", (c, c), dtype),
         address_of(weight, "weight", (c, d), torch.float32),
-        0 if packed is None else address(packed),
+        0 if packed is None else first_element(packed),
         address_of(cosine, "cosine", (t, n, c), dtype),
         *(
             address_of(table, name, (t, n), torch.int64 if name == "predicted" else dtype)
@@ -299,7 +302,7 @@ def trajectory_norms(
         raise ValueError(f"values: expected a CPU tensor with contiguous rows, got strides {values.stride()} on {values.device}")
     launch = _core.trajectory_norms_float32 if values.dtype == torch.float32 else _core.trajectory_norms_float64
     outputs = (address_of(norm, "norm", (t, n), torch.float64), address_of(change, "change", (t - 1, n), torch.float64))
-    launch([t, n, d], torch.get_num_threads(), address(values), values.stride(0), values.stride(1), *outputs)
+    launch([t, n, d], torch.get_num_threads(), first_element(values), values.stride(0), values.stride(1), *outputs)
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, int]:
@@ -321,13 +324,28 @@ _KEPT_FLOATS = 1 << 20
 def workspace_of(floats: int) -> tuple[Tensor, int]:
     """Scratch of at least that many floats, kept from call to call if it is small, and its first address that is a multiple of 64."""
     kept: Tensor | None = getattr(_workspaces, "scratch", None)
-    if floats > _KEPT_FLOATS or recorder() is not None:
+    if floats > _KEPT_FLOATS:
         kept = empty((floats + 16,), torch.float32)
     elif kept is None or kept.numel() < floats + 16:
         _workspaces.scratch = kept = None  # free the old one before taking the new one
         _workspaces.scratch = kept = empty((floats + 16,), torch.float32)
-    first = address(kept)
+    first = first_element(kept)
     return kept, first + -first % 64
+
+
+def gate_workspace_size(pixels: int, channels: int) -> int:
+    """Floats of scratch with which sums over pixels are taken."""
+    return 2 * _core.gate_step_workspace(pixels, channels)
+
+
+def norm_workspace_size(n: int, pixels: int, channels: int, groups: int) -> int:
+    """Floats of scratch of ``norm_step``."""
+    return 2 * _core.norm_step_workspace([n, pixels, channels, groups])
+
+
+def scratch_of(given: Tensor | None, floats: int) -> tuple[Tensor, int]:
+    """Scratch that a caller gives, or that of :func:`workspace_of`."""
+    return workspace_of(floats) if given is None else (given, address_of(given, "workspace", (floats,), torch.float32))
 
 
 def drop_workspace() -> None:
@@ -335,26 +353,23 @@ def drop_workspace() -> None:
     _workspaces.scratch = None
 
 
-def scratch() -> tuple[list[Tensor], Callable[[int], int]]:
-    """Gives the core scratch of as many bytes as it asks for; the tensor is held by the list."""
-    held: list[Tensor] = []
-
-    def take(nbytes: int) -> int:
-        kept, address = workspace_of(-(-nbytes // 4))
-        held.append(kept)
-        return address
-
-    return held, take
+def take_scratch(nbytes: int) -> int:
+    """Gives the core scratch of as many bytes as it asks for, which this thread holds until :func:`release_scratch`."""
+    _workspaces.held = None
+    _workspaces.held, first = workspace_of(-(-nbytes // 4))
+    return first
 
 
-def room(held: list[Tensor]) -> Callable[[int], int]:
-    """Like :func:`scratch`, in a buffer of its own: of a size that packed weights have too, whose memory it may take."""
+def take_room(nbytes: int) -> int:
+    """Like :func:`take_scratch`, in a buffer of its own: of a size that packed weights have too, whose memory it may take."""
+    _workspaces.room = None
+    _workspaces.room = empty((nbytes // 4,), torch.float32)
+    return first_element(_workspaces.room)
 
-    def take(nbytes: int) -> int:
-        held.append(empty((nbytes // 4,), torch.float32))
-        return address(held[-1])
 
-    return take
+def release_scratch() -> None:
+    """What :func:`take_scratch` and :func:`take_room` hold is done with."""
+    _workspaces.held = _workspaces.room = None
 
 
 def packed_room(size: int) -> Tensor:

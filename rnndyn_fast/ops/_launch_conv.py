@@ -72,13 +72,16 @@ def amx_pack_weight(
     sizes: Sequence[int],
     parts: int,
     weight: Tensor,  # contiguous
-) -> Tensor:
-    """Split and pack a weight; the result starts at a multiple of 64."""
-    size = _core.amx_packed_size(taps, sizes, parts)
-    packed = _launch.packed_room(size)
+    packed: Tensor,  # of amx_packed_size elements, int16; starts at a multiple of 64
+) -> None:
+    """Split and pack a weight."""
     address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
     _core.amx_pack_weight(taps, sizes, parts, torch.get_num_threads(), address, _packed_address(packed))
-    return packed
+
+
+def amx_packed_size(taps: Sequence[tuple[int, int, int]], sizes: Sequence[int], parts: int) -> int:
+    """Elements of a packed weight, int16."""
+    return _core.amx_packed_size(taps, sizes, parts)
 
 
 def amx_conv(
@@ -100,7 +103,6 @@ def amx_conv(
         for taps, packed, (a, b) in phases
     ]
     strides = [h * w * c, out_step * w * c, out_step * c]
-    held, take = _launch.scratch()
     _core.amx_conv(
         list(x.shape),
         c,
@@ -113,9 +115,9 @@ def amx_conv(
         weight_strides or (0, 0),
         strides,
         _epilogue(epilogue, out),
-        take,
+        _launch.take_scratch,
     )
-    del held
+    _launch.release_scratch()
 
 
 def amx_weight_grad(
@@ -129,7 +131,6 @@ def amx_weight_grad(
     accumulate: bool = False,
 ) -> None:
     """Launch ``amx_weight_grad``: grad_weight is written, or added to."""
-    held, take = _launch.scratch()
     _core.amx_weight_grad(
         list(x.shape),
         list(grad.shape[1:3]),
@@ -142,9 +143,9 @@ def amx_weight_grad(
         address_of(grad, "grad", tuple(grad.shape), torch.float32),
         address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32),
         accumulate,
-        take,
+        _launch.take_scratch,
     )
-    del held
+    _launch.release_scratch()
 
 
 def winograd_pack_weight(
@@ -152,14 +153,18 @@ def winograd_pack_weight(
     taps: Sequence[Sequence[int]],
     sizes: Sequence[int],
     weight: Tensor,  # contiguous, [.., .., K, K]
+    packed: Tensor,  # of winograd_packed_size elements
     *,
     by_taps: bool,
-) -> Tensor:
+) -> None:
     """Transform and pack a weight, or ``by_taps`` only put it in order; the layout belongs to the instruction set in use."""
-    packed = _launch.empty((_core.winograd_packed_size(form, taps, sizes, by_taps),), torch.float32)
     address = address_of(weight, "weight", tuple(weight.shape), torch.float32)
     _core.winograd_pack_weight(form, taps, sizes, by_taps, torch.get_num_threads(), address, _packed_address(packed))
-    return packed
+
+
+def winograd_packed_size(form: tuple[int, int], taps: Sequence[Sequence[int]], sizes: Sequence[int], *, by_taps: bool) -> int:
+    """Elements of a packed weight, float32."""
+    return _core.winograd_packed_size(form, taps, sizes, by_taps)
 
 
 def winograd_conv(
@@ -188,10 +193,9 @@ def winograd_conv(
         )
     ]
     phases = [(y.address(f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))]
-    held, take = _launch.scratch()
     end = _epilogue(epilogue, ys[0].tensor)
-    _core.winograd_conv(form, pad, shape, torch.get_num_threads(), terms, phases, ys[0].strides, accumulate, end, take)
-    del held
+    _core.winograd_conv(form, pad, shape, torch.get_num_threads(), terms, phases, ys[0].strides, accumulate, end, _launch.take_scratch)
+    _launch.release_scratch()
 
 
 def winograd_weight_grad(
@@ -212,8 +216,8 @@ def winograd_weight_grad(
             raise ValueError(f"grads[{i}]: expected a grid {list(x.shape[:3])} [M, H, W], got {list(grid.shape[:3])}")
     sizes_of_call = (form, pad, taps, list(x.shape[:3]), sizes, torch.get_num_threads())
     phases = [(g.address(f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))]
-    held, take = _launch.scratch()
     address = address_of(grad_weight, "grad_weight", tuple(grad_weight.shape), torch.float32)
     source = (x.address("x"), x.strides, shift)
-    _core.winograd_weight_grad(*sizes_of_call, *source, phases, grads[0].strides, address, accumulate, take, _launch.room(held))
-    del held
+    scratch = _launch.take_scratch, _launch.take_room
+    _core.winograd_weight_grad(*sizes_of_call, *source, phases, grads[0].strides, address, accumulate, *scratch)
+    _launch.release_scratch()

@@ -13,8 +13,8 @@ from rnndyn_fast.ops._launch import address_of
 from rnndyn_fast.ops._launch_steps_cuda import NormScalars
 
 
-def _workspace(sizes: Sequence[int]) -> tuple[Tensor, int]:
-    return _launch.workspace_of(2 * _launch._core.norm_step_workspace(list(sizes)))
+def _workspace(given: Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[Tensor, int]:
+    return _launch.scratch_of(given, _launch.norm_workspace_size(*sizes))
 
 
 def _statistics_size(n: int, c: int, scalars: NormScalars) -> tuple[int, ...]:
@@ -35,6 +35,7 @@ def norm_step_forward(
     mean: Tensor | None,  # [N, groups] or [C]
     rstd: Tensor | None,
     variance: Tensor | None,  # [C]
+    workspace: Tensor | None = None,  # float32, of norm_workspace_size; not on devices
 ) -> None:
     """Launch ``norm_step`` forward; every output is written into the tensor given for it."""
     if _launch.on_device(state):
@@ -46,7 +47,7 @@ def norm_step_forward(
     groups, norm, activation, rectify, squash, eps = scalars
     core = _launch._core
     launch = core.norm_step_forward_float32 if dtype == torch.float32 else core.norm_step_forward_float64
-    held, workspace = _workspace((n, h * w, c, groups))
+    held, scratch = _workspace(workspace, (n, h * w, c, groups))
     launch(
         [n, h * w, c, groups], norm, activation, rectify, squash, eps, torch.get_num_threads(),
         [address_of(x, f"drives[{i}]", full, dtype) for i, x in enumerate(drives)],
@@ -61,7 +62,7 @@ def norm_step_forward(
         address_of(mean, "mean", statistics, dtype),
         address_of(rstd, "rstd", statistics, dtype),
         address_of(variance, "variance", (c,), dtype),
-        workspace,
+        scratch,
     )  # fmt: skip
     del held
 
@@ -81,6 +82,7 @@ def norm_step_backward(
     grad_beta: Tensor | None,  # [C]
     grad_drive_bias: Tensor | None,  # [C]; not on devices
     grad_modulator_bias: Tensor | None,  # [C]; not on devices
+    workspace: Tensor | None = None,  # float32, of norm_workspace_size; not on devices
 ) -> None:
     """Launch ``norm_step`` backward; every gradient is written."""
     if _launch.on_device(grad_state):
@@ -92,7 +94,7 @@ def norm_step_backward(
     groups, norm, activation, rectify, squash, eps = scalars
     core = _launch._core
     launch = core.norm_step_backward_float32 if dtype == torch.float32 else core.norm_step_backward_float64
-    held, workspace = _workspace((n, h * w, c, groups))
+    held, scratch = _workspace(workspace, (n, h * w, c, groups))
     launch(
         [n, h * w, c, groups], norm, activation, rectify, squash, eps, torch.get_num_threads(),
         address_of(grad_state, "grad_state", full, dtype),
@@ -108,7 +110,7 @@ def norm_step_backward(
         address_of(grad_beta, "grad_beta", (c,), dtype),
         address_of(grad_drive_bias, "grad_drive_bias", (c,), dtype),
         address_of(grad_modulator_bias, "grad_modulator_bias", (c,), dtype),
-        workspace,
+        scratch,
     )  # fmt: skip
     del held
 
@@ -120,16 +122,17 @@ def activation_backward(
     state: Tensor,  # [N, H, W, C]
     grad_drive: Tensor,  # [N, H, W, C]
     grad_bias: Tensor | None,  # [C]
+    workspace: Tensor | None = None,  # float32, of gate_workspace_size, where grad_bias is wanted
 ) -> None:
     """Launch ``activation_backward``: grad_drive and grad_bias are written."""
     n, h, w, c = full = tuple(state.shape)
     core, dtype = _launch._core, state.dtype
     launch = core.activation_backward_float32 if dtype == torch.float32 else core.activation_backward_float64
-    held, workspace = (None, 0) if grad_bias is None else _launch.workspace_of(2 * core.gate_step_workspace(n * h * w, c))
+    held, scratch = (None, 0) if grad_bias is None else _launch.scratch_of(workspace, _launch.gate_workspace_size(n * h * w, c))
     launch(
         activation, n * h * w, c, torch.get_num_threads(), address_of(grad, "grad", full, dtype), address_of(more, "more", full, dtype),
         address_of(state, "state", full, dtype), address_of(grad_drive, "grad_drive", full, dtype),
-        address_of(grad_bias, "grad_bias", (c,), dtype), workspace,
+        address_of(grad_bias, "grad_bias", (c,), dtype), scratch,
     )  # fmt: skip
     del held
 

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_conv
-from rnndyn_fast.ops.buffers import empty
+from rnndyn_fast.ops import _launch, _launch_conv
 from rnndyn_fast.ops.epilogue import Epilogue
 
 Tap = tuple[int, int, int]  # row, column, element of the kernel
@@ -82,15 +80,41 @@ def _sizes(m: AmxMap, weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
     return (second, first, area, second * area) if m.transposed else (first, second, second * area, area)
 
 
-def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False) -> PackedAmxWeight:
-    """Split and pack a parameter's weight; ``backward``: for the gradient of the data (from target to source channels)."""
+def amx_packed_sizes(m: AmxMap, weight_shape: Sequence[int], *, backward: bool = False) -> list[int]:
+    """Elements of each tensor that a weight is packed into, int16; none where each call packs the parameter (``packs_late``)."""
+    if m.packs_late:
+        return []
+    target, source, *_ = _sizes(m, weight_shape)
+    area = m.kernel[0] * m.kernel[1]
+    sizes = (source, target, area, area) if backward else (target, source, area, area)
+    return [_launch_conv.amx_packed_size(taps, sizes, m.parts) for taps in _packed_taps(m, backward)]
+
+
+def _packed_taps(m: AmxMap, backward: bool) -> list[tuple[Tap, ...]]:
+    return [taps for _, taps in _phases(m, m.transposed != backward) if taps]
+
+
+def late_strides(m: AmxMap, weight_shape: Sequence[int], *, backward: bool = False) -> tuple[int, int] | None:
+    """Strides of the result's and the source's channels in a parameter that each call packs; None where it is packed ahead."""
+    *_, target_stride, source_stride = _sizes(m, weight_shape)
+    if not m.packs_late:
+        return None
+    return (source_stride, target_stride) if backward else (target_stride, source_stride)
+
+
+def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False, outs: Sequence[Tensor] | None = None) -> PackedAmxWeight:
+    """Split and pack a parameter's weight, perhaps into the tensors ``outs``; ``backward``: for the gradient of the data (from target to
+    source channels)."""
     weight = weight.contiguous()
+    if m.packs_late:
+        return PackedAmxWeight(m, backward, (weight,), late_strides(m, weight.shape, backward=backward))
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
-    if m.packs_late:
-        return PackedAmxWeight(m, backward, (weight,), sizes[2:])
-    data = tuple(_launch_conv.amx_pack_weight(taps, sizes, m.parts, weight) for _, taps in _phases(m, m.transposed != backward) if taps)
-    return PackedAmxWeight(m, backward, data)
+    if outs is None:
+        outs = [_launch.packed_room(size) for size in amx_packed_sizes(m, weight.shape, backward=backward)]
+    for taps, out in zip(_packed_taps(m, backward), outs, strict=True):
+        _launch_conv.amx_pack_weight(taps, sizes, m.parts, weight, out)
+    return PackedAmxWeight(m, backward, tuple(outs))
 
 
 def amx_conv(
@@ -128,19 +152,19 @@ def reaches_all(m: AmxMap) -> bool:
 
 def amx_weight_grad(
     m: AmxMap,
-    weight: Tensor,  # the parameter, for its shape
     x: Tensor,  # [M, H, W, C_source]
     grad: Tensor,  # [M, H', W', C_target]
-    into: Tensor | None = None,  # as the parameter, contiguous
+    out: Tensor,  # as the parameter, contiguous
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
-    """Gradient of the weight over all samples, in the parameter's shape; added to ``into``, if that is given, and then returned as it."""
-    out = empty(weight.shape, torch.float32) if into is None else into
-    target, source, target_stride, source_stride = _sizes(m, weight.shape)
+    """Gradient of the weight over all samples, in the parameter's shape; written into ``out``, or added to it."""
+    target, source, target_stride, source_stride = _sizes(m, out.shape)
     # The larger map is the one that taps shift.
     if m.transposed:
         sizes = (source, target, source_stride, target_stride)
-        _launch_conv.amx_weight_grad(grad, x, _taps(m), sizes, m.stride, m.parts, out, into is not None)
+        _launch_conv.amx_weight_grad(grad, x, _taps(m), sizes, m.stride, m.parts, out, accumulate)
     else:
         sizes = (target, source, target_stride, source_stride)
-        _launch_conv.amx_weight_grad(x, grad, _taps(m), sizes, m.stride, m.parts, out, into is not None)
+        _launch_conv.amx_weight_grad(x, grad, _taps(m), sizes, m.stride, m.parts, out, accumulate)
     return out

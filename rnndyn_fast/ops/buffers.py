@@ -14,18 +14,17 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops.places import first_element
+from rnndyn_fast.ops.addresses import first_element
 
 _LARGE = 1 << 20  # bytes; smaller ones the C library reuses by itself
 _PAGE = 4096  # bytes; buffers are whole pages
-_LINE = 64  # bytes; what those of a region of one's own are multiples of
 _SPAN = 64 << 20  # bytes of a region, at least, where the system does not let us have all at once
 _PATIENCE = 4096  # large buffers handed out, after which what none of them reached is given back to the system
 
@@ -34,6 +33,7 @@ class Region:
     """Address space, cut into buffers and the gaps between them; ``gaps`` has first byte and end of each, ascending."""
 
     def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)} if hasattr(mmap, "MAP_PRIVATE") else {}
         self._map = mmap.mmap(-1, nbytes, **flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -43,7 +43,6 @@ class Region:
         self._freed: deque[tuple[int, int]] = deque()  # by any thread, at any moment
         self.gaps = [(0, nbytes)]
         self.touched = 0  # no buffer has reached further since memory was given back
-        self._farthest = 0  # nor ever
         self._reach = 0  # nor, since the last trim, than here
         self._clean: set[tuple[int, int]] = set()  # gaps without memory
 
@@ -67,13 +66,6 @@ class Region:
         """Memory at an address as a tensor, whether it is in use or not."""
         return self._whole.view(dtype).as_strided(size, stride, (address - self.start) // dtype.itemsize)
 
-    def held(self, address: int, nbytes: int, holder: object) -> Tensor:
-        """Memory at an address as bytes that keep ``holder`` alive as long as any tensor lies in them."""
-        first = address - self.start
-        view = self._bytes[first : first + nbytes]
-        weakref.finalize(view, id, holder)  # (which holds it until then)
-        return torch.frombuffer(view, dtype=torch.uint8)
-
     def in_use(self) -> bool:
         """Whether any tensor lies here."""
         self._join()
@@ -85,7 +77,7 @@ class Region:
         last = first + nbytes
         self._clean.discard((first, end))
         self.gaps[gap : gap + 1] = [(last, end)] if last < end else []
-        self.touched, self._reach, self._farthest = max(self.touched, last), max(self._reach, last), max(self._farthest, last)
+        self.touched, self._reach = max(self.touched, last), max(self._reach, last)
         view, freed = self._bytes[first:last], self._freed
         self._users[first] = weakref.ref(view, lambda _: freed.append((first, last)))
         return torch.frombuffer(view, dtype=dtype, count=count)  # (whose storage holds the view, which nobody else does)
@@ -119,20 +111,6 @@ class Region:
             self._clean = set(self.gaps)
         return sum(end - first for first, end in parts)
 
-    def give_back_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Give the memory of some ranges of whole pages back to the system, whatever is there."""
-        for first, end in ranges:
-            self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
-
-    def reach(self, end: int) -> None:
-        """Aliases may be written to up to this byte."""
-        self._farthest = max(self._farthest, end)
-
-    def written_unseen(self) -> None:
-        """Aliases may have been written to: no gap counts as without memory any more."""
-        self._clean = set()
-        self.touched = self._farthest
-
     def trim(self) -> None:
         """Give back what no buffer has reached since the last time."""
         self.give_back(self._reach)
@@ -160,17 +138,6 @@ def buffers_on(device: torch.device) -> Iterator[None]:
         _where.device = before
 
 
-@contextmanager
-def taking_from(region: Region | None, note: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Buffers of this thread, small ones too, come from this region; ``note`` is told the first byte and the size of each."""
-    before = getattr(_where, "region", None)
-    _where.region = None if region is None else (region, note)
-    try:
-        yield
-    finally:
-        _where.region = before
-
-
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous tensor, like ``torch.empty``; on the CPU, a large one takes memory that nothing uses any more."""
     size = torch.Size(shape)
@@ -178,15 +145,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if device is not None:
         return torch.empty(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize
-    special = getattr(_where, "region", None)
-    if special is not None and nbytes:
-        region, note = special
-        rounded = -(-nbytes // _LINE) * _LINE
-        gap = region.smallest_gap(rounded)
-        if gap is None:
-            raise MemoryError(f"no room for {nbytes} bytes")
-        note(region.gaps[gap][0], rounded)
-        return region.take(gap, rounded, dtype, math.prod(size)).view(size)
     if nbytes < _LARGE:
         return torch.empty(size, dtype=dtype)
     return _take(nbytes, dtype, math.prod(size)).view(size)
@@ -197,23 +155,27 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-class Arena:
-    """Room for small tensors that are needed together and given up together."""
+def arena(nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised bytes of whose parts :func:`alias_in_regions` makes tensors."""
+    if device.type != "cpu":
+        return torch.empty((nbytes,), dtype=torch.uint8, device=device)
+    return _take(max(nbytes, 1), torch.uint8, max(nbytes, 1))[:nbytes]
 
-    def __init__(self, nbytes: int) -> None:
-        self._room = empty((max(nbytes, 1),), torch.uint8)
-        self._used = 0
 
-    @staticmethod
-    def size(shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes that a tensor takes in an arena."""
-        return -(-math.prod(shape) * dtype.itemsize // 64) * 64
+def alias_in_regions(address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """Memory of a buffer as a tensor that does not hold it."""
+    region = _region_of(address)
+    assert region is not None
+    return region.alias(address, (nbytes // dtype.itemsize,), (1,), dtype)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor."""
-        first, self._used = self._used, self._used + self.size(shape, dtype)
-        nbytes = math.prod(shape) * dtype.itemsize
-        return self._room[first : first + nbytes].view(dtype).view(*shape)
+
+def lies_in_region(tensor: Tensor) -> bool:
+    """Whether :func:`alias_in_regions` knows its memory."""
+    return _region_of(first_element(tensor)) is not None
+
+
+def _region_of(address: int) -> Region | None:
+    return next((region for region in _regions if region.start <= address < region.start + region.nbytes), None)
 
 
 def _take(nbytes: int, dtype: torch.dtype, count: int) -> Tensor:
@@ -243,23 +205,7 @@ def _new_region(nbytes: int) -> Region:
     return _regions[-1]
 
 
-def tidy_buffers() -> int:
-    """Like :func:`release_buffers`, of where this thread takes buffers from."""
-    special = getattr(_where, "region", None)
-    return release_buffers() if special is None else special[0].give_back()
-
-
 def release_buffers() -> int:
     """Give the memory of buffers that no tensor uses back to the system. Returns the bytes given back."""
     with _lock:
         return sum(region.give_back() for region in _regions)
-
-
-def share_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in one storage."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors begin at one place of one storage."""
-    return share_storage(a, b) and a.storage_offset() == b.storage_offset()

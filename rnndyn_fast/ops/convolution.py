@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ from rnndyn_fast.ops.buffers import empty, release_buffers
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.fused_conv import FusedWeight, fused_sum
-from rnndyn_fast.ops.recording import recorder, unnoted
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, packed_bytes, winograd_conv, winograd_weight_grad
 
 MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h and cuda/recurrent_conv.h; the core checks it
@@ -63,7 +63,7 @@ class Weight:
         """As our engines take it, for the forward convolution."""
         assert self.choice.map is not None
         late = isinstance(self.choice.map, AmxMap) and self.choice.map.packs_late
-        return (_kept_pack if self.keep and not late else _pack)(self.choice.map, self.weight)
+        return (kept_pack if self.keep and not late else _pack)(self.choice.map, self.weight)
 
     @cached_property
     def packed_backward(self) -> Packed:
@@ -113,20 +113,17 @@ _kept: OrderedDict[tuple[int, tuple[int, ...], WinogradMap | AmxMap], tuple[tupl
 _kept_lock = threading.Lock()
 
 
-def _kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
+def kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
     """Packed weights of earlier rollouts. A weight is known by the fingerprint of its bytes: in-place changes can hide from version
     counters (``.data``)."""
     key = (weight.data.untyped_storage()._cdata, tuple(weight.shape), m)
     mark = _launch.fingerprint(weight.detach())
     with _kept_lock:
         entry = _kept.get(key)
-        if noting := recorder():
-            noting.mark(weight, mark)
         if entry is not None and entry[0] == mark:
             _kept.move_to_end(key)
             return entry[1]
-        with unnoted():
-            packed = _pack(m, weight)
+        packed = _pack(m, weight)
         _kept[key] = mark, packed
         _kept.move_to_end(key)
         while len(_kept) > 1 and sum(p.nbytes for _, p in _kept.values()) > _KEPT_BYTES:
@@ -185,7 +182,13 @@ def _direct(weight: Weight, x: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).contiguous()
 
 
-def can_sum(weights: Sequence[Weight]) -> bool:
+class Chosen(Protocol):
+    """A linear map with its engine."""
+
+    choice: EngineChoice
+
+
+def can_sum(weights: Sequence[Chosen]) -> bool:
     """Whether one call can compute the sum of these maps: :func:`convolve_sum`."""
     maps = [w.choice.map for w in weights]
     if all("forward" in w.choice.fused for w in weights) or all(isinstance(m, AmxMap) for m in maps):
@@ -213,13 +216,13 @@ def convolve_sum(
     return _sum(weights, xs, out, epilogue, accumulate)
 
 
-def can_end(weight: Weight) -> bool:
+def can_end(weight: Chosen) -> bool:
     """Whether the engine of this map takes an :class:`Epilogue`."""
     m = weight.choice.map
     return isinstance(m, WinogradMap) or (isinstance(m, AmxMap) and reaches_all(m))
 
 
-def can_wait(weight: Weight) -> bool:
+def can_wait(weight: Chosen) -> bool:
     """Whether this map is better computed with its area's step: :func:`can_end`, or by a GPU's fused convolution."""
     return can_end(weight) or "forward" in weight.choice.fused
 
@@ -310,14 +313,15 @@ def _data_grad(weight: Weight, grad: Tensor, shape: torch.Size, into: Tensor | N
     return amx_conv(grad, packed, out, accumulate=into is not None)
 
 
-_MANY_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
+MANY_WEIGHT_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
 
 
 def _weight_grad(weight: Weight, x: Tensor, grad: Tensor, into: Tensor | None) -> Tensor:
     m, own = weight.choice.grad_map, weight.choice.map
     assert m is not None
-    if isinstance(own, WinogradMap) and x.shape[0] * own.tiles(*x.shape[1:3]) >= _MANY_TILES:
+    if isinstance(own, WinogradMap) and x.shape[0] * own.tiles(*x.shape[1:3]) >= MANY_WEIGHT_TILES:
         m = own
+    out = empty(weight.weight.shape, torch.float32) if into is None else into
     if isinstance(m, AmxMap):
-        return amx_weight_grad(m, weight.weight, x, grad, into)
-    return winograd_weight_grad(m, weight.weight, x, grad, into)
+        return amx_weight_grad(m, x, grad, out, accumulate=into is not None)
+    return winograd_weight_grad(m, x, grad, out, accumulate=into is not None)

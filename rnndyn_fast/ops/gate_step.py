@@ -22,20 +22,29 @@ _NORMED = {GRUGates: "gates_norm", GRUUpdate: "candidate_norm", IntersectionRNN:
 MAX_PORT_TERMS = 6  # kMaxPortTerms of gate_step.h; the core checks it
 
 
+def can_compute_cell(cell: Cell) -> bool:
+    """Whether the native kernel has this cell at all."""
+    return _why_not_cell(cell) is None
+
+
+def _why_not_cell(cell: Cell) -> str | None:
+    if type(cell) not in _RULES:
+        return f"there is no kernel of {cell.kind}"
+    if isinstance(cell, LSTM) and (cell.layer_norm or cell.peepholes):
+        return "the kernel has no LSTM with a norm of its memory or peepholes"
+    if isinstance(cell, ReciprocalGated) and cell.activation not in ACTIVATION_NUMBERS:
+        return f"the kernel has no activation {cell.activation.value}"
+    if isinstance(cell, ReciprocalGated) and not {cell.tau_gain.nonlinearity, cell.gate_gain.nonlinearity} <= set(_GAINS):
+        return "the kernel has gains of the sigmoid and of tanh only"
+    return None
+
+
 def can_run_gate_step(cell: Cell, example: Tensor, *, raise_error: bool = False) -> bool:
     """Whether the native kernel computes this cell on tensors like ``example``; with ``raise_error``, ``ValueError`` with the reason."""
-    reason = _launch.unavailable
-    if reason is None and type(cell) not in _RULES:
-        reason = f"there is no kernel of {cell.kind}"
-    elif isinstance(cell, LSTM) and (cell.layer_norm or cell.peepholes):
-        reason = "the kernel has no LSTM with a norm of its memory or peepholes"
-    elif isinstance(cell, ReciprocalGated) and cell.activation not in ACTIVATION_NUMBERS:
-        reason = f"the kernel has no activation {cell.activation.value}"
-    elif isinstance(cell, ReciprocalGated) and not {cell.tau_gain.nonlinearity, cell.gate_gain.nonlinearity} <= set(_GAINS):
-        reason = "the kernel has gains of the sigmoid and of tanh only"
-    elif _launch.on_device(example):
+    reason = _launch.unavailable or _why_not_cell(cell)
+    if reason is None and _launch.on_device(example):
         reason = _launch_cuda.why_not(example)
-    elif example.device.type != "cpu" or example.dtype not in (torch.float32, torch.float64):
+    elif reason is None and (example.device.type != "cpu" or example.dtype not in (torch.float32, torch.float64)):
         reason = f"it takes float32 and float64 on the CPU and halves on CUDA devices, not {example.dtype} on {example.device}"
     if reason and raise_error:
         raise ValueError(f"gate_step: {reason}")

@@ -47,9 +47,15 @@ class NormRule:
     activation: Activation = Activation.IDENTITY
     rectify_drive: bool = False
 
-    def scalars(self, squash: bool) -> _launch_steps.NormScalars:
-        """As the native core takes it."""
-        return self.groups, self.kind.value, ACTIVATION_NUMBERS[self.activation], self.rectify_drive, squash, self.eps
+
+def as_fixed(rule: NormRule) -> NormRule:
+    """The rule with statistics that are there already."""
+    return replace(rule, kind=NormKind.FIXED)
+
+
+def norm_scalars(rule: NormRule, squash: bool) -> _launch_steps.NormScalars:
+    """A rule as the native core takes it."""
+    return rule.groups, rule.kind.value, ACTIVATION_NUMBERS[rule.activation], rule.rectify_drive, squash, rule.eps
 
 
 @dataclass
@@ -93,7 +99,7 @@ def norm_step(
     driven = bool(drives) or drive_bias is not None
     squash = driven and (bool(modulators) or modulator_bias is not None)
     _launch_steps.norm_step_forward(
-        rule.scalars(squash), drives, modulators if squash else [], drive_bias, modulator_bias if squash else None, gamma, beta,
+        norm_scalars(rule, squash), drives, modulators if squash else [], drive_bias, modulator_bias if squash else None, gamma, beta,
         drive_sum, modulator_sum, state, found.mean, found.rstd, found.variance,
     )  # fmt: skip
     return found
@@ -112,13 +118,13 @@ def norm_step_again(
     """The state of :func:`norm_step` once more, to the bit, from the sums that it left."""
     mean, rstd = statistics.mean, statistics.rstd
     if rule.kind is NormKind.BATCH:  # (whose statistics need not be taken again)
-        rule = replace(rule, kind=NormKind.FIXED)
+        rule = as_fixed(rule)
     elif rule.kind is NormKind.GROUP:
         assert mean is not None
         mean, rstd = torch.empty_like(mean), torch.empty_like(mean)
     modulators = [modulator] if modulator is not None else []
     _launch_steps.norm_step_forward(
-        rule.scalars(bool(modulators)), [drive], modulators, None, None, gamma, beta, None, None, state, mean, rstd, None
+        norm_scalars(rule, bool(modulators)), [drive], modulators, None, None, gamma, beta, None, None, state, mean, rstd, None
     )
 
 
@@ -139,7 +145,7 @@ def norm_step_backward(
     """Write the gradients of the sums. Returns those of gamma and beta, [C] each."""
     grads = (torch.empty_like(gamma), torch.empty_like(gamma)) if gamma is not None else (None, None)
     _launch_steps.norm_step_backward(
-        rule.scalars(drive is not None and modulator is not None), grad_state, drive, modulator, gamma, beta, statistics.mean,
+        norm_scalars(rule, drive is not None and modulator is not None), grad_state, drive, modulator, gamma, beta, statistics.mean,
         statistics.rstd, grad_drive, grad_modulator, grads[0], grads[1], grad_drive_bias, grad_modulator_bias,
     )  # fmt: skip
     return grads

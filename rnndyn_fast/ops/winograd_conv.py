@@ -199,19 +199,34 @@ def _sizes(m: WinogradMap, weight: Tensor) -> tuple[int, int, int, int]:
     return (second, first, area, second * area) if m.transposed or m.turned else (first, second, second * area, area)
 
 
-def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False) -> PackedWeight:
-    """Transform a parameter's weight; ``backward``: for the gradient of the data (from target to source channels)."""
+def packed_sizes(m: WinogradMap, weight_shape: Sequence[int], *, backward: bool = False) -> list[int]:
+    """Elements of each tensor that a weight is packed into, float32."""
+    first, second = weight_shape[:2]
+    target, source = (second, first) if m.transposed or m.turned else (first, second)
+    sizes = (source, target, 1, 1) if backward else (target, source, 1, 1)
+    by_taps = packs_taps(m, target * source)
+    return [_launch_conv.winograd_packed_size(m.form.key, phases, sizes, by_taps=by_taps) for phases in _packed_phases(m, backward)]
+
+
+def _packed_phases(m: WinogradMap, backward: bool) -> list[Taps]:
+    """The taps in each packed tensor: all phases of one term, or one of each term."""
+    if not backward and m.transposed:
+        return [taps(m)]
+    return [(term,) for term in (_backward_taps(m) if backward else taps(m))]
+
+
+def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False, outs: Sequence[Tensor] | None = None) -> PackedWeight:
+    """Transform a parameter's weight, perhaps into the tensors ``outs``; ``backward``: for the gradient of the data (from target to source
+    channels)."""
     weight = weight.contiguous()
     target, source, target_stride, source_stride = _sizes(m, weight)
-    data: tuple[Tensor, ...]
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
     by_taps = packs_taps(m, target * source)
-    if not backward and m.transposed:  # phases of one term
-        data = (_launch_conv.winograd_pack_weight(m.form.key, taps(m), sizes, weight, by_taps=by_taps),)
-    else:
-        terms = _backward_taps(m) if backward else taps(m)
-        data = tuple(_launch_conv.winograd_pack_weight(m.form.key, (term,), sizes, weight, by_taps=by_taps) for term in terms)
-    return PackedWeight(m, backward, data, by_taps)
+    if outs is None:
+        outs = [empty((size,), torch.float32) for size in packed_sizes(m, weight.shape, backward=backward)]
+    for phases, out in zip(_packed_phases(m, backward), outs, strict=True):
+        _launch_conv.winograd_pack_weight(m.form.key, phases, sizes, weight, out, by_taps=by_taps)
+    return PackedWeight(m, backward, tuple(outs), by_taps)
 
 
 def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
@@ -252,18 +267,18 @@ def winograd_conv(
 
 def winograd_weight_grad(
     m: WinogradMap,
-    weight: Tensor,  # the parameter, for its shape
     x: Tensor,  # [M, H, W, C_in]
     grad: Tensor,  # [M, H', W', C_out]
-    into: Tensor | None = None,  # as the parameter, contiguous
+    out: Tensor,  # as the parameter, contiguous
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
-    """Gradient of the weight over all samples, in the parameter's shape; added to ``into``, if that is given, and then returned as it."""
-    out = empty(weight.shape, torch.float32) if into is None else into
+    """Gradient of the weight over all samples, in the parameter's shape; written into ``out``, or added to it."""
     if m.transposed:
         calls = [(taps(m), _vanishing(m)[0], (0, 0))]
     else:
         calls = [((piece,), (zero,), shift) for piece, zero, shift in zip(taps(m), _vanishing(m)[0], m.shifts, strict=True)]
-    sizes, grads = _sizes(m, weight), _phases(m, grad)
+    sizes, grads = _sizes(m, out), _phases(m, grad)
     for pieces, vanishing, shift in calls:
-        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, sizes, Grid(x), grads, vanishing, out, shift, into is not None)
+        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, sizes, Grid(x), grads, vanishing, out, shift, accumulate)
     return out

@@ -61,7 +61,7 @@ class CompareConfig:
     augment: Literal["trivialaugmentwide", "none", "flip"] = option("none", "augmentation of training images")
     threads: int | None = option(None, "CPU threads; default: PyTorch's")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
-    backend: Literal["native", "scheduled", "reference"] | None = option(None, "as in rnndyn train")
+    backend: Literal["native", "reference"] | None = option(None, "as in rnndyn train")
     engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")
     resume: bool = option(False, "go on with the comparison in `out`: what is finished is not trained again")
     overwrite: bool = option(False, "replace the comparison that is in `out`")

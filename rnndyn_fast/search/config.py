@@ -75,7 +75,7 @@ class SearchConfig:
     threads: int | None = option(1, "CPU threads of a worker")
     device: str | None = option(None, "of every worker: cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     heartbeat_s: int = option(60, "seconds between signs of life; a trial without one for five times as long is run again")
-    backend: Literal["native", "scheduled", "reference"] | None = option(None, "as in rnndyn train")
+    backend: Literal["native", "reference"] | None = option(None, "as in rnndyn train")
     engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")
     resume: bool = option(False, "go on with the search in `out`, or join the one in `storage`")
     overwrite: bool = option(False, "replace the search that is in `out`")

@@ -88,7 +88,7 @@ def load_checkpoint(
     Args:
         path: file written by `save_checkpoint`.
         timesteps: unroll that many steps instead of as many as in training.
-        backend, engine: how it runs, see `rnndyn_fast.graph.rollout`; what it was trained with does not matter.
+        backend, engine: how it runs, see `rnndyn_fast.rollout`; what it was trained with does not matter.
 
     Returns:
         The network and the contents.

@@ -88,7 +88,7 @@ class TrainConfig:
     unroll: Literal["engineering", "biological"] = option(
         "engineering", "bottom-up connections within a time step, as published, or one step per connection"
     )
-    backend: Literal["native", "scheduled", "reference"] | None = option(
+    backend: Literal["native", "reference"] | None = option(
         None, "native kernels, the same schedule in PyTorch's operations, plain PyTorch, or the first that can run"
     )
     engine: Literal["auto", "direct", "winograd", "amx", "fused"] = option(

@@ -1,55 +1,56 @@
-"""``rollout``: a whole run of a network through time, by the backend that is asked for or can run it.
+"""``rollout``: a whole run of a network through time, natively or by the reference.
 
-The native one is one op and one autograd node (:mod:`rnndyn_fast.graph.rollout_op`), the scheduled one a node of its own
-(:mod:`rnndyn_fast.graph.taped`) or PyTorch's operations (:mod:`rnndyn_fast.graph.scheduled`). Forward mode runs the reference instead,
-whatever transforms surround it.
+The native one is one op and one autograd node for any network (:mod:`rnndyn_fast.program.rollout_op`). Forward mode runs the reference
+instead, whatever transforms surround it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs
-from rnndyn_fast.graph.rollout_op import Rollout
 from rnndyn_fast.graph.schedule import compile_schedule
-from rnndyn_fast.graph.scheduled import rollout_scheduled
 from rnndyn_fast.graph.spec import Network
-from rnndyn_fast.graph.support import unknown_to_native
-from rnndyn_fast.graph.taped import can_run_taped, rollout_taped
 from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
+from rnndyn_fast.program.rollout_op import run_rollout
 from rnndyn_fast.reference.rollout import rollout as reference_rollout
 
+BACKENDS = ("native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.float64)
 
 
 def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor], *, raise_error: bool = False) -> bool:
-    """Whether the native engine can run a rollout on these tensors.
+    """Whether the native engine can run a rollout on these tensors: any network, on the CPU in float32 or float64, on CUDA devices in
+    float32, float16 or bfloat16, where parameters of half-precision maps may be float32.
 
     Args:
         raise_error: raise ``ValueError`` with the reason instead of returning False.
     """
-    reason = _launch.unavailable or unknown_to_native(network)
+    reason = _launch.unavailable
+    example = inputs[0]
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
-        if tensor.device != inputs[0].device:
-            reason = f"{name} is on {tensor.device}, and the first input on {inputs[0].device}"
+        if tensor.device != example.device:
+            reason = f"{name} is on {tensor.device}, and the first input on {example.device}"
         elif _launch.on_device(tensor):
             reason = _launch_cuda.why_not(tensor)
+            if reason is None and tensor.dtype not in (example.dtype, sums_dtype(example.dtype)):
+                reason = f"it has dtype {tensor.dtype}, and the first input {example.dtype}"
             reason = reason and f"{name}: {reason}"
         elif tensor.device.type != "cpu":
             reason = f"{name} is on {tensor.device}; the native engine runs on the CPU and on CUDA devices"
         elif tensor.dtype not in NATIVE_DTYPES:
             reason = f"{name} has dtype {tensor.dtype}; the native engine takes float32 and float64"
     if reason and raise_error:
-        raise ValueError(f'backend="native": {reason}; use backend="scheduled"')
+        raise ValueError(f'backend="native": {reason}; use backend="reference"')
     return reason is None
 
 
@@ -114,9 +115,8 @@ def rollout(
         parameters: by name, with the shapes of ``network.parameter_shapes`` and, unless ``statistics`` is given,
             ``network.buffer_shapes``; others are ignored.
         record: areas to return ("area", or "area:state" where it has several); the readout's source area if None.
-        backend: "native" (raises where :func:`can_run_native` says no), "scheduled" (any network: every term once, in our own kernels;
-            in other dtypes and in functional transforms in PyTorch's operations), "reference" (nothing is scheduled), or None: native
-            where it can run, else scheduled, with a warning that gives the reason where that is PyTorch's operations.
+        backend: "native" (raises where :func:`can_run_native` says no), "reference" (plain PyTorch, nothing is scheduled), or None: native
+            where it can run, else the reference, with a warning that gives the reason.
         engine: how convolutions are computed: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.engines.choose_engine`), on CUDA devices "fused" (see
             :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
@@ -130,7 +130,7 @@ def rollout(
         ValueError, TypeError: naming the argument, what was expected, what came.
 
     Differentiable: inputs and parameters. Forward-mode: yes, at the cost of the reference. Double backward: raises; use
-    ``backend="reference"``. Deterministic: yes. Memory: training keeps what ``print(schedule)`` lists; otherwise two time steps.
+    ``backend="reference"``. Deterministic: yes. Memory: what ``rnndyn plan`` prints.
 
     Source: Thorat, Doerig & Kietzmann, arXiv 2308.12435.
 
@@ -143,8 +143,8 @@ def rollout(
         if network.readout is None:
             raise ValueError("record: the network has no readout, so name the areas to return")
         record = (network.readout.source,)
-    if backend not in (None, "native", "scheduled", "reference"):
-        raise ValueError(f'backend: expected "native", "scheduled", "reference" or None, got {backend!r}')
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f'backend: expected "native", "reference" or None, got {backend!r}')
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if isinstance(record, str):
@@ -164,24 +164,10 @@ def rollout(
         try:
             can_run_native(network, inputs, used, raise_error=True)
         except ValueError as reason:
-            if not can_run_taped([*inputs, *used.values()]):
-                warnings.warn(f'running backend="scheduled", in PyTorch\'s operations: {reason}', stacklevel=2)
-            backend = "scheduled"
+            warnings.warn(f"running the reference, in PyTorch's operations: {reason}", stacklevel=2)
+            backend = "reference"
     elif backend == "native":
         can_run_native(network, inputs, used, raise_error=True)
-    tensors = [*inputs, *used.values()]
-    if backend == "scheduled" and not torch.compiler.is_compiling():  # (which cannot trace the compiler of schedules)
-        schedule = compile_schedule(network, timesteps, names)
-        if can_run_taped(tensors):
-            return rollout_taped(schedule, inputs, used, statistics, with_precision(engine))
-        return rollout_scheduled(schedule, inputs, used, statistics)
-    if backend in ("scheduled", "reference") or in_forward_mode(tensors):
+    if backend == "reference" or in_forward_mode([*inputs, *used.values()]):
         return reference_rollout(network, timesteps, inputs, used, names, statistics)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    precise = with_precision(engine)
-    if torch.compiler.is_compiling():
-        run: Callable[..., Any] = torch.ops.rnndyn.rollout
-        result = run(list(inputs), list(used.values()), network.to_json(), timesteps, list(names), training, precise)
-    else:
-        result = Rollout.apply(network.to_json(), timesteps, names, training, precise, *tensors)
-    return list(result[: len(names)])
+    return run_rollout(network, timesteps, inputs, used, names, statistics, with_precision(engine))

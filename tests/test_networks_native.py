@@ -1,4 +1,4 @@
-"""The schedule in our own kernels against the reference, which schedules nothing: every word, values and gradients."""
+"""Networks natively against the reference, which schedules nothing: every case and the published networks, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from cases import CASES, RolloutCase
 from torch import Tensor
 
-from rnndyn_fast.graph import Network, compile_schedule, rollout, taped_terms
+from rnndyn_fast.graph import Network, Operator, compile_schedule
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.models.convrnn_nets import BASES
 from rnndyn_fast.nn import ConvCell
+from rnndyn_fast.program import rollout
+from rnndyn_fast.program.describe import plan_for
+from rnndyn_fast.program.ir import Program, Value
 
 
 def compare(network: Network, timesteps: int, inputs: list[Tensor], record: tuple[str, ...], *, training: bool = False) -> None:
@@ -25,7 +28,7 @@ def compare(network: Network, timesteps: int, inputs: list[Tensor], record: tupl
     buffers = {n: torch.rand(s, generator=generator, dtype=torch.float64) + 0.5 for n, s in network.buffer_shapes.items()}
     weights: list[Tensor] = []
     results = []
-    for backend in ("reference", "scheduled"):
+    for backend in ("reference", "native"):
         leaves = [x.clone().requires_grad_(True) for x in inputs]
         named = {name: p.clone().requires_grad_(True) for name, p in parameters.items()}
         statistics: dict[str, tuple[Tensor, Tensor]] | None = {} if training else None
@@ -95,11 +98,18 @@ def test_blt_vs(bio: bool, timesteps: int, monkeypatch: pytest.MonkeyPatch) -> N
     net = blt_vs(timesteps, 3, 2, bio_unroll=bio, image_size=128)
     image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
     compare(net.network, timesteps, [image], ("Readout.logits", "V4.td", "V1.bu"))
-    calls = []
-    used = taped_terms.Terms._used_maps
-    monkeypatch.setattr(taped_terms.Terms, "_used_maps", lambda run, drive, slots: calls.extend(slots) or used(run, drive, slots))
-    net.double().backend = "scheduled"
-    with torch.no_grad():
-        net(image)
     schedule = compile_schedule(net.network, timesteps, ("Readout.logits",))
-    assert len(calls) == sum(len(d.slots) for d in schedule.drives)
+    program = plan_for(schedule, "auto", torch.float64, 1, training=False).versions[0].executable.program
+    assert not {i.kind for i in program.instrs} & {"conv", "separable_conv", "by_torch"}, "float64"
+    own, between = ("depthwise_conv", "grouped_conv"), middles(program)
+    samples = sum(
+        i.operands["x"].shape[0]
+        for i in program.instrs
+        if i.kind in own or (i.kind == "direct_conv" and i.operands["x"].value not in between)
+    )
+    assert samples == sum(len(d.slots) for d in schedule.drives if d.connection.operator is not Operator.IDENTITY)
+
+
+def middles(program: Program) -> set[Value]:
+    """What lies between the two maps of a separable convolution."""
+    return {v.value for i in program.instrs if i.kind in ("depthwise_conv", "grouped_conv") for v in i.writes}

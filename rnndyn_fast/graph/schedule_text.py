@@ -1,19 +1,13 @@
-"""The readable plan of a schedule (``print(schedule)``, ``rnndyn plan MODEL``)."""
+"""A schedule as text: what is computed once, per component and per time step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from rnndyn_fast.graph import backward, taped_maps
-from rnndyn_fast.graph.linear import engines
-from rnndyn_fast.graph.saved import SavedBuffer, computed_again, saved_buffers
-from rnndyn_fast.graph.schedule import Component, Schedule
 from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
-from rnndyn_fast.graph.support import unknown_to_native
-from rnndyn_fast.ops.device_engine import choose_device_engine
-from rnndyn_fast.ops.engines import EngineChoice, Geometry, choose_engine
+
+if TYPE_CHECKING:
+    from rnndyn_fast.graph.schedule import Component, Schedule
 
 _POOL = {Pool.NONE: "{}", Pool.MAX: "maxpool2({})", Pool.MAX_SAME: "maxpool2same({})", Pool.MEAN: "mean({})"}
 _FACTOR = {Interaction.MULTIPLICATIVE: "(1 + {})", Interaction.SQUASHED: "2 sigmoid({})"}
@@ -72,20 +66,6 @@ def _equation(schedule: Schedule, name: str) -> str:
     return text
 
 
-def _engines(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
-    where = torch.device(device) if torch.cuda.is_available() else None  # (without a device at hand: what it would depend on)
-
-    def choose(geometry: Geometry, shape: tuple[int, ...], height: int, width: int) -> EngineChoice:
-        if device == "cpu":
-            return choose_engine(geometry, shape, height, width, dtype, engine, samples)
-        return choose_device_engine(geometry, shape, height, width, dtype, engine, samples, where)
-
-    connections = dict.fromkeys(d.connection for d in schedule.drives if d.connection.operator is not Operator.IDENTITY)
-    found = [(c, *part) for c in connections for part in engines(schedule.network, c, choose, dtype, on_device=device != "cpu")]
-    width = max((len(c.label) for c, *_ in found), default=0)
-    return [f"    {c.label:<{width}} {name:<20} {why}" for c, name, why in found]
-
-
 def _component(schedule: Schedule, component: Component) -> list[str]:
     lines = []
     for d in component.drives_in:
@@ -103,38 +83,11 @@ def _component(schedule: Schedule, component: Component) -> list[str]:
         indent = "      "
     for name in component.areas:
         lines.append(f"{indent}{name} = {_equation(schedule, name)}  [{_map(schedule.network.shapes[name])}]")
-        pools = [p.value for p in schedule.pools_read(name) if p is not Pool.NONE]
-        if pools and unknown_to_native(schedule.network) is None:
-            lines.append(f"{indent}  with its {' and '.join(sorted(pools))}-pooled map, in the same pass")
     return lines
 
 
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} GiB"
-
-
-def saved_bytes(buffers: Sequence[SavedBuffer], dtype: torch.dtype = torch.float32) -> int:
-    """Bytes per sample that a training rollout keeps for its backward pass."""
-    total = 0
-    for b in buffers:
-        elements = b.slots
-        for n in b.shape:
-            elements *= n
-        total += elements * b.dtype(dtype).itemsize
-    return total
-
-
-def describe(
-    schedule: Schedule, engine: str = "auto", *, device: str = "cpu", dtype: torch.dtype = torch.float32, samples: int = 16
-) -> str:
-    """The plan as text: what is computed once, per component, per step, and what is saved for backward.
-
-    ``device`` ("cpu", "cuda", "cuda:1", ...), ``dtype`` of the maps and ``samples`` of a batch are those that engines are chosen for.
-    """
+def schedule_text(schedule: Schedule) -> str:
+    """The components, what they compute and when."""
     network = schedule.network
     lines = [
         f"{network.name}: {schedule.timesteps} time steps, {network.unroll.value} unroll, recording {', '.join(schedule.record)}",
@@ -153,31 +106,4 @@ def describe(
         "",
         f"  multiply-adds per image: {scheduled / 1e9:.4g} G (every term at every step: {every_step / 1e9:.4g} G)",
     ]
-    reason = unknown_to_native(network)
-    name, where = str(dtype).removeprefix("torch."), "the CPU" if device == "cpu" else "a CUDA device"
-    window = taped_maps.WINDOW_BYTES if reason else backward.WINDOW_BYTES
-    lines += [
-        f"  weight gradients: one call per connection and window of its steps ({window >> 20} MiB)",
-        "  inference: time step by time step, a state is dropped after its last reader",
-        f"  backend: scheduled ({reason})" if reason else "  backend: native",
-        "",
-        f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",
-        *_engines(schedule, engine, device, dtype, samples),
-    ]
-    return "\n".join(lines if reason else [*lines, "", *_saved(schedule, dtype)])
-
-
-def _saved(schedule: Schedule, dtype: torch.dtype) -> list[str]:
-    name = str(dtype).removeprefix("torch.")
-    lines = [f"  saved for backward, per image ({name}):"]
-    again = [name for c in computed_again(schedule) for name in c.areas]
-    if again:
-        lines.append(f"    nothing of {', '.join(again)}: computed again in backward")
-    buffers = saved_buffers(schedule)
-    for b in buffers:
-        size = b.slots * b.dtype(dtype).itemsize
-        for n in b.shape:
-            size *= n
-        shape = _map((b.shape[2], b.shape[0], b.shape[1])) if len(b.shape) == 3 else "1"
-        lines.append(f"    {b.owner + '.' + b.kind:<28} {b.slots:>3} x {shape:<14} {_size(size)}")
-    return [*lines, f"    {'total':<28} {'':>3}   {'':<14} {_size(saved_bytes(buffers, dtype))}"]
+    return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Networks beyond the native engine's words on the CUDA kernels, in the SIMT harness (or on a device), against the reference."""
+"""Cells, norms and grouped convolutions on the CUDA kernels, in the SIMT harness (or on a device), against the reference."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -13,10 +13,11 @@ from device_rollouts import DEVICE, HALF, count_launches, in_harness, send_to_ke
 from test_rollout_half import NoHostSync
 from torch import Tensor
 
-from rnndyn_fast.graph import Activation, Network, Pool, rollout, taped_terms
+from rnndyn_fast.graph import Activation, Network, Pool
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell
 from rnndyn_fast.ops import _launch, _launch_cells_cuda, _launch_cuda, _launch_steps_cuda
+from rnndyn_fast.program import plan, rollout
 
 DTYPES = [torch.float32, *HALF]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,7 +53,9 @@ class Run:
             found[name] = scaled.to(held).double()
         return found
 
-    def results(self, backend: str, held: torch.dtype, dtype: torch.dtype, engine: str = "auto", device: str = "cpu") -> dict[str, Tensor]:
+    def results(
+        self, backend: str | None, held: torch.dtype, dtype: torch.dtype, engine: str = "auto", device: str = "cpu"
+    ) -> dict[str, Tensor]:
         """States, statistics, and gradients of everything; parameters are float32 at least."""
         wide = torch.float32 if dtype in HALF and backend != "reference" else dtype
         leaves = [x.to(held).to(device, dtype).requires_grad_(True) for x in self.inputs]
@@ -87,7 +90,7 @@ class Run:
         """Error in norm against float64: at most twice that of the reference in the same dtype, plus a floor of roundings."""
         truth = self.results("reference", dtype, torch.float64)
         plain = self.results("reference", dtype, dtype)
-        ours = self.results("scheduled", dtype, dtype, engine, DEVICE or "cpu")
+        ours = self.results("native", dtype, dtype, engine, DEVICE or "cpu")
         for name, expected in truth.items():
             if name not in ours:  # (a term without effect and an area that nobody asks for are not evaluated; unscheduled they are)
                 assert not expected.any() or name.startswith(("mean", "var")), name
@@ -179,31 +182,32 @@ def test_convrnn(dtype: torch.dtype, kernels: list[str]) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[n] for n in ("topdown_multiplicative", "operators_additive")], ids=lambda c: c.name)
-def test_words_of_the_native_engine(case: RolloutCase, kernels: list[str]) -> None:
+def test_areas_of_area_step(case: RolloutCase, kernels: list[str]) -> None:
     Run(case.network, case.timesteps, case.inputs(), case.record).check(torch.float32)
 
 
 def test_terms_of_one_sum_are_one_launch(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Input and state of an LSTM's gates, in half precision on the fused convolution."""
-    counts = []
-    once = taped_terms.convolve_sum
-    monkeypatch.setattr(taped_terms, "convolve_sum", lambda *args: counts.append(len(args[0])) or once(*args))
-    run = cell_run("lstm")
-    run.results("scheduled", torch.float16, torch.float16, "fused", DEVICE or "cpu")
-    assert 2 in counts
+    monkeypatch.setattr(plan, "_plans", OrderedDict())
+    cell_run("lstm").results("native", torch.float16, torch.float16, "fused", DEVICE or "cpu")
+    programs = [made.versions[0].executable.program for made in plan._plans.values()]
+    assert len(programs) == 2
+    forward = [i for program in programs for i in program.part(backward=False) if i.kind == "fused_conv"]
+    assert 2 in [len(i.operands["xs"]) for i in forward]
 
 
 @in_harness
-def test_without_a_fitting_device_it_is_pytorchs(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says why, where the backend was not asked for."""
+def test_without_a_fitting_device_it_is_the_references(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says why; where the native backend is asked for, that is an error."""
     monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
     run = cell_run("lstm", 4)
     truth = run.results("reference", torch.float32, torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = run.results("scheduled", torch.float32, torch.float32)
+    with pytest.warns(UserWarning, match=r"compute capability 7\.0"):
+        ours = run.results(None, torch.float32, torch.float32)
     assert kernels == []
     assert all(float((ours[name] - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()) for name in truth)
+    with pytest.raises(ValueError, match=r"compute capability 7\.0"):
+        run.results("native", torch.float32, torch.float32)
     monkeypatch.setattr(_launch_cuda, "unavailable", "this build has no CUDA kernels (none)")
     case = CASES["topdown_additive"]
     with pytest.warns(UserWarning, match="this build has no CUDA kernels"):
@@ -227,7 +231,7 @@ def test_out_of_memory_leaves_everything_as_it_was(when: str, kernels: list[str]
         launch(*arguments, **options)
 
     def step() -> None:
-        states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="scheduled")
+        states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="native")
         torch.autograd.backward(states, [torch.ones_like(s) for s in states])
 
     monkeypatch.setattr(_launch, "gate_step", short_of_memory)
@@ -249,12 +253,12 @@ def test_kept_graphs_and_second_derivatives(kernels: list[str]) -> None:
     device = DEVICE or "cpu"
     named = {name: p.to(device, torch.float32).requires_grad_(True) for name, p in run.parameters(torch.float32).items()}
     inputs = [x.to(device, torch.float16) for x in run.inputs]
-    states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="scheduled")
+    states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="native")
     loss = sum(s.float().square().sum() for s in states)
     assert isinstance(loss, Tensor)
     found = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    with pytest.raises(RuntimeError, match="scheduled rollout cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match="native rollout cannot be differentiated twice"):
         torch.autograd.grad(loss, list(named.values()), create_graph=True)
 
 
@@ -266,10 +270,10 @@ def test_no_rollout_waits_for_the_device(kind: str, kernels: list[str]) -> None:
     named = {name: p.float().requires_grad_(True) for name, p in run.parameters(torch.float16).items()}
     inputs = [x.half() for x in run.inputs]
     with NoHostSync():
-        states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="scheduled", engine="fused")
+        states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="native", engine="fused")
         torch.autograd.backward(states, [torch.ones_like(s) for s in states])
         with torch.no_grad():
-            rollout(run.network, run.timesteps, inputs, named, run.record, backend="scheduled", engine="fused")
+            rollout(run.network, run.timesteps, inputs, named, run.record, backend="native", engine="fused")
 
 
 @in_harness

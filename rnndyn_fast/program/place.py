@@ -1,0 +1,46 @@
+"""Where the values of a program lie in its arena, and the proof that no live value is overwritten.
+
+A value lives from the first instruction that touches it to the last one. Values whose lives do not overlap may share bytes; each is placed
+in the smallest gap between those that are alive with it (:mod:`rnndyn_fast.program.placement`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rnndyn_fast.program.ir import Instr, Program, Role, Value, instr_lives
+from rnndyn_fast.program.placement import Life, placed
+
+ALIGNMENT = 64  # bytes: a cache line, and what matrix units ask for
+
+
+def place(instrs: Sequence[Instr], fixed: frozenset[Value] = frozenset()) -> tuple[dict[int, int], int]:
+    """The byte at which each value begins, by its number, and the bytes of the arena.
+
+    ``fixed``: values that lie elsewhere.
+    """
+    lives = {value: life for value, life in instr_lives(instrs).items() if value not in fixed}
+    buffers = [Life(-(-value.nbytes // ALIGNMENT) * ALIGNMENT, first, last) for value, (first, last) in lives.items()]
+    offsets, end = placed(buffers)
+    return {value.number: offset for value, offset in zip(lives, offsets, strict=True)}, end
+
+
+def validate(program: Program) -> None:
+    """Raise ``AssertionError`` unless every value that is read was written, and no two that are alive together share a byte."""
+    written: set[Value] = set()
+    for k, instr in enumerate(program.instrs):
+        for view in instr.reads:
+            if view.value.role is Role.ARENA and view.value not in written and not any(view.value is w.value for w in instr.writes):
+                raise AssertionError(f"instruction {k} reads {view.value} {view.value.name!r}, which nothing has written: {instr}")
+        written.update(view.value for view in instr.writes)
+    lives = instr_lives(program.instrs)
+    spans = sorted((program.offsets[v.number], program.offsets[v.number] + v.nbytes, *life, v) for v, life in lives.items() if v.nbytes)
+    for i, (first, end, born, dies, value) in enumerate(spans):
+        if end > program.nbytes:
+            raise AssertionError(f"{value} {value.name!r} ends at byte {end} of an arena of {program.nbytes}")
+        for other_first, _, other_born, other_dies, other in spans[i + 1 :]:
+            if other_first >= end:
+                break
+            if other_born <= dies and born <= other_dies:
+                raise AssertionError(f"{value} {value.name!r} and {other} {other.name!r} are alive together and share bytes")
+        del first
