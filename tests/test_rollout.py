@@ -236,15 +236,17 @@ def test_inference_holds_two_time_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["topdown_additive", "topdown_multiplicative"])
 def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the gradients of an area's sums. (Of many samples: a weight's gradient waits for as many maps as it is large.)"""
+    """Of the gradients of sums of areas with maps. (A weight's gradient waits for as many maps as it is large, so those of vectors wait.)"""
     case = CASES[name]
+    areas = [a.name for a in case.network.areas if case.network.shapes[a.name][1:] != (1, 1)]
+    names = tuple(f"{area} grad {port}" for area in areas for port in ("drive", "modulator"))
     monkeypatch.setattr(maps, "WINDOW_BYTES", 1)
     peaks = {}
     for timesteps in (6, 18):
         program = planned(case, timesteps, case.record, 64, training=True)
         alive = [0] * len(program.instrs)
         for value, (first, last) in instr_lives(program.instrs).items():
-            for k in range(first, last + 1) if value.name.endswith(("grad drive", "grad modulator")) else ():
+            for k in range(first, last + 1) if value.name.endswith(names) else ():
                 alive[k] += value.nbytes
         peaks[timesteps] = max(alive)
     assert peaks[6] == peaks[18] > 0

@@ -158,9 +158,9 @@ def test_function_alone_refuses_forward_mode() -> None:
     """Were the detection to miss: an error, not zeros."""
     case = SOME[0]
     (x,), parameters = case.inputs(), case.parameters()
+    tensors, key = (x, *parameters.values()), (case.network.to_json(), 4, case.record, (True,) * (1 + len(parameters)), False, "auto")
+    plan, given = _plan(tensors, key)
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-        tensors, key = (x, *parameters.values()), (case.network.to_json(), 4, case.record, (True,) * (1 + len(parameters)), False, "auto")
-        plan, given = _plan(tensors, key)
         Rollout.apply(plan, None, tuple(given), forward_ad.make_dual(x, x), *parameters.values())
 
 
