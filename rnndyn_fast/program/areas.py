@@ -356,6 +356,7 @@ class AreaRules:
         count = len(at.indices)
         given = [(list(port.connections), list(port.biases)) for port in ports.values()]
         samples, (channels, height, width) = self.maps.samples, network.shapes[area.name]
+        inner = self.maps.sums_dtype
         takes_statistics = area.norm is Norm.BATCH and self.maps.setting.training
 
         def area_update(xs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
@@ -369,7 +370,9 @@ class AreaRules:
                     terms.append((c, value.permute(0, 3, 1, 2)))
             like = (count * samples, channels, height, width)
             statistics: Statistics | None = {} if takes_statistics else None
-            maps = update_area(network, area, at.step, terms, parameters, statistics, like)
+            # (Without terms and parameters a parameter still tells the dtype.)
+            known = parameters or {"": torch.zeros((), dtype=inner)}
+            maps = update_area(network, area, at.step, terms, known, statistics, like)
             assert maps is not None
             found = [part for state in states for part in maps[state].permute(0, 2, 3, 1).chunk(count)]
             return [*found, *(t for pair in (statistics or {}).values() for t in pair)]

@@ -12,14 +12,16 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch, core_calls
 from rnndyn_fast.ops.addresses import first_element
 from rnndyn_fast.ops.buffers import Region, alias_in_regions, lies_in_region
-from rnndyn_fast.program.ir import Instr, Program, Role, Value, View, map_views
+from rnndyn_fast.program.ir import Instr, Program, Role, Value, View, instr_lives, map_views
 from rnndyn_fast.program.kinds import KINDS
 
 Tensors = Mapping[Value, Tensor]  # of what the caller provides, and the results
@@ -205,6 +207,11 @@ class Executable:
         self._bindings: OrderedDict[Hashable, Binding] = OrderedDict()
         self._lock = threading.Lock()
 
+    @cached_property
+    def lives(self) -> dict[Value, tuple[int, int]]:
+        """The first and the last instruction that touches each value of the arena."""
+        return instr_lives(self.program.instrs)
+
     def run(self, memory: Memory, *, backward: bool = False) -> None:
         """Run the forward or the backward pass."""
         if _launch.on_device(memory.arena) or not lies_in_region(memory.arena):
@@ -215,7 +222,8 @@ class Executable:
         with self._lock:
             binding = self._bindings.get(key)
             if binding is None:
-                binding = self._bindings[key] = Binding(self.program, memory, backward=backward)
+                with torch.inference_mode(False):  # (whoever comes first, training runs it too)
+                    binding = self._bindings[key] = Binding(self.program, memory, backward=backward)
                 while len(self._bindings) > 2 * _MOST_BINDINGS:
                     self._bindings.popitem(last=False)
             else:

@@ -591,10 +591,11 @@ def by_torch_backward(
         own = {name: p.detach().requires_grad_(name in grad_parameters) for name, p in parameters.items()}
         ys = _exactly(function, leaves, own, inner)
         pairs = [(y, g.to(y.dtype).reshape(y.shape)) for y, g in zip(ys, grads, strict=False) if g is not None and y.requires_grad]
-        wanted = [(x, out) for x, out in zip(leaves, grad_xs, strict=True) if out is not None]
-        wanted += [(own[name], out) for name, out in grad_parameters.items()]
-        found: Sequence[Tensor | None] = [None] * len(wanted)
+        # (Of all maps: the gradient of PyTorch's group norm crashes where that of its argument is not asked for, channels last.)
+        every = [*leaves, *(own[name] for name in grad_parameters)]
+        found: Sequence[Tensor | None] = [None] * len(every)
         if pairs:
-            found = torch.autograd.grad([y for y, _ in pairs], [x for x, _ in wanted], [g for _, g in pairs], allow_unused=True)
-    for (_, out), grad in zip(wanted, found, strict=True):
-        out.zero_() if grad is None else out.copy_(grad.reshape(out.shape))
+            found = torch.autograd.grad([y for y, _ in pairs], every, [g for _, g in pairs], allow_unused=True)
+    for out, grad in zip((*grad_xs, *grad_parameters.values()), found, strict=True):
+        if out is not None:
+            out.zero_() if grad is None else out.copy_(grad.reshape(out.shape))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rnndyn_fast.ops.buffers import arena, empty
 from rnndyn_fast.ops.convolution import kept_pack
 from rnndyn_fast.program.bind import Executable, Memory, in_arena
-from rnndyn_fast.program.ir import Role, Value, View, instr_lives
+from rnndyn_fast.program.ir import Role, Value, View
 from rnndyn_fast.program.plan import GradLayouts, Passes, Plan, layout
 
 Given = Mapping[str, Tensor]  # inputs, parameters and buffers by name
@@ -45,14 +45,14 @@ class Forward:
         """A result: a recorded state [T', N, H, W, C], a mean or a variance."""
         return self.results[view.value]
 
-    def kept(self, value: Value) -> Tensor:
-        """What backward reads."""
-        program = self.passes.executable.program
+    def kept(self, value: Value) -> Tensor | None:
+        """What backward reads; None: it was not kept, as no gradient was expected that needs it."""
+        executable = self.passes.executable
         if value in self.results:
             return self.results[value]
-        if instr_lives(program.instrs)[value][1] < program.split:
-            raise RuntimeError(f"a backward pass reads {value.name!r}, which forward did not keep")
-        return in_arena(program, value, self.arena)
+        if executable.lives[value][1] < executable.program.split:
+            return None
+        return in_arena(executable.program, value, self.arena)
 
 
 def run_forward(passes: Passes, given: Given) -> Forward:
@@ -76,7 +76,10 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     if keep or layouts != passes.layouts:
         passes = plan.backward_apart(layouts)
         memory = arena(passes.executable.program.nbytes, memory.device)
-        known.update({value: forward.kept(value) for value in passes.kept})
+        kept = [forward.kept(value) for value in passes.kept]
+        if any(t is None for t in kept):  # (the last gradients were of fewer states)
+            kept = [again.kept(value) for again in [run_forward(plan.forward_alone(), given)] for value in passes.kept]
+        known.update({value: t for value, t in zip(passes.kept, kept, strict=True) if t is not None})
         if not keep:
             plan.expect(layouts)
     by_name = dict(zip(plan.lowering.schedule.record, grads, strict=True))
