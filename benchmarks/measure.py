@@ -28,8 +28,8 @@ class Seconds(float):
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[Seconds]]:
-    """Time of each contender, one call of each per round, so that a drifting machine meets all of them alike. (Warm is a rollout from its
-    third call on: the second one is recorded, and the third one touches the memory in which recorded ones run.)
+    """Time of each contender, one call of each per round, so that a drifting machine meets all of them alike. (The first call of a rollout
+    plans it, and touches its memory.)
 
     Raises:
         RuntimeError: OMP_WAIT_POLICY is passive: Linux then often wakes all threads on one core, and what is timed is no longer all cores.

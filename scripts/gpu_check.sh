@@ -125,7 +125,7 @@ fi
 
 # shellcheck disable=SC2086  # words of the lists are arguments
 step tests 150 $pytest $op_tests tests/test_rollout_cuda.py tests/test_rollout_device.py \
-  tests/test_scheduled_cuda.py tests/test_train_device.py -k "$chosen"
+  tests/test_networks_cuda.py tests/test_train_device.py -k "$chosen"
 tools="memcheck racecheck initcheck synccheck"
 if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
   for tool in $tools; do

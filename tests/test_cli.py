@@ -194,7 +194,6 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
         "native core",
         "isa",
         "networks, native",
-        "networks, scheduled",
         "networks, reference",
         "h5py",
         "CUDA",

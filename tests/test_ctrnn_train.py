@@ -72,7 +72,7 @@ def test_published_steps(backend: str, dtype: torch.dtype) -> None:
         assert np.quantile(after1, 0.999) < 1e-7
         after20 = np.abs(twenty.parameters[m].numpy() - flat(data, f"{prefix}after20_"))
         assert after20.max() < 5e-5
-        assert np.quantile(after20, 0.99) < 1e-6
+        assert np.quantile(after20, 0.99) < 1e-5  # measured 5e-7 with AVX-512, 4.4e-6 with AVX2
         # Validation is the same batch with the last parameters; measured 1.2e-5 (of an error that is itself about 1).
         assert float(twenty.metrics[m, 2, 0]) == pytest.approx(float(data[f"{prefix}error_after20"]), rel=1e-4)
         assert float(twenty.metrics[m, 2, 1]) == pytest.approx(float(data[f"{prefix}activity_after20"]), rel=1e-4)

@@ -236,7 +236,7 @@ def test_inference_holds_two_time_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["topdown_additive", "topdown_multiplicative"])
 def test_backward_holds_windows_however_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the gradients of sums of areas with maps. (A weight's gradient waits for as many maps as it is large, so those of vectors wait.)"""
+    """Of the gradients of sums of areas with maps. (A weight's gradient waits for as many maps as it is large: those of vectors wait.)"""
     case = CASES[name]
     areas = [a.name for a in case.network.areas if case.network.shapes[a.name][1:] != (1, 1)]
     names = tuple(f"{area} grad {port}" for area in areas for port in ("drive", "modulator"))

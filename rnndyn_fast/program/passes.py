@@ -12,7 +12,7 @@ from rnndyn_fast.ops.buffers import arena, empty
 from rnndyn_fast.ops.convolution import kept_pack
 from rnndyn_fast.program.bind import Executable, Memory, in_arena
 from rnndyn_fast.program.ir import Role, Value, View
-from rnndyn_fast.program.plan import GradLayouts, Passes, Plan, layout
+from rnndyn_fast.program.plan import GradLayouts, Layout, Passes, Plan, layout
 
 Given = Mapping[str, Tensor]  # inputs, parameters and buffers by name
 
@@ -73,6 +73,10 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     """
     layouts: GradLayouts = tuple(None if g is None else layout(g) for g in grads)
     passes, memory, known = forward.passes, forward.arena, dict(forward.results)
+    if not keep and layouts != passes.layouts:
+        plan.expect(layouts)
+        if None not in (*layouts, *passes.layouts) and passes.layouts:
+            grads, layouts = [_in_layout(g, one) for g, one in zip(grads, passes.layouts, strict=True)], passes.layouts
     if keep or layouts != passes.layouts:
         passes = plan.backward_apart(layouts)
         memory = arena(passes.executable.program.nbytes, memory.device)
@@ -80,8 +84,6 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
         if any(t is None for t in kept):  # (the last gradients were of fewer states)
             kept = [again.kept(value) for again in [run_forward(plan.forward_alone(), given)] for value in passes.kept]
         known.update({value: t for value, t in zip(passes.kept, kept, strict=True) if t is not None})
-        if not keep:
-            plan.expect(layouts)
     by_name = dict(zip(plan.lowering.schedule.record, grads, strict=True))
     for value in passes.executable.needs[True]:
         if value.role is Role.GRADIENT:
@@ -91,6 +93,14 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     tensors = _tensors(passes.executable, given, known, backward=True)
     passes.executable.run(Memory(memory, tensors), backward=True)
     return {name: tensors[view.value] for name, view in passes.gradients.items()}
+
+
+def _in_layout(grad: Tensor | None, wanted: Layout | None) -> Tensor | None:
+    """A gradient in the layout that a program takes."""
+    if grad is None or wanted is None or layout(grad) == wanted:
+        return grad
+    shape, strides, dtype = wanted
+    return torch.empty_strided(shape, strides, dtype=dtype, device=grad.device).copy_(grad)
 
 
 def as_states(plan: Plan, forward: Forward) -> list[Tensor]:

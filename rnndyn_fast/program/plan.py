@@ -26,8 +26,10 @@ Layout = tuple[Shape, Shape, torch.dtype]  # shape, strides
 
 
 def layout(tensor: Tensor) -> Layout:
-    """What a program depends on of a tensor. (Sizes that torch.compile would leave open become fixed.)"""
-    return tuple(int(n) for n in tensor.shape), tuple(int(n) for n in tensor.stride()), tensor.dtype
+    """What a program depends on of a tensor. (Sizes that torch.compile would leave open become fixed; strides of single entries mean
+    nothing.)"""
+    shape = tuple(int(n) for n in tensor.shape)
+    return shape, tuple(1 if n == 1 else int(s) for n, s in zip(shape, tensor.stride(), strict=True)), tensor.dtype
 
 
 GradLayouts = tuple[Layout | None, ...]
@@ -140,7 +142,8 @@ def default_gradients(states: Sequence[View]) -> GradLayouts:
     layouts = []
     for state in states:
         seen = state.permute(0, 1, 4, 2, 3)
-        layouts.append((seen.shape, seen.strides, seen.dtype))
+        strides = tuple(1 if n == 1 else s for n, s in zip(seen.shape, seen.strides, strict=True))
+        layouts.append((seen.shape, strides, seen.dtype))
     return tuple(layouts)
 
 
