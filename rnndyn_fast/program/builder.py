@@ -38,12 +38,17 @@ class Builder:
         reads: list[View] = []
         writes: list[View] = []
         for name, operand in operands.items():
-            views = tuple(views_in(operand))
+            if isinstance(operand, View):
+                views: tuple[View, ...] = (operand,)
+            elif isinstance(operand, list | tuple | dict):
+                views = tuple(views_in(operand))
+            else:
+                continue
             if views:
-                known = name in row.reads, name in row.writes
-                assert any(known), (kind, name)
-                reads += views if known[0] else ()
-                writes += views if known[1] else ()
+                read, written = name in row.reads, name in row.writes
+                assert read or written, (kind, name)
+                reads += views if read else ()
+                writes += views if written else ()
         self.instrs.append(Instr(kind, operands, tuple(reads), tuple(writes)))
 
     # ---------------------------------------------------------------- views of maps
