@@ -144,7 +144,7 @@ class Calls:
                 self.grad_weight[self._name(operands["out"])] += 1
             elif kind == "direct_conv_backward":
                 self.grad_x += operands["grad_x"] is not None
-                self.grad_weight.update([self._name(operands["weight"])] if operands["grad_weight"] is not None else [])
+                self.grad_weight.update([self._name(operands["grad_weight"])] if operands["grad_weight"] is not None else [])
             else:
                 self.again += len(self._samples(kind, operands))
 
