@@ -472,3 +472,19 @@ def test_memory_can_be_released_between_the_passes() -> None:
     states.square().sum().backward()
     found = [states.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gradients_after_ones_that_were_a_sum() -> None:
+    """A sum's gradient is one number, expanded; the next rollout is planned for such, and gets another kind."""
+    case = CASES["topdown_multiplicative"]
+    _, inputs, run = of_case(case)
+    losses: list[Callable[[Tensor], Tensor]] = [Tensor.sum, lambda s: s.square().sum(), Tensor.sum, lambda s: s.exp().sum()]
+    for loss in losses:
+        grads = []
+        for repeat in range(2):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            if repeat:
+                release_memory()  # (planned anew)
+            total = sum((loss(s) for s in run(leaves)), torch.zeros(()))
+            grads.append(torch.autograd.grad(total, leaves))
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)

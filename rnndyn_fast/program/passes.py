@@ -75,7 +75,7 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     passes, memory, known = forward.passes, forward.arena, dict(forward.results)
     if not keep and layouts != passes.layouts:
         plan.expect(layouts)
-        if None not in (*layouts, *passes.layouts) and passes.layouts:
+        if passes.layouts and None not in layouts and all(_has_every_element(one) for one in passes.layouts):
             grads, layouts = [_in_layout(g, one) for g, one in zip(grads, passes.layouts, strict=True)], passes.layouts
     if keep or layouts != passes.layouts:
         passes = plan.backward_apart(layouts)
@@ -93,6 +93,11 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     tensors = _tensors(passes.executable, given, known, backward=True)
     passes.executable.run(Memory(memory, tensors), backward=True)
     return {name: tensors[view.value] for name, view in passes.gradients.items()}
+
+
+def _has_every_element(one: Layout | None) -> bool:
+    """Whether a tensor of this layout has memory of its own for each element (one that is expanded has not)."""
+    return one is not None and all(n == 1 or s > 0 for n, s in zip(one[0], one[1], strict=True))
 
 
 def _in_layout(grad: Tensor | None, wanted: Layout | None) -> Tensor | None:
