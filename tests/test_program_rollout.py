@@ -15,7 +15,7 @@ from rnndyn_fast import release_memory
 from rnndyn_fast.graph import Network, compile_schedule
 from rnndyn_fast.models import convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
-from rnndyn_fast.ops import buffers, convolution
+from rnndyn_fast.ops import _launch, buffers, convolution
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.program import kinds, lower, maps, rollout
 from rnndyn_fast.program.adjoint import Gradients
@@ -163,8 +163,10 @@ def test_what_is_kept(kind: str) -> None:
     net.timesteps = 16
     inputs = [torch.randn(*((16, 4) if n.frames else (4,)), n.channels, n.height, n.width) for n in net.network.inputs]
     program = program_of(net.network, 16, net.recorded, 4, training=True)
+    _launch.drop_workspace()
     before = bytes_in_use()
     states = net.states(inputs, net.recorded)
+    _launch.drop_workspace()
     held = bytes_in_use() - before
     assert all(s.requires_grad for s in states)
     recorded = sum(s.nbytes for s in states)
@@ -402,13 +404,20 @@ def test_direct_convolutions_some_samples_at_a_time(monkeypatch: pytest.MonkeyPa
         whole, parts = (torch.full((5, *size, 5), torch.nan, dtype=torch.float64) for _ in range(2))
         once, calls = kinds.direct, []
         with monkeypatch.context() as m:
-            m.setattr(kinds, "direct", lambda g, w, part, once=once, calls=calls: calls.append(len(part)) or once(g, w, part))
+            m.setattr(kinds, "direct", lambda g, w, x, out, once=once, calls=calls: calls.append(len(x)) or once(g, w, x, out))
             m.setattr(kinds, "_DIRECT_BYTES", 1 << 40)
             run(x=x, weight=weight, out=whole, geometry=geometry)
             m.setattr(kinds, "_DIRECT_BYTES", whole[:2].nbytes)
             run(x=x, weight=weight, out=parts, geometry=geometry)
         assert calls == [5, 2, 2, 1]
-        assert torch.allclose(whole, once(geometry, weight, x), rtol=1e-12)
+        maps = x.permute(0, 3, 1, 2)
+        if operator is Operator.LINEAR:
+            expected = (x.flatten(1) @ weight.t())[:, None, None]
+        elif operator is Operator.CONV:
+            expected = torch.nn.functional.conv2d(maps, weight, None, *options[:2]).permute(0, 2, 3, 1)
+        else:
+            expected = torch.nn.functional.conv_transpose2d(maps, weight, None, *options).permute(0, 2, 3, 1)
+        assert torch.allclose(whole, expected, rtol=1e-12)
         assert torch.allclose(parts, whole, rtol=1e-12)
 
 

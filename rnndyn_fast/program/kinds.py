@@ -78,16 +78,13 @@ def cat(parts: Sequence[Tensor], out: Tensor) -> None:
 @kind("x", "out")
 def pad(x: Tensor, out: Tensor, border: tuple[int, int, int, int]) -> None:
     """Zeros around maps: left, right, top, bottom."""
-    left, right, top, bottom = border
-    out.zero_()
-    out[:, top : out.shape[1] - bottom, left : out.shape[2] - right].copy_(x)
+    torch.ops.aten.constant_pad_nd.out(x, [0, 0, *border], 0.0, out=out)
 
 
 @kind("x", "out")
 def resize(x: Tensor, out: Tensor) -> None:
     """Bilinear, corners aligned; x and out [N, H, W, C]."""
-    size = list(out.shape[1:3])
-    out.copy_(functional.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1))
+    torch.ops.aten.upsample_bilinear2d.out(x.permute(0, 3, 1, 2), list(out.shape[1:3]), True, out=out.permute(0, 3, 1, 2))
 
 
 @kind("grad", "out")
@@ -191,14 +188,16 @@ def conv_weight_grad(
         winograd_weight_grad(map, x, grad, out, accumulate=accumulate)
 
 
-def direct(geometry: Geometry, weight: Tensor, x: Tensor) -> Tensor:
-    """A linear map by the vendor: [M, H', W', C'] from x [M, H, W, C]."""
+def direct(geometry: Geometry, weight: Tensor, x: Tensor, out: Tensor) -> None:
+    """A linear map by the vendor: out [M, H', W', C'] from x [M, H, W, C]."""
     if geometry.operator is Operator.LINEAR:
-        return torch.mm(x.flatten(1), weight.t()).reshape(x.shape[0], 1, 1, -1)
+        torch.mm(x.flatten(1), weight.t(), out=out.flatten(1))
+        return
     transposed, extra = geometry.operator is Operator.CONV_TRANSPOSE, [geometry.output_padding] * 2
     maps, strides, padding = x.permute(0, 3, 1, 2), [geometry.stride] * 2, [geometry.padding] * 2
-    y = torch.ops.aten.convolution(maps, weight, None, strides, padding, [1, 1], transposed, extra, 1)
-    return y.permute(0, 2, 3, 1)
+    torch.ops.aten.convolution.out(
+        maps, weight, None, strides, padding, [1, 1], transposed, extra, 1, out=out.permute(0, 3, 1, 2)
+    )  # fmt: skip
 
 
 _DIRECT_BYTES = 8 << 20  # of results that PyTorch allocates at a time, before they are copied to where they are wanted
@@ -207,9 +206,12 @@ _DIRECT_BYTES = 8 << 20  # of results that PyTorch allocates at a time, before t
 @kind("x weight", "out")
 def direct_conv(x: Tensor, weight: Tensor, out: Tensor, geometry: Geometry) -> None:
     """A linear map by the vendor, some samples at a time on the CPU: what it allocates lies outside of the arena."""
-    some = max(1, _DIRECT_BYTES // max(1, out[0].numel() * out.element_size())) if x.device.type == "cpu" else len(x)
+    if out.nbytes <= _DIRECT_BYTES or x.device.type != "cpu":
+        direct(geometry, weight, x, out)
+        return
+    some = max(1, _DIRECT_BYTES // out[0].nbytes)
     for first in range(0, len(x), some):
-        out[first : first + some].copy_(direct(geometry, weight, x[first : first + some]))
+        direct(geometry, weight, x[first : first + some], out[first : first + some])
 
 
 @kind("x grad weight grad_x grad_weight", "grad_x grad_weight")
