@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from rnndyn_fast.program.bind import Executable, Memory, in_arena
 from rnndyn_fast.program.ir import Role, Value, View
 from rnndyn_fast.program.plan import GradLayouts, Layout, Passes, Plan, layout
 
+_SMALL_COPIES = 1 / 8  # of the arena, up to which gradients are copied into the expected layout rather than an arena taken for another one
 Given = Mapping[str, Tensor]  # inputs, parameters and buffers by name
 
 
@@ -75,7 +77,9 @@ def run_backward(plan: Plan, forward: Forward, given: Given, grads: Sequence[Ten
     passes, memory, known = forward.passes, forward.arena, dict(forward.results)
     if not keep and layouts != passes.layouts:
         plan.expect(layouts)
-        if passes.layouts and None not in layouts and all(_has_every_element(one) for one in passes.layouts):
+        copies = sum(math.prod(g.shape) * g.element_size() for g in grads if g is not None)
+        small = copies <= _SMALL_COPIES * forward.arena.numel()
+        if small and passes.layouts and None not in layouts and all(_has_every_element(one) for one in passes.layouts):
             grads, layouts = [_in_layout(g, one) for g, one in zip(grads, passes.layouts, strict=True)], passes.layouts
     if keep or layouts != passes.layouts:
         passes = plan.backward_apart(layouts)
