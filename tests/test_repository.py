@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from readme_blocks import STAND_IN, code_blocks
 
 import rnndyn_fast
-from rnndyn_fast.models import blt_net_64
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = re.compile(r"(libstdc\+\+|libgcc_s|libgomp|libc|libm|ld-linux[-\w]*)\.so(\.\d+)?")
@@ -56,12 +56,6 @@ def texts(suffixes: tuple[str, ...] = ()) -> dict[str, str]:
             except UnicodeDecodeError:
                 continue
     return found
-
-
-def code_blocks(page: str, language: str) -> list[str]:
-    """The fenced code blocks of a page in one language."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 # ---------------------------------------------------------------- native module
@@ -312,7 +306,8 @@ def test_readme_make_commands_are_targets() -> None:
 
 def test_readme_python_blocks_run() -> None:
     """In order and in one namespace, as somebody types them; `net` stands for an instance of the published class."""
-    namespace: dict[str, object] = {"net": blt_net_64(timesteps=2, widths=(2, 4, 8, 16, 32))}
+    namespace: dict[str, object] = {}
+    exec(STAND_IN, namespace)
     blocks = code_blocks("README.md", "python")
     assert len(blocks) >= 5
     for block in blocks:

@@ -9,6 +9,7 @@ import numpy as np
 from rnndyn_fast.analysis.accumulators import GROUPS, divide
 from rnndyn_fast.analysis.figures import BAND, GREY, GROUP_COLOURS, _line, _new, _time_axis, _title
 from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,8 @@ _MARKERS = "osD^vPX*"
 
 def _t_stable_shown(result: ReadoutZoneResult, first: int = 0) -> list[tuple[int, Any]]:
     """Times of stabilisation that have samples and are analysed, each with a colour."""
+    require("matplotlib")
+
     from matplotlib import colormaps
 
     shown = [s for s in range(first, result.max_t_analysed) if result.counts_t_stable_correct[s] > 0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rnndyn_fast.analysis import breakdown_figures, figures
 from rnndyn_fast.analysis.results import ReadoutZoneResult
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,8 @@ def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
 
 def write_figures(result: ReadoutZoneResult, out_dir: str | os.PathLike[str], *, untrained: ReadoutZoneResult | None = None) -> list[Path]:
     """Write each of FIGURES to ``out_dir/<name>.png``, ``.svg`` and ``.pdf``; returns the paths."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     written = []

@@ -8,6 +8,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Summary
 from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +31,8 @@ BAND = "band: 95% interval"
 
 
 def _new(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -149,6 +152,8 @@ def figure_counts(result: ReadoutZoneResult) -> Figure:
 
 def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZoneResult | None = None) -> Figure:
     """Representation change per time of stabilisation, of the network and, where given, of the untrained one."""
+    require("matplotlib")
+
     from matplotlib import colormaps
 
     panels = [("trained" if untrained is not None else "", result)] + ([] if untrained is None else [("untrained", untrained)])
@@ -231,6 +236,8 @@ def figure_cos_final(result: ReadoutZoneResult) -> Figure:
 
 def readout_tree(result: ReadoutZoneResult) -> np.ndarray:  # -> [C - 1, 4]
     """Ward linkage of the readout vectors under (1 - cosine) / 2, as SciPy writes it."""
+    require("scipy")
+
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
@@ -246,6 +253,8 @@ def readout_tree(result: ReadoutZoneResult) -> np.ndarray:  # -> [C - 1, 4]
 
 def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
     """Ward dendrogram of the readout vectors under (1 - cosine) / 2."""
+    require("scipy")
+
     from scipy.cluster.hierarchy import dendrogram
 
     classes = result.num_classes

@@ -14,6 +14,7 @@ import numpy as np
 from rnndyn_fast.analysis.reaction_times import reaction_times
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED
 from rnndyn_fast.names import check_choice, others
+from rnndyn_fast.optional import require
 
 COLUMNS = ("subject", "image", "reaction_time")
 
@@ -45,6 +46,8 @@ class ReactionTimeComparison:
 
     def mean(self, name: str = "correlation") -> tuple[float, float]:
         """Mean over subjects and half-width of its 95% interval (t) of "correlation", "ceiling_low" or "ceiling_high"."""
+        require("scipy")
+
         from scipy.stats import t
 
         check_choice("name", name, ("correlation", "ceiling_low", "ceiling_high"))
@@ -144,6 +147,8 @@ def _mean(table: np.ndarray) -> np.ndarray:  # [J, ...]
 
 
 def _standard_ranks(row: np.ndarray) -> np.ndarray:
+    require("scipy")
+
     from scipy.stats import rankdata
 
     ranks = rankdata(row, nan_policy="omit")
@@ -152,6 +157,8 @@ def _standard_ranks(row: np.ndarray) -> np.ndarray:
 
 def _spearman(table: np.ndarray, target: np.ndarray) -> np.ndarray:  # [K, N], [N] -> [K]
     """Spearman correlation of every row with the target over the images that both have; NaN where one of them does not vary."""
+    require("scipy")
+
     from scipy.stats import rankdata
 
     out = np.full(len(table), np.nan)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.optional import require
 
 FORMAT = "rnndyn_fast.readout_zones"
 FORMAT_VERSION = 2
@@ -344,6 +345,8 @@ class ReadoutZoneResult:
         The file holds the arrays of ``arrays()``, the descriptors (attribute ``descriptors``, JSON), and for other
         readers the measures under their names in the group ``measures``.
         """
+        require("h5py")
+
         import h5py
 
         descriptors = json.dumps(self.descriptors)  # before anything is written: it may not be JSON
@@ -365,6 +368,8 @@ class ReadoutZoneResult:
     def load(cls, path: str | os.PathLike[str]) -> ReadoutZoneResult:
         """Read a file written by ``save`` or by an extraction. Raises FileNotFoundError, or ValueError where it is not such a file or
         truncated."""
+        require("h5py")
+
         import h5py
 
         if not Path(path).is_file():

@@ -13,6 +13,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.reducer import readout_zones
 from rnndyn_fast.analysis.results import FORMAT, ReadoutZoneResult
+from rnndyn_fast.optional import require
 
 # What is looked for under which names, the first that is there; the last names are those of the published extraction.
 NAMES = {
@@ -84,6 +85,8 @@ def _open(path: Path, stack: ExitStack) -> Any:
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         if start == b"\x89HDF\r\n\x1a\n":
+            require("h5py")
+
             import h5py
 
             return stack.enter_context(h5py.File(path, "r"))
@@ -94,6 +97,8 @@ def _open(path: Path, stack: ExitStack) -> Any:
 
 def _find(file: Any, name: str, given: str | None, path: Path) -> Any:
     """An array of a file, or None where it may be absent and is."""
+    require("h5py")
+
     import h5py
 
     candidates = (given,) if given else NAMES[name]

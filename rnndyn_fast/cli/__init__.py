@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
+from rnndyn_fast.optional import require
+
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
-EXTRA = 'pip install "rnndyn-fast[cli]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,21 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except ImportError as error:
-        return _fail(error, f"{error}" if "pip install" in str(error) else f"{error}; the command line needs: {EXTRA}")
+        return _fail(error, str(error))
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return _fail(error, str(error))
 
 
 def _run(argv: list[str]) -> int:
-    from jsonargparse import ArgumentError
+    from rnndyn_fast.cli.parser import WITHOUT_OPTIONS, build_overview, build_parser, normalise, tidy
 
-    from rnndyn_fast.cli.parser import build_parser, normalise, tidy
+    if not argv or argv[0] in ("-h", "--help", "--version", *WITHOUT_OPTIONS):
+        return _run_overview(build_overview(), argv)
+    require("jsonargparse")
+    from jsonargparse import ArgumentError
 
     argv = normalise(argv)
     parser, commands = build_parser(argv)
-    if not argv:
-        parser.print_help()
-        return EXIT_OK
     try:
         options = parser.parse_args(argv)
     except ArgumentError as error:
@@ -54,6 +56,25 @@ def _run(argv: list[str]) -> int:
         values = values[values.subcommand]
     given = {name: value for name, value in vars(values).items() if name != "config"}
     commands[" ".join(words)](**given)
+    return EXIT_OK
+
+
+def _run_overview(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """What needs no optional package."""
+    from rnndyn_fast.cli.parser import COMMANDS
+
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error} (see rnndyn --help)") from error
+    except SystemExit as stop:  # --help and --version print and stop
+        return stop.code if isinstance(stop.code, int) else EXIT_OK
+    if rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)} (see rnndyn {' '.join([*argv[:1], '--help'])})")
+    if options.subcommand is None:
+        parser.print_help()
+    else:
+        COMMANDS[options.subcommand][1]()
     return EXIT_OK
 
 

@@ -10,22 +10,7 @@ from typing import Any
 
 import torch
 
-# Package and what it is for, of the extra "cli" where _EXTRAS does not name another.
-_EXTRAS = {"optuna": "search", "pynwb": "nwb"}
-_OPTIONAL = {
-    "h5py": "image files, results, trajectories",
-    "jsonargparse": "the command line",
-    "kornia": "augmentation in training",
-    "matplotlib": "figures",
-    "networkx": "drawing automata",
-    "optuna": "the architecture search",
-    "pynwb": "recordings in NWB files",
-    "rich": "progress bars",
-    "scipy": "the dendrogram of readout vectors",
-    "scikit-learn": "the bundled digits (rnndyn data make --source digits)",
-    "PyYAML": "configuration files",
-}
-
+from rnndyn_fast.optional import OPTIONAL_PACKAGES, install_hint
 
 # What each engine of the native backend computes.
 _CONVOLUTIONS = {
@@ -100,8 +85,7 @@ def report() -> str:
         kernels = f"{error}: networks run in PyTorch's operations there"
     lines += _rows({"CUDA kernels": kernels})
     lines += ["optional packages"]
-    for package, purpose in _OPTIONAL.items():
-        lines += _rows({package: _version(package, purpose)})
+    lines += _rows({package.distribution: _version(name) for name, package in OPTIONAL_PACKAGES.items()})
     return "\n".join(lines)
 
 
@@ -127,8 +111,9 @@ def _attempt(function: Any, name: str) -> str:
     return "runs"
 
 
-def _version(package: str, purpose: str) -> str:
+def _version(name: str) -> str:
+    package = OPTIONAL_PACKAGES[name]
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:
-        return f'missing, needed for {purpose}: pip install "rnndyn-fast[{_EXTRAS.get(package, "cli")}]"'
+        return f"missing, needed for {package.purpose}: {install_hint(name)}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union
-
-from jsonargparse import ActionConfigFile, ArgumentParser
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from rnndyn_fast.cli import commands
+from rnndyn_fast.optional import require
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 Command = Callable[..., None]
 COMMANDS: dict[str, tuple[str, Command]] = {
@@ -34,8 +37,13 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("A small study on real images, in minutes.", commands.demo),
 }
 
+DESCRIPTION = "Fast convolutional recurrent networks: train them, run images through them, and analyse their representation dynamics."
+EPILOG = "rnndyn COMMAND --help lists the options of a command. RNNDYN_DEBUG=1 shows tracebacks."
+
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
+# Commands without options, which run without optional packages.
+WITHOUT_OPTIONS = ("doctor",)
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
             "--lr_trend", "--bypass", "--challenging")  # fmt: skip
 LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
@@ -91,17 +99,25 @@ def tidy(message: str) -> str:
     return re.sub(rf"(?<![\w/.-])(?:{names})\.(\w+)", r"\1", message)  # (keys of options, not parts of paths)
 
 
-def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
-    """The parser, and the function of every command. Only the command that `argv` begins with gets its arguments."""
+def build_overview() -> argparse.ArgumentParser:
+    """The parser of what needs no optional package: the list of commands, --version, and commands without options."""
     from rnndyn_fast import __version__
 
-    parser = ArgumentParser(
-        prog="rnndyn",
-        description="Fast convolutional recurrent networks: train them, run images through them, and see how their representations move.",
-        epilog="rnndyn COMMAND --help tells the options of a command. RNNDYN_DEBUG=1 shows tracebacks.",
-        version=__version__,
-        exit_on_error=False,
-    )
+    parser = argparse.ArgumentParser(prog="rnndyn", description=DESCRIPTION, epilog=EPILOG, exit_on_error=False)
+    parser.add_argument("--version", action="version", version=f"rnndyn {__version__}")
+    subcommands = parser.add_subparsers(dest="subcommand", title="commands", metavar="COMMAND")
+    for name, (text, _) in COMMANDS.items():
+        # Commands of two words are listed as such: this parser never reads them.
+        subcommands.add_parser(name, description=text, help=text, exit_on_error=False)
+    return parser
+
+
+def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
+    """The parser, and the function of every command. Only the command that `argv` begins with gets its arguments."""
+    require("jsonargparse")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="rnndyn", description=DESCRIPTION, epilog=EPILOG, exit_on_error=False)
     subcommands = parser.add_subcommands(required=True)
     groups: dict[str, Any] = {}
     for name, (text, _) in COMMANDS.items():
@@ -183,6 +199,9 @@ def _train(parser: ArgumentParser) -> None:
 def _add_config(parser: ArgumentParser, kind: type, file: str = "YAML file of these options") -> None:
     """An option for each field of a dataclass, and --config."""
     import dataclasses
+
+    require("jsonargparse")
+    from jsonargparse import ActionConfigFile
 
     parser.add_argument("--config", action=ActionConfigFile, help=f"{file}; --print_config prints one")
     for item in dataclasses.fields(kind):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rnndyn_fast.optional import require
+
 NUM_BINS = 31
 _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 OPERATIONS: tuple[str, ...] = (
@@ -165,8 +167,7 @@ class TrivialAugmentWide:
 
 
 def _import_kornia() -> ModuleType:
-    try:
-        import kornia
-    except ImportError as error:
-        raise ImportError('TrivialAugmentWide needs kornia: pip install "rnndyn-fast[cli]"') from error
+    require("kornia")
+    import kornia
+
     return kornia

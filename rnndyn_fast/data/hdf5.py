@@ -19,12 +19,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from rnndyn_fast.optional import require
+
+if TYPE_CHECKING:
+    import h5py
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "testplus")
 
@@ -183,6 +187,9 @@ class ImageFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] = SPLITS, *, argument: str = "path") -> None:
+        require("h5py")
+        import h5py
+
         if isinstance(required_splits, str):
             raise TypeError(f"required_splits: expected a sequence of names, got the string {required_splits!r}")
         unknown = [name for name in required_splits if name not in SPLITS]
@@ -238,6 +245,9 @@ class ImageFile:
 
 
 def _open_hdf5(path: Path, argument: str) -> h5py.File:
+    require("h5py")
+    import h5py
+
     if not path.exists():
         raise FileNotFoundError(f"{argument}: no such file: {path}")
     if path.is_dir():
@@ -255,6 +265,9 @@ def _open_hdf5(path: Path, argument: str) -> h5py.File:
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    require("h5py")
+    import h5py
+
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):
         group = file[name.rpartition("/")[0] or "/"]
@@ -299,6 +312,9 @@ def _read_labels(file: h5py.File, split: str, num_classes: int, path: Path) -> n
 
 
 def _dataset_or_attribute(file: h5py.File, name: str, path: Path) -> np.ndarray:
+    require("h5py")
+    import h5py
+
     found = file.get(name)
     if isinstance(found, h5py.Dataset):
         return np.asarray(found[()])

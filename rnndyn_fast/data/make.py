@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
 from rnndyn_fast.data.challenge import CONDITIONS, OPAQUE_LEVEL, ObjectPool, assign_conditions, challenge
@@ -17,6 +17,10 @@ from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.optional import require
+
+if TYPE_CHECKING:
+    import h5py
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,6 +88,9 @@ def make_dataset(
     Deterministic: equal arguments, sources and library versions give equal contents.
     Memory: the source, and blocks of 2 million pixels; never a whole split. On disk nothing is there until all is.
     """
+    require("h5py")
+    import h5py
+
     path = Path(out)
     _check_int("size", size, MIN_SIZE, MAX_SIZE)
     _check_int("seed", seed, 0, None)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rnndyn_fast.optional import require
+
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CATEGORIES = (
     "t-shirt",
@@ -162,10 +164,9 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
 
 
 def _load_digits(seed: int, note: str) -> ImageSource:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('the digits source needs scikit-learn: pip install "rnndyn-fast[cli]"') from error
+    require("sklearn")
+    from sklearn.datasets import load_digits
+
     bundle = load_digits()
     images = np.rint(bundle.images * (255.0 / 16.0)).astype(np.uint8)  # stored as 0..16
     labels = bundle.target.astype(np.int64)

@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
+from rnndyn_fast.optional import require
+
+if TYPE_CHECKING:
+    import h5py
 
 
 class _Patient(io.RawIOBase):
@@ -63,6 +67,9 @@ def hdf5_out(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, _Patient
     Raises:
         OSError: it could not be written.
     """
+    require("h5py")
+    import h5py
+
     patient = _Patient(Path(path))
     try:
         with h5py.File(patient, "w") as file:

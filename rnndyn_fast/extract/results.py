@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from rnndyn_fast.analysis import ReadoutZoneResult, ReducerResult, Table
 from rnndyn_fast.extract.hdf5_out import hdf5_out
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.optional import require
 
 FORMAT = "rnndyn_fast.extraction/1"
 
@@ -48,6 +48,9 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Result]:
         FileNotFoundError: no such file.
         ValueError: not a file of an extraction, or damaged.
     """
+    require("h5py")
+    import h5py
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no such file: {path}")
     results: dict[str, Result] = {}

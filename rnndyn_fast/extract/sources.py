@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rnndyn_fast.data import ImageFile
+from rnndyn_fast.optional import require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -112,6 +113,8 @@ class FolderSource:
 
     def read(self, rows: np.ndarray, /) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, 3, S, S] and labels."""
+        require("PIL")
+
         from PIL import Image, ImageOps
 
         size = (self.image_size, self.image_size)

@@ -13,6 +13,7 @@ from typing import Any
 from rnndyn_fast.graph.encoding import from_plain, to_plain
 from rnndyn_fast.graph.spec import Area, Connection, Input, Network, Readout, Unroll
 from rnndyn_fast.names import nearest
+from rnndyn_fast.optional import require
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _PARTS: dict[str, type] = {"inputs": Input, "areas": Area, "connections": Connection}
@@ -127,6 +128,8 @@ def read_network(path: str | os.PathLike[str]) -> Network:
     Raises:
         FileNotFoundError: no such file. ValueError, TypeError: not YAML, or as :func:`network_from_plain`.
     """
+    require("yaml")
+
     import yaml
 
     path = Path(path)
@@ -144,6 +147,8 @@ def read_network(path: str | os.PathLike[str]) -> Network:
 
 def network_yaml(network: Network) -> str:
     """A spec as YAML, one line for each area and connection."""
+    require("yaml")
+
     import yaml
 
     class Dumper(yaml.SafeDumper):

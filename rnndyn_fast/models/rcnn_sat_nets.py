@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from torch import nn
 
@@ -21,6 +20,7 @@ from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Network,
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, kernel, load_mapped, same
 from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
+from rnndyn_fast.optional import require
 
 _CHANNELS = (96, 128, 192, 256, 512, 1024, 2048)
 LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -105,6 +105,9 @@ def keras_entry(name: str) -> Entry | None:
 
 def read_keras_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a Keras weights file by ``<layer>/<variable>``, found by name."""
+    require("h5py")
+    import h5py
+
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file {path}")
     arrays: dict[str, np.ndarray] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.systems import DynamicalSystem
 from rnndyn_fast.phase.trajectories import PCA, answers, fit_pca
 from rnndyn_fast.tasks.trials import draw_onsets
@@ -229,6 +230,8 @@ def cluster(points: np.ndarray, most: int, *, enough: float = 0.95, seed: int = 
     The fewest, because on a cycle histories of equal sums lie close but not on each other: finer clusters have silhouettes as good
     as the coarse ones.
     """
+    require("scipy", "sklearn")
+
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import pdist, squareform
     from sklearn.metrics import silhouette_score

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.automaton import cluster
 from rnndyn_fast.phase.limit_cycle import InvariantCycle
 from rnndyn_fast.phase.phase_response import circular_std
@@ -147,6 +148,8 @@ def end_geometry(trials: TrialRun, most: int = 24) -> tuple[int, float, int, flo
     line = float(plane.variance_ratio[0])
     if len(centres) < 3 or points.shape[1] < 2 or plane.variance_ratio[1] < 1e-9:
         return len(centres), line, min(2, len(centres)), 180.0
+    require("scipy")
+
     from scipy.spatial import ConvexHull
 
     hull = ConvexHull(points).vertices

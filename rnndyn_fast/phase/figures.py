@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.analysis import PhaseAnalysis
 from rnndyn_fast.phase.automaton import UNKNOWN
 
@@ -29,6 +30,8 @@ def colour(k: int) -> str:
 
 
 def _new(width: float = 5.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -146,6 +149,8 @@ def figure_response(record: PhaseAnalysis) -> Figure:
 
 def figure_prediction(record: PhaseAnalysis) -> Figure:
     """Sums of the shifts per symbol for every multiset of three, on the circle."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.0, 4.0), layout="constrained")
@@ -167,6 +172,8 @@ def figure_automaton(transitions: np.ndarray, accept: np.ndarray, start: int, su
 
     Up to twelve states stand on a circle; more are laid out by networkx.
     """
+    require("networkx")
+
     import networkx
 
     states = len(transitions)
@@ -211,6 +218,8 @@ def figure_automaton(transitions: np.ndarray, accept: np.ndarray, start: int, su
 
 
 def _ring(axes: Axes, centre: np.ndarray, radius: float, accept: int) -> None:
+    require("matplotlib")
+
     from matplotlib.patches import Circle
 
     style = "--" if accept == 0 else "-"
@@ -220,6 +229,8 @@ def _ring(axes: Axes, centre: np.ndarray, radius: float, accept: int) -> None:
 
 
 def _arrow(axes: Axes, source: np.ndarray, target: np.ndarray, radius: float, symbol: int) -> None:
+    require("matplotlib")
+
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.oscillation import Oscillation, birkhoff_weights, detect_oscillation
 from rnndyn_fast.phase.systems import DynamicalSystem
 from rnndyn_fast.phase.trajectories import PCA, fit_pca, wrap
@@ -152,6 +153,8 @@ def _turn(plane: np.ndarray) -> float:  # [T, 2]
 
 def _resample(states: np.ndarray, phases: np.ndarray) -> np.ndarray:  # [L, H], [L] -> [_GRID, H]
     """States at even phases: linear between dense samples, a periodic cubic spline through few."""
+    require("scipy")
+
     from scipy.interpolate import CubicSpline, interp1d
 
     order = phases.argsort()

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.systems import DynamicalSystem
 from rnndyn_fast.phase.trajectories import fit_pca
 
@@ -26,6 +27,8 @@ def published_period(pc1: np.ndarray) -> int:  # [T]
     >>> published_period(np.arange(100.0))
     -1
     """
+    require("scipy")
+
     from scipy.signal import find_peaks
 
     peaks, _ = find_peaks(pc1, distance=5)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.trajectories import fit_pca
 
 
@@ -74,6 +75,8 @@ class Similarity:
     def embed(self, seed: int = 42) -> np.ndarray:  # -> [M, 2]
         """Metric multidimensional scaling into the plane (scikit-learn, as published)."""
         import inspect
+
+        require("sklearn")
 
         from sklearn.manifold import MDS
 

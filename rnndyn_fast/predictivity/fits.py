@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rnndyn_fast.optional import require
+
 METHODS = ("ridge", "pls")
 # Relative to the mean squared length of the (centred) feature vectors, so they suit features of any scale.
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, 4, 17))
@@ -33,6 +35,8 @@ def reduced(
     predictions there. Otherwise, beyond ``max_dimensions``, the first principal components of all M vectors (responses are not
     looked at).
     """
+    require("sklearn")
+
     from sklearn.decomposition import PCA
 
     values = np.asarray(features, dtype=np.float64)
@@ -92,6 +96,8 @@ def pls_fit(num_components: int) -> Fit:
     """Partial least squares (NIPALS, all neurons together), centred but not scaled, with that many components at most."""
 
     def fit(train_x: np.ndarray, train_y: np.ndarray, inner: np.ndarray, test_x: np.ndarray) -> np.ndarray:
+        require("sklearn")
+
         from sklearn.cross_decomposition import PLSRegression
         from sklearn.exceptions import ConvergenceWarning
 

@@ -13,6 +13,7 @@ import numpy as np
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.files import replaced_atomically
 from rnndyn_fast.names import others
+from rnndyn_fast.optional import require
 from rnndyn_fast.predictivity.predictivity import predictivity
 from rnndyn_fast.predictivity.recordings import load_recordings
 from rnndyn_fast.predictivity.results import PredictivityResult
@@ -50,6 +51,8 @@ def load_features(path: str | os.PathLike[str], areas: Sequence[str] = ()) -> di
         with np.load(path, allow_pickle=False) as data:
             _check_areas(path, areas, data.files)
             return {name: Features(data[name], 0) for name in areas or data.files}
+    require("h5py")
+
     import h5py
 
     if not h5py.is_hdf5(path):
@@ -108,6 +111,8 @@ def predict(
 
 def write_results(results: Sequence[PredictivityResult], out: str | os.PathLike[str]) -> list[Path]:
     """Write results, tables, figure and report to the folder ``out``; returns the paths."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     from rnndyn_fast.analysis.figures import STYLE
@@ -158,6 +163,8 @@ def neuron_rows(results: Sequence[PredictivityResult]) -> list[Row]:
 
 def figure_predictivity(results: Sequence[PredictivityResult]) -> Figure:
     """Corrected correlation over time, a line per area, and the reliability of the recording."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE

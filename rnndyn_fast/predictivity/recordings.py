@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.names import others
-
-EXTRA = 'pip install "rnndyn-fast[nwb]"'
+from rnndyn_fast.optional import require
 
 
 @dataclass(frozen=True)
@@ -181,10 +180,9 @@ def _load_npz(path: Path) -> Recordings:
 
 
 def _load_nwb(path: Path, table: str, column: str, edges_ms: np.ndarray) -> Recordings:
-    try:
-        from pynwb import NWBHDF5IO
-    except ImportError as error:
-        raise ImportError(f"reading NWB files needs pynwb: {EXTRA}") from error
+    require("pynwb")
+    from pynwb import NWBHDF5IO
+
     try:
         io = NWBHDF5IO(path, "r", load_namespaces=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

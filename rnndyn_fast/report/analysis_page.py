@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-
 from rnndyn_fast.analysis import ReadoutZoneResult, figures, readout_zones
 from rnndyn_fast.analysis.bootstrap import PAIRED, bootstrap
 from rnndyn_fast.analysis.figure_files import write_figures
 from rnndyn_fast.analysis.outputs import write_tables
 from rnndyn_fast.analysis.trajectory_files import load_result
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.dynamics import claims_section, dynamics_sections, verdict_sentences
 from rnndyn_fast.report.page import Cell, Page
 from rnndyn_fast.train.checkpoint import versions
@@ -33,6 +32,9 @@ def analysis_page(
     result: ReadoutZoneResult, *, untrained: ReadoutZoneResult | None = None, title: str = "", replicates: int = 1000
 ) -> Page:
     """The page of a result: claims, averages with bootstrap intervals (where samples were kept), all figures and tables."""
+    require("matplotlib")
+    from matplotlib import rc_context
+
     view = _View(result, untrained)
     page = Page(
         title or "How representations move through time",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from rnndyn_fast.optional import require
 from rnndyn_fast.study.config import TITLES
 from rnndyn_fast.study.published import AVERAGES
 
@@ -86,6 +87,8 @@ def along_rows(runs: Sequence[NetworkRun]) -> list[Row]:
 
 def figure_comparison(rows: Sequence[Row]) -> Figure:
     """Both averages of each measure in every network, with bootstrap intervals."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row["network"] for row in rows))
@@ -113,6 +116,8 @@ def figure_comparison(rows: Sequence[Row]) -> Figure:
 
 def figure_along(rows: Sequence[Row]) -> Figure:
     """Accuracy, change, and differences of norm and cosine, by epoch."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")

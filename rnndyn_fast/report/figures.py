@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rnndyn_fast.analysis.figures import BLUE, ORANGE
+from rnndyn_fast.optional import require
 from rnndyn_fast.train import EpochMetrics
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def figure_training(rows: Sequence[EpochMetrics]) -> Figure:
     """Loss, and accuracy at the first and last time step, per epoch."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")

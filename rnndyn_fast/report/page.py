@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnndyn_fast.files import write_text
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.script import SCRIPT
 from rnndyn_fast.report.style import STYLE
 
@@ -212,6 +213,8 @@ def format_cell(value: Cell) -> str:
 
 def picture_html(picture: Picture) -> str:
     """An image as inline PNG."""
+    require("matplotlib")
+
     from matplotlib.image import imsave
 
     pixels = picture.pixels if picture.pixels.ndim == 3 else np.repeat(picture.pixels[:, :, None], 3, axis=2)
@@ -242,6 +245,8 @@ def lift_note(figure: Figure) -> str:
 
 def figure_svg(figure: Figure, *, prefix: str, alt: str, inches: float) -> str:
     """A matplotlib figure as an SVG element without a background, its ids made unique by `prefix`, its text as text."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     width, height = figure.get_size_inches()

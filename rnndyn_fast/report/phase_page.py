@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 
 from rnndyn_fast.analysis.figures import STYLE
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase import figures
 from rnndyn_fast.phase.analysis import PhaseAnalysis
 from rnndyn_fast.phase.similarity import Similarity, similarity
@@ -48,6 +48,9 @@ def phase_page(
     Raises:
         ValueError: no records; a featured name that is none of theirs.
     """
+    require("matplotlib")
+    from matplotlib import rc_context
+
     if not records:
         raise ValueError("records: expected at least one analysis, got none")
     chosen = _featured(records, featured)

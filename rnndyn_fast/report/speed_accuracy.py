@@ -13,6 +13,7 @@ from rnndyn_fast.analysis.human_times import ReactionTimeComparison
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.analysis.speed_accuracy import ReactionTimeResult
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot, Section
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def subject_rows(comparison: ReactionTimeComparison) -> list[Row]:
 
 def figure_speed_accuracy(result: ReactionTimeResult, unreached: str = "last") -> Figure:
     """Accuracy against mean steps taken, or mean multiply-adds where they are known, with fixed numbers of steps beside it."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -64,6 +67,8 @@ def figure_speed_accuracy(result: ReactionTimeResult, unreached: str = "last") -
 
 def figure_reaction_times(result: ReactionTimeResult) -> Figure:
     """Distribution of reaction times at thresholds whose means lie near a quarter, half and three quarters of the steps."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -86,6 +91,8 @@ def figure_reaction_times(result: ReactionTimeResult) -> Figure:
 
 def figure_comparison(comparison: ReactionTimeComparison) -> Figure:
     """Correlation with people at each threshold, the noise ceiling, and the entropy at single steps."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
@@ -181,6 +188,8 @@ def write_reaction_times(
 ) -> list[Path]:
     """Write ``reaction_times.npz``, ``speed_accuracy.csv``, ``steps.csv``, figures, ``report.html`` and, with a comparison,
     ``subjects.csv`` to the folder `out`; returns the paths. Files of these names are replaced."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     out = Path(out)

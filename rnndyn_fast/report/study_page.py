@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 
 from rnndyn_fast.analysis import figures
 from rnndyn_fast.analysis.figure_files import save_figure
 from rnndyn_fast.analysis.outputs import write_csv
 from rnndyn_fast.data import SPLITS, ImageFile
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.comparison import along_rows, comparison_rows, figure_along, figure_comparison, published_rows, verdict_rows
 from rnndyn_fast.report.dynamics import claims_section, dynamics_sections, to_csv, verdict_sentences
 from rnndyn_fast.report.figures import figure_training
@@ -22,6 +22,9 @@ from rnndyn_fast.train import versions
 
 def study_page(record: StudyRecord) -> Page:
     """The report of a study: comparison and claims first, then everything they rest on. Also writes the comparison's files."""
+    require("matplotlib")
+    from matplotlib import rc_context
+
     runs = record.runs
     page = Page(
         f"How representations move in {len(runs)} recurrent network{'s' if len(runs) > 1 else ''}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, ORANGE
+from rnndyn_fast.optional import require
 from rnndyn_fast.phase.analysis import PhaseAnalysis
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.train.phase_results import NetworkResult, compare, summarise
@@ -76,6 +77,8 @@ def _condition(row: Any) -> tuple[float, float, str]:
 
 def figure_epochs(ours: Sequence[NetworkResult], theirs: Sequence[NetworkResult]) -> Figure:
     """Cumulative distribution of the epochs to the stopping loss."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0, 3.4), layout="constrained")

@@ -19,6 +19,7 @@ from rnndyn_fast.files import write_text
 from rnndyn_fast.graph.files import network_to_plain
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.names import others
+from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import CELLS, FEEDFORWARD, Architecture, build_network, count_parameters
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_metrics, train
 from rnndyn_fast.train.config import check_least, check_type, option
@@ -229,6 +230,8 @@ def _train(config: CompareConfig, folder: Path, one: Architecture, network: Netw
 
 def _prepare(config: CompareConfig, out: Path) -> None:
     """Check that the folder may be used, and put the configuration on record."""
+    require("yaml")
+
     import yaml
 
     if out.exists() and not out.is_dir():

@@ -12,6 +12,7 @@ from rnndyn_fast.analysis.accumulators import Z95
 from rnndyn_fast.analysis.figures import STYLE
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.data import ImageFile
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.search.compare import REPORT, SPLITS, CompareConfig, Trained
 from rnndyn_fast.search.report import COLOURS, MARKERS
@@ -77,6 +78,8 @@ def rows(done: Sequence[Trained]) -> list[Row]:
 
 def write_report(done: Sequence[Trained], config: CompareConfig) -> Path:
     """Write ``report.html`` and ``networks.csv``; returns the report's path."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     out = Path(config.out)
@@ -139,6 +142,8 @@ def _table(page: Page, networks: dict[str, list[Trained]]) -> None:
 
 def figure_cost(networks: dict[str, list[Trained]]) -> Figure:
     """Accuracy on challenging images against multiply-adds."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -155,6 +160,8 @@ def figure_cost(networks: dict[str, list[Trained]]) -> Figure:
 
 def figure_time(networks: dict[str, list[Trained]]) -> Figure:
     """Accuracy over time steps: challenging images full, plain ones dashed."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

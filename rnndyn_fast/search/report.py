@@ -12,6 +12,7 @@ from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, STYL
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.files import write_text
 from rnndyn_fast.graph.files import network_from_plain, network_yaml
+from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.space import Space
@@ -31,6 +32,8 @@ MARKERS = "os^Dv*PX<"
 
 def completed(study: Study) -> list[FrozenTrial]:
     """Completed trials, best first; of those that came out equal, the one with fewer parameters first. Repeated ones count once."""
+    require("optuna")
+
     from optuna.trial import TrialState
 
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
@@ -45,6 +48,8 @@ def importances(study: Study, space: Space) -> dict[str, float]:
 
     Source: F. Hutter, H. Hoos, K. Leyton-Brown, ICML 2014.
     """
+    require("optuna")
+
     import optuna
 
     done = completed(study)
@@ -89,6 +94,8 @@ def trial_rows(study: Study, space: Space) -> list[Row]:
 
 def write_report(study: Study, config: SearchConfig, space: Space) -> Path:
     """Write ``report.html``, ``trials.csv`` and ``best/<rank>.yaml`` to the folder of the search; returns the report's path."""
+    require("matplotlib")
+
     from matplotlib import rc_context
 
     out, best = Path(config.out), completed(study)[:BEST]
@@ -104,12 +111,16 @@ def write_report(study: Study, config: SearchConfig, space: Space) -> Path:
 
 def best_yaml(trial: FrozenTrial, out: Path) -> str:
     """The trial's configuration of training, for a run in another folder."""
+    require("yaml")
+
     import yaml
 
     return yaml.safe_dump({**_train_config(trial), "out": str(out)}, sort_keys=False)
 
 
 def _train_config(trial: FrozenTrial) -> dict[str, Any]:
+    require("yaml")
+
     import yaml
 
     loaded: dict[str, Any] = yaml.safe_load(trial.user_attrs["config"])
@@ -148,6 +159,8 @@ def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
 
 
 def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[FrozenTrial]) -> None:
+    require("yaml")
+
     import yaml
 
     passed = [t for t in trials if INFEASIBLE in t.user_attrs]
@@ -214,6 +227,8 @@ def _choices(page: Page, study: Study, space: Space, best: Sequence[FrozenTrial]
 
 def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
     """Accuracy against parameters, by cell, with the front of those that no smaller trial reaches."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -244,6 +259,8 @@ def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def figure_history(done: Sequence[FrozenTrial]) -> Figure:
     """Values in order, completed and pruned, with the best so far."""
+    require("matplotlib", "optuna")
+
     from matplotlib.figure import Figure
     from optuna.trial import TrialState
 
@@ -265,6 +282,8 @@ def figure_history(done: Sequence[FrozenTrial]) -> Figure:
 
 def figure_importance(shares: dict[str, float]) -> Figure:
     """Bars, the largest on top."""
+    require("matplotlib")
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 1.0 + 0.28 * len(shares)), layout="constrained")

@@ -17,6 +17,7 @@ from rnndyn_fast.data import ImageFile
 from rnndyn_fast.files import write_text
 from rnndyn_fast.graph.files import network_to_plain
 from rnndyn_fast.graph.schedule import compile_schedule
+from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import build_network, count_parameters
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.space import Space
@@ -120,6 +121,8 @@ def _check_record(study: Study, config: SearchConfig, space: Space) -> None:
 
 
 def _yaml(values: dict[str, Any]) -> str:
+    require("yaml")
+
     import yaml
 
     return yaml.safe_dump(values, sort_keys=False)

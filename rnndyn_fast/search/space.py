@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rnndyn_fast.names import nearest
+from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import CELLS, MEANT, Architecture
 
 FEEDBACK = re.compile(r"feedback_(\d+)_(\d+)")
@@ -199,6 +200,8 @@ def load_space(space: str | os.PathLike[str]) -> Space:
 
     Raises: FileNotFoundError, or ValueError for an unknown name (with the nearest) or a file that is no space.
     """
+    require("yaml")
+
     import yaml
 
     text = os.fspath(space)

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.search.config import SearchConfig
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-EXTRA = 'pip install "rnndyn-fast[search]"'
 STORAGE, LOCK = "study.db", ".lock"
 WORKER, INFEASIBLE = "worker", "infeasible"
 MAX_RETRIES = 3
@@ -26,10 +26,9 @@ MAX_RETRIES = 3
 
 def import_optuna() -> Any:
     """Optuna, told to be quiet. Raises ImportError that names the extra."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(f"the search needs optuna: {EXTRA}") from error
+    require("optuna")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Heartbeats and what follows from them are called experimental.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -49,6 +48,8 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
         OSError: the database cannot be reached.
     """
     optuna = import_optuna()
+    require("optuna")
+
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -110,6 +111,8 @@ def recover(study: Study) -> list[int]:
 
     Workers of this machine are looked up at once; of others, signs of life are waited for (`heartbeat_s`).
     """
+    require("optuna")
+
     import optuna
     from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
@@ -132,6 +135,8 @@ def queue_again(study: Study, trial: FrozenTrial, max_retry: int | None = MAX_RE
 
     (With the dead worker's name on it, the new trial would look lost itself until its own worker has signed it.)
     """
+    require("optuna")
+
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     bare = copy.deepcopy(trial)
@@ -141,6 +146,8 @@ def queue_again(study: Study, trial: FrozenTrial, max_retry: int | None = MAX_RE
 
 def retried(trial: FrozenTrial) -> int | None:
     """Number of the trial that this one repeats because its worker died."""
+    require("optuna")
+
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     history = RetryHeartbeatStaleTrialCallback.retry_history(trial)
@@ -149,6 +156,8 @@ def retried(trial: FrozenTrial) -> int | None:
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """Trials that count: completed, or pruned after some training."""
+    require("optuna")
+
     from optuna.trial import TrialState
 
     return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and INFEASIBLE not in t.user_attrs]

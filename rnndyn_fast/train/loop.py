@@ -20,6 +20,7 @@ from rnndyn_fast.devices import check_precision, choose_device, to_device
 from rnndyn_fast.files import write_text
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.ops.engines import check_runs_on_cpu
+from rnndyn_fast.optional import require
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
@@ -329,6 +330,8 @@ def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
 
 def config_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``rnndyn train --config`` reads."""
+    require("yaml")
+
     import yaml
 
     return yaml.safe_dump(config.to_dict(), sort_keys=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rnndyn_fast.files import replaced_atomically, write_text
 from rnndyn_fast.nn.ctrnn import CTRNN, PUBLISHED_NAMES
+from rnndyn_fast.optional import require
 from rnndyn_fast.train.checkpoint import versions
 
 NETWORKS, RESULTS_CSV, RESULTS_JSON, HISTORY, COMPARISON = "networks.npz", "results.csv", "results.json", "history.csv", "comparison.json"
@@ -192,6 +193,8 @@ def compare(ours: Sequence[NetworkResult], theirs: Sequence[NetworkResult]) -> d
     Two-sample Kolmogorov-Smirnov and Mann-Whitney tests over all networks that reached the stopping error, and per condition the ratio of
     medians (ours over theirs). Single networks cannot be compared: training amplifies rounding, and seeds draw other numbers here.
     """
+    require("scipy")
+
     from scipy import stats
 
     def final(rows: Sequence[NetworkResult]) -> list[int]:

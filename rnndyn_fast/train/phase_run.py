@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from rnndyn_fast.files import replaced_atomically, write_text
 from rnndyn_fast.nn import CTRNN
 from rnndyn_fast.ops.ctrnn_train import ctrnn_train
+from rnndyn_fast.optional import require
 from rnndyn_fast.reference.ctrnn_train import CtrnnTraining, split_parameters
 from rnndyn_fast.train.checkpoint import versions
 from rnndyn_fast.train.phase_config import Job, PhaseSweepConfig, PhaseTrainConfig
@@ -66,6 +66,9 @@ def train_phase(config: PhaseConfig, *, reporter: Reporter | None = None) -> Pat
 
     Deterministic: yes. Memory: the data sets, 2 MB per network at the published sizes.
     """
+    require("yaml")
+    import yaml
+
     out = Path(config.out)
     published = getattr(config, "published", None)
     if published is not None:

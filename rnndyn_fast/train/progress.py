@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+from rnndyn_fast.optional import require
 from rnndyn_fast.train.metrics import EpochMetrics
 
 
@@ -75,6 +76,8 @@ class RichReporter(QuietReporter):
     """A progress bar with images/s and the time left."""
 
     def __init__(self) -> None:
+        require("rich")
+
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
