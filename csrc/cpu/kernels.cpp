@@ -16,17 +16,17 @@
   }
 
 // All families but that of matrix units.
-#define RNNDYN_VECTOR_KERNELS(isa, table) \
-  table.isa = #isa;                       \
-  isa::add_area_step(table);              \
-  isa::add_ctrnn(table);                  \
-  isa::add_ctrnn_train(table);            \
-  isa::add_gate_step(table);              \
-  isa::add_norm_step(table);              \
-  isa::add_depthwise_conv(table);         \
-  isa::add_analysis(table);               \
-  isa::add_winograd_conv(table);          \
-  isa::add_winograd_weight_grad(table)
+#define RNNDYN_VECTOR_KERNELS(set, table) \
+  (table).isa = #set;                     \
+  set::add_area_step(table);              \
+  set::add_ctrnn(table);                  \
+  set::add_ctrnn_train(table);            \
+  set::add_gate_step(table);              \
+  set::add_norm_step(table);              \
+  set::add_depthwise_conv(table);         \
+  set::add_analysis(table);               \
+  set::add_winograd_conv(table);          \
+  set::add_winograd_weight_grad(table)
 
 namespace rnndyn {
 
