@@ -356,7 +356,7 @@ def test_python_blocks_run() -> None:
         for block in blocks:
             exec(compile(block, page, "exec"), namespace)
         if page == "README.md":
-            assert namespace["log_probs"].shape == (10, 4, 565)  # type: ignore[attr-defined]
+            assert namespace["log_probs"].shape == (10, 4, 100)  # type: ignore[attr-defined]
     assert namespace["state"].shape == (4, 128, 16, 16)  # type: ignore[attr-defined]
     assert namespace["log_probs"].shape == (8, 4, 10)  # type: ignore[attr-defined]
     torch.testing.assert_close(namespace["result"].accuracy, namespace["reducer"].result().accuracy)  # type: ignore[attr-defined]
