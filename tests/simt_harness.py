@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -22,6 +23,8 @@ from rnndyn_fast.ops._launch import Use
 ROOT = Path(__file__).resolve().parents[1]
 # Kept, so that only what has changed is built again.
 BUILD = ROOT / "build" / f"simt-{sys.implementation.cache_tag}"
+
+LEAST_SHARED_BYTES = 99 * 1024  # that a block can have, over the architectures supported: of sm_86, sm_89 and sm_120
 
 
 @cache
@@ -92,6 +95,17 @@ class OnDevice:
         return getattr(_launch_cuda._module, name)
 
 
+@cache
+def registers() -> dict[str, int]:
+    """The most registers that a thread of each kernel takes, from the table in docs/kernels.md (a test holds it to ptxas's report)."""
+    most: dict[str, int] = {}
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for kernel, cells in re.findall(r"^\| `(\w+_kernel)`[ x0-9]* \|((?:[^|]*\|){3})", page, re.MULTILINE):
+        most[kernel] = max(most.get(kernel, 0), *(int(n) for n in re.findall(r"\d+", cells)))
+    assert len(most) > 20, "docs/kernels.md: no table of registers"
+    return most
+
+
 def install(patch: pytest.MonkeyPatch) -> Any:
     """Launches run in the harness from now on. Returns the module."""
     watched = Watched(build())
@@ -99,5 +113,6 @@ def install(patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(_launch_cuda, "unavailable", None)
     patch.setattr(_launch_cuda, "device_address", watched.address)
     patch.setattr(_launch_cuda, "device_queue", lambda device: (0, 0))
+    watched.module.set_limits(LEAST_SHARED_BYTES, registers())
     watched.module.set_order(watched.module.Order.RANDOM, 1)
     return watched.module

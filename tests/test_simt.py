@@ -29,6 +29,13 @@ FAULTS = {
     "MISSING_WARP_BARRIER": ("warp", "race: (read of what another thread writes|write to what another thread reads)"),
     "MISALIGNED": ("vector", r"misaligned read of 16 bytes at in \+"),
     "UNWRITTEN_OUTPUT": ("vector", r"read of unwritten memory \(out"),
+    "NO_OPT_IN": (
+        "resources",
+        "49408 bytes of static and dynamic shared memory, and a block may have 49152 where its kernel has not opted in",
+    ),
+    "SHARED_LIMIT": ("resources", "101632 bytes of static and dynamic shared memory, and a block may have 101376$"),
+    "THREADS": ("resources", r"blocks \(1056, 1, 1\) cannot be launched"),
+    "GRID": ("resources", r"grid \(1, 65536, 1\) of blocks .* cannot be launched"),
     "MISSING_WAIT": ("copy", "read of memory into which an asynchronous copy is on its way"),
 }
 ORDERS = ("FORWARD", "REVERSED", "RANDOM")
@@ -56,7 +63,11 @@ def test_a_planted_fault_is_reported(simt: Any, fault: str, order: str) -> None:
 def test_without_a_fault_nothing_is_reported_and_the_results_are_right(simt: Any, order: str) -> None:
     simt.set_order(getattr(simt.Order, order), 3)
     x = torch.randn(65)
-    expected = {"neighbours": x[:-1] + x[1:], "warp": x[:64].view(2, 32).sum(1).repeat_interleave(32), "vector": x[:64], "copy": x[:64]}
+    expected = {
+        "neighbours": x[:-1] + x[1:],
+        "warp": x[:64].view(2, 32).sum(1).repeat_interleave(32),
+        **dict.fromkeys(("vector", "copy", "resources"), x[:64]),
+    }
     for which, result in expected.items():
         out = torch.full((64,), float("nan"))
         run(simt, which, "NONE", x, out)
@@ -72,6 +83,23 @@ def test_matrix_product_has_the_fragments_of_the_ptx_isa(simt: Any) -> None:
     torch.testing.assert_close(out, truth)
     run(simt, "matrix", "FRAGMENT", x, out)
     assert (out - truth).abs().max() > 0.1
+
+
+def test_limits_are_those_of_an_architecture(simt: Any) -> None:
+    """More shared memory than sm_86 has passes on sm_90; kernels whose registers do not fit are refused."""
+    x, out = torch.randn(65), torch.full((64,), float("nan"))
+    simt.set_limits(227 * 1024, {})
+    run(simt, "resources", "SHARED_LIMIT", x, out)
+    torch.testing.assert_close(out, x[:64])
+    simt.set_limits(99 * 1024, {"resources_kernel": 255, "copy_kernel": 32})
+    run(simt, "resources", "NONE", x, out)  # 64 threads
+    simt.set_limits(99 * 1024, {"resources_kernel": 2048})
+    with pytest.raises(
+        simt.Fault, match=r"resources_kernel: blocks \(64, 1, 1\) of threads with 2048 registers, and a multiprocessor has 65536"
+    ):
+        run(simt, "resources", "NONE", x, out)
+    with pytest.raises(ValueError, match="shared_bytes: expected at most 232448, got 300000"):
+        simt.set_limits(300000, {})
 
 
 def test_bad_buffers_are_refused(simt: Any) -> None:

@@ -14,25 +14,36 @@ import pytest
 import simt_harness
 
 ROOT = Path(__file__).resolve().parents[1]
-# File, what stands there, what is put in its place, and the report.
+SMALL, LARGE = "test_forward[torch.float16-3x72x4x6-40k5s1+72k3s1-bias-2added]", "test_forward_in_large_tiles[18x8x31x31-8k1s1-bias]"
+# File, what stands there, what is put in its place, the report, and the test that it takes.
 FAULTS = {
     "no barrier before the stage is used": (
         "recurrent_conv_forward.cu",
         "    __syncthreads();                   // everybody's have",
         "    // everybody's have",
         "on its way|race",
+        SMALL,
     ),
     "a tap past the map's edge": (
         "recurrent_conv_forward.cu",
         "return at >= 0 && at < size;",
         "return at >= 0 && at <= size;",
         "out-of-bounds read",
+        SMALL,
     ),
     "no swizzle where rows are read": (
         "matrix_tile.h",
         "a_tile + swizzled<kDepth / 8>(row0 + i * 16 + lane % 16, k / 8 + lane / 16)",
         "a_tile + (row0 + i * 16 + lane % 16) * (kDepth / 8) + k / 8 + lane / 16",
         "times what is allowed",
+        SMALL,
+    ),
+    "no opt-in where dynamic shared memory alone fits without": (
+        "device.h",
+        "if (shared_bytes > 0) allow_dynamic_shared(",
+        "if (shared_bytes > 48 * 1024) allow_dynamic_shared(",
+        "49664 bytes of static and dynamic shared memory, and a block may have 49152",
+        LARGE,
     ),
 }
 
@@ -41,7 +52,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_kernel_is_found(fault: str, tmp_path: Path) -> None:
     simt_harness.build()
-    file, right, wrong, report = FAULTS[fault]
+    file, right, wrong, report, case = FAULTS[fault]
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     text = (sources / "cuda" / file).read_text(encoding="utf-8")
@@ -56,7 +67,7 @@ def test_a_fault_in_a_kernel_is_found(fault: str, tmp_path: Path) -> None:
     assert len(others) > 5
     subprocess.run(["c++", "-shared", *others, planted, "-o", module], check=True, timeout=300)
 
-    case = "tests/test_recurrent_conv_cuda.py::test_forward[torch.float16-3x72x4x6-40k5s1+72k3s1-bias-2added]"
+    case = f"tests/test_recurrent_conv_cuda.py::{case}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", case]
     environment = os.environ | {"RNNDYN_SIMT_MODULE": str(module)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)

@@ -106,12 +106,11 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_conv_kernel(DepthwiseCo
 }
 
 template <typename T>
-void launch_grid(void (*kernel)(DepthwiseConvParams<T>), const DepthwiseConvParams<T>& p, int vector, int outputs,
-                 Stream stream) {
+void launch_grid(void (*kernel)(DepthwiseConvParams<T>), const char* name, const DepthwiseConvParams<T>& p, int vector,
+                 int outputs, Stream stream) {
   const int64_t threads =
       p.shape.samples * p.shape.out_height * ceil_divide(p.shape.out_width, outputs) * (p.shape.channels / vector);
-  launch(kernel, "depthwise_conv_kernel", blocks(ceil_divide(threads, kThreads), "depthwise_conv_kernel"), kThreads, 0,
-         stream, p);
+  launch(kernel, name, blocks(ceil_divide(threads, kThreads), name), kThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -119,21 +118,22 @@ void launch_grid(void (*kernel)(DepthwiseConvParams<T>), const DepthwiseConvPara
 template <typename T>
 void launch_depthwise_conv(const DepthwiseConvParams<T>& p, Stream stream) {
   const DepthwiseShape& s = p.shape;
+  const char *name = "depthwise_conv_kernel", *square = "depthwise_conv_square_kernel";
   constexpr uintptr_t bytes = kVector * sizeof(T);
   auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
   if (s.channels % kVector != 0 || !aligned(p.x) || !aligned(p.weight) || !aligned(p.y))
-    return launch_grid<T>(depthwise_conv_kernel<T, 1>, p, 1, 1, stream);
+    return launch_grid<T>(depthwise_conv_kernel<T, 1>, name, p, 1, 1, stream);
   if (s.kernel_height == s.kernel_width && s.step == 1 && s.dilation == 1) {
     switch (s.kernel_width) {
       case 3:
-        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 3>, p, kVector, kOutputs, stream);
+        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 3>, square, p, kVector, kOutputs, stream);
       case 5:
-        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 5>, p, kVector, kOutputs, stream);
+        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 5>, square, p, kVector, kOutputs, stream);
       case 7:
-        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 7>, p, kVector, kOutputs, stream);
+        return launch_grid<T>(depthwise_conv_square_kernel<T, kVector, 7>, square, p, kVector, kOutputs, stream);
     }
   }
-  launch_grid<T>(depthwise_conv_kernel<T, kVector>, p, kVector, 1, stream);
+  launch_grid<T>(depthwise_conv_kernel<T, kVector>, name, p, kVector, 1, stream);
 }
 
 template void launch_depthwise_conv<float>(const DepthwiseConvParams<float>&, Stream);

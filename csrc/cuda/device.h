@@ -135,18 +135,18 @@ inline dim3 blocks(int64_t count, const char* kernel) {
   return dim3(static_cast<unsigned>(count));
 }
 
+// Lets launches of a kernel have all the dynamic shared memory that a block can have on the current device. Without it, a block's static and
+// dynamic shared memory together may take 48 KiB.
+void allow_dynamic_shared(const void* kernel, const char* name);
+
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
 template <typename Params>
-void launch(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, Stream stream,
-            const Params& p) {
-  // More than the 48 KiB that every launch may have must be asked for.
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          name);
+void start(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, Stream stream,
+           const Params& p) {
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);
   check(cudaGetLastError(), name);
 }
@@ -162,12 +162,20 @@ struct Closure {
 };
 
 template <typename Params>
-void launch(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, Stream,
-            const Params& p) {
+void start(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, Stream,
+           const Params& p) {
   const Closure<Params> closure{kernel, p};
-  simt::launch(name, &Closure<Params>::run, &closure, sizeof(closure), grid, dim3(static_cast<unsigned>(threads)),
-               shared_bytes);
+  simt::launch(name, reinterpret_cast<const void*>(kernel), &Closure<Params>::run, &closure, sizeof(closure), grid,
+               dim3(static_cast<unsigned>(threads)), shared_bytes);
 }
 #endif
+
+template <typename Params>
+void launch(void (*kernel)(Params), const char* name, dim3 grid, int threads, size_t shared_bytes, Stream stream,
+            const Params& p) {
+  // However few bytes: what the kernel has of static shared memory counts too.
+  if (shared_bytes > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), name);
+  start(kernel, name, grid, threads, shared_bytes, stream, p);
+}
 
 }  // namespace rnndyn::cuda

@@ -2,9 +2,13 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "cuda/bindings.h"
+#include "cuda/device.h"
 
 namespace py = pybind11;
 
@@ -33,6 +37,23 @@ int device_count() {
 }
 
 }  // namespace
+
+void allow_dynamic_shared(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // per device
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  // The most, not what one launch takes: another thread may launch with more between this call and its own launch.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(attributes.sharedSizeBytes)),
+        name);
+  allowed.insert({kernel, device});
+}
 
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;

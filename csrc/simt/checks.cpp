@@ -71,9 +71,11 @@ void* static_shared(Site site, size_t bytes) {
   Guard guard;
   for (const auto& s : h.static_shared)
     if (s->line == site.line && std::strcmp(s->file, site.file) == 0) return reinterpret_cast<void*>(s->region.base);
+  h.shared_used += bytes;
+  if (const std::string fault = shared_fault(); !fault.empty()) fail(fault);
   const size_t first = h.arena_used;
   h.arena_used += (bytes + 511) / 256 * 256;  // apart, so that a step past the end meets nothing
-  if (h.arena_used > kMaxSharedBytes) fail("more shared memory than a block can have");
+  if (h.arena_used > kArenaBytes) fail("more shared arrays than the harness has room for");
   const uintptr_t base = reinterpret_cast<uintptr_t>(h.arena_base) + first;
   h.static_shared.push_back(std::unique_ptr<StaticShared>(
       new StaticShared{site.file, site.line,

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 
 namespace simt {
@@ -10,6 +11,10 @@ enum class Order { kForward, kReversed, kRandom };
 
 // The order in which the ready threads of a block are run.
 void set_order(Order order, unsigned seed);
+
+// What launches may take. shared_bytes: a block's most, with the opt-in, on the architecture that is simulated. registers: of a thread, by
+// kernel, as ptxas gave them; other kernels' are not checked. No kernel has opted in after this.
+void set_limits(size_t shared_bytes, std::map<std::string, int> registers);
 
 // Device code may touch what is registered and nothing else. granule: bytes of an element. An input is not writable; an output is
 // writable and, until it has been written, not to be read; a buffer that is added to is writable and initialised. The same buffer may

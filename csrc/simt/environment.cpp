@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/bindings.h"
+#include "cuda/device.h"
 #include "simt/control.h"
 #include "simt/planted.h"
 #include "simt/simt.h"
@@ -10,6 +11,8 @@
 namespace py = pybind11;
 
 namespace rnndyn::cuda {
+
+void allow_dynamic_shared(const void* kernel, const char*) { simt::allow_dynamic_shared(kernel); }
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
@@ -21,6 +24,7 @@ void bind_environment(py::module_& m) {
       .value("REVERSED", simt::Order::kReversed)
       .value("RANDOM", simt::Order::kRandom);
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
+  m.def("set_limits", &simt::set_limits, py::arg("shared_bytes"), py::arg("registers"));
   m.def("register_buffer", &simt::register_buffer, py::arg("name"), py::arg("base"), py::arg("bytes"),
         py::arg("granule"), py::arg("writable"), py::arg("initialised"));
   m.def("forget_buffers", &simt::forget_buffers);
@@ -41,7 +45,11 @@ void bind_environment(py::module_& m) {
       .value("MISALIGNED", Planted::kMisaligned)
       .value("UNWRITTEN_OUTPUT", Planted::kUnwrittenOutput)
       .value("MISSING_WAIT", Planted::kMissingWait)
-      .value("FRAGMENT", Planted::kFragment);
+      .value("FRAGMENT", Planted::kFragment)
+      .value("NO_OPT_IN", Planted::kNoOptIn)
+      .value("SHARED_LIMIT", Planted::kSharedLimit)
+      .value("THREADS", Planted::kThreads)
+      .value("GRID", Planted::kGrid);
   m.def("planted", [](const std::string& which, uintptr_t in, uintptr_t out, Planted fault) {
     launch_planted(which.c_str(), {reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), fault});
   });

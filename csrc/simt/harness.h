@@ -1,8 +1,10 @@
 // The state of the SIMT harness, which its two files share: simt.cpp runs fibers, checks.cpp watches memory.
 #pragma once
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -14,8 +16,12 @@
 namespace simt {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // a block's, on sm_90
-constexpr size_t kSharedGranule = 2;            // device code shares nothing smaller than a half
+constexpr size_t kMaxSharedBytes = 227 * 1024;               // a block's on sm_90, the most of all architectures
+constexpr size_t kArenaBytes = kMaxSharedBytes + 32 * 1024;  // shared arrays lie apart in it
+constexpr size_t kDefaultSharedBytes = 48 * 1024;            // without the opt-in
+constexpr int kRegisterFile = 64 * 1024;                     // of a multiprocessor, from sm_80 on
+constexpr int kRegisterUnit = 256;                           // a warp's registers are given out in this unit
+constexpr size_t kSharedGranule = 2;                         // device code shares nothing smaller than a half
 constexpr int kWarp = 32;
 
 enum class Status { kReady, kAtBarrier, kAtWarpOp, kDone };
@@ -55,6 +61,11 @@ struct Harness {
   Order order = Order::kForward;
   std::mt19937 random{0};
 
+  size_t most_shared_bytes = 99 * 1024;  // with the opt-in: the least of all architectures, sm_86's
+  std::map<std::string, int> registers;  // of a thread, by kernel
+  std::set<const void*> opted_in;        // kernels
+  size_t shared_limit = 0;               // of the launch
+
   bool in_device_code = false;  // else the compiler's checks in functions shared with device code mean nothing
   std::string kernel, fault;
   dim3 grid, block, block_index;
@@ -71,6 +82,7 @@ struct Harness {
   std::unique_ptr<char[]> arena;
   char* arena_base = nullptr;
   size_t arena_used = 0;
+  size_t shared_used = 0;  // static and dynamic, as a device counts them
   std::unique_ptr<Region> dynamic_shared;
   std::vector<std::unique_ptr<StaticShared>> static_shared;
 
@@ -104,6 +116,9 @@ std::string triple(const dim3& d);
 // The piece of memory that holds an address, or null; and for messages, the one that it is in or has just missed: "x + 12, which has 8 bytes".
 Region* find(uintptr_t address);
 std::string nearest(uintptr_t address);
+
+// What is wrong with the shared memory that the block has taken; empty if nothing.
+std::string shared_fault();
 
 // End the launch if the running thread may not do this now.
 void check_access(uintptr_t address, size_t count, Access access);

@@ -91,6 +91,28 @@ __global__ void matrix_kernel(PlantedParams p) {
   for (int k = 0; k < 4; ++k) p.out[(row + k / 2 * 8) * 8 + column + k % 2] = c[k];
 }
 
+// out[i] = in[i] by 48 KiB of dynamic shared memory, and 256 bytes of static shared memory besides
+constexpr size_t kDynamicBytes = 48 * 1024;
+__global__ void resources_kernel(PlantedParams p) {
+  RNNDYN_DYNAMIC_SHARED(bytes);
+  RNNDYN_SHARED(int, source, kThreads);
+  const int i = int(threadIdx.x);
+  if (i >= kThreads) return;
+  float* tile = reinterpret_cast<float*>(bytes);
+  source[i] = i;
+  tile[i] = p.in[source[i]];
+  p.out[i] = tile[i];
+}
+
+void launch_resources(const PlantedParams& p) {
+  const char* name = "resources_kernel";
+  if (p.fault == Planted::kNoOptIn) return start(resources_kernel, name, dim3(1), kThreads, kDynamicBytes, nullptr, p);
+  const dim3 grid = p.fault == Planted::kGrid ? dim3(1, 65536) : dim3(1);
+  const int threads = p.fault == Planted::kThreads ? 1056 : kThreads;
+  const size_t bytes = p.fault == Planted::kSharedLimit ? 99 * 1024 : kDynamicBytes;
+  launch(resources_kernel, name, grid, threads, bytes, nullptr, p);
+}
+
 }  // namespace
 
 void launch_planted(const char* which, const PlantedParams& p) {
@@ -102,6 +124,7 @@ void launch_planted(const char* which, const PlantedParams& p) {
   if (name == "vector") return launch(vector_kernel, "vector_kernel", dim3(1), kThreads, 0, nullptr, p);
   if (name == "copy") return launch(copy_kernel, "copy_kernel", dim3(1), kThreads, kThreads * 4, nullptr, p);
   if (name == "matrix") return launch(matrix_kernel, "matrix_kernel", dim3(1), kWarp, 0, nullptr, p);
+  if (name == "resources") return launch_resources(p);
   throw std::invalid_argument("planted: no kernel '" + name + "'");
 }
 

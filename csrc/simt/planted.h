@@ -21,6 +21,10 @@ enum class Planted {
   kUnwrittenOutput,
   kMissingWait,
   kFragment,
+  kNoOptIn,      // `resources`: the opt-in to dynamic shared memory left out
+  kSharedLimit,  // more shared memory than a block can have
+  kThreads,      // more threads than a block can have
+  kGrid,         // more blocks in y than a grid can have
 };
 
 struct PlantedParams {

@@ -216,8 +216,9 @@ void run_block() {
   }
   if (h.dynamic_shared != nullptr) h.dynamic_shared->forget();
   h.static_shared.clear();
-  h.arena_used = h.dynamic_shared != nullptr ? h.dynamic_shared->bytes + 256 : 0;
-  std::memset(h.arena_base, 0xff, kMaxSharedBytes);  // NaN
+  h.shared_used = h.dynamic_shared != nullptr ? h.dynamic_shared->bytes : 0;
+  h.arena_used = h.shared_used > 0 ? h.shared_used + 256 : 0;
+  std::memset(h.arena_base, 0xff, kArenaBytes);  // NaN
   while (true) {
     bool progress = false;
     if (h.order == Order::kRandom) std::shuffle(order.begin(), order.end(), h.random);
@@ -269,21 +270,47 @@ void warp_matrix_op(Site site, WarpOp op, const void* a, const void* b, void* c)
   warp_op(site, op, 0xffffffffu, 0, 0);
 }
 
-void launch(const char* name, void (*entry)(const void*), const void* closure, size_t closure_bytes, dim3 grid,
-            dim3 block, size_t shared_bytes) {
+std::string shared_fault() {
+  if (h.shared_used <= h.shared_limit) return "";
+  return std::to_string(h.shared_used) + " bytes of static and dynamic shared memory, and a block may have " +
+         std::to_string(h.shared_limit) +
+         (h.shared_limit == kDefaultSharedBytes ? " where its kernel has not opted in to more" : "");
+}
+
+void allow_dynamic_shared(const void* kernel) { h.opted_in.insert(kernel); }
+
+void set_limits(size_t shared_bytes, std::map<std::string, int> registers) {
+  if (shared_bytes > kMaxSharedBytes)
+    throw std::invalid_argument("shared_bytes: expected at most " + std::to_string(kMaxSharedBytes) + ", got " +
+                                std::to_string(shared_bytes));
+  h.most_shared_bytes = shared_bytes;
+  h.registers = std::move(registers);
+  h.opted_in.clear();
+}
+
+void launch(const char* name, const void* kernel, void (*entry)(const void*), const void* closure, size_t closure_bytes,
+            dim3 grid, dim3 block, size_t shared_bytes) {
   const size_t count = size_t(block.x) * block.y * block.z;
   h.kernel = name;
   if (count == 0 || count > 1024 || size_t(grid.x) * grid.y * grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535)
     throw Fault(h.kernel + ": grid " + triple(grid) + " of blocks " + triple(block) + " cannot be launched");
-  if (shared_bytes > kMaxSharedBytes)
-    throw Fault(h.kernel + ": asked for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  h.shared_limit = h.opted_in.count(kernel) != 0 ? h.most_shared_bytes : kDefaultSharedBytes;
+  h.shared_used = shared_bytes;
+  if (h.shared_used > h.shared_limit) throw Fault(h.kernel + ": " + shared_fault());
+  const auto registers = h.registers.find(name);
+  if (registers != h.registers.end()) {
+    const int per_warp = (registers->second * kWarp + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
+    if (int(count + kWarp - 1) / kWarp * per_warp > kRegisterFile)
+      throw Fault(h.kernel + ": blocks " + triple(block) + " of threads with " + std::to_string(registers->second) +
+                  " registers, and a multiprocessor has " + std::to_string(kRegisterFile));
+  }
   if (h.num_stacks < count) {
     h.stacks.reset(new char[count * kStackBytes]);
     h.num_stacks = count;
   }
   if (h.arena == nullptr) {
-    h.arena.reset(new char[kMaxSharedBytes + 1024]);
+    h.arena.reset(new char[kArenaBytes + 1024]);
     h.arena_base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(h.arena.get()) + 1023) / 1024 * 1024);
   }
   h.fault.clear();

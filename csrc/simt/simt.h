@@ -5,7 +5,9 @@
 // this harness, not to libtsan. So device code is checked as it stands, without proxies for its pointers. Reported, each as a
 // simt::Fault that ends the launch: accesses outside the buffers registered, writes to inputs, misaligned accesses, reads of shared
 // or output memory that nothing has written, races (memory.h), barriers and warp operations that not all threads reach, and the use of
-// shared memory while an asynchronous copy into it is on its way.
+// shared memory while an asynchronous copy into it is on its way; and launches that a device refuses: grids and blocks that are too large, more
+// static and dynamic shared memory than a block has (48 KiB where the kernel has not opted in to more), more registers than a
+// multiprocessor has.
 //
 // Not modelled: independent forward progress of diverged threads beyond their waiting for each other, caches, the order in which
 // blocks run (no kernel may depend on it), and the rounding inside a tensor-core product (each product and sum is rounded to float32).
@@ -66,8 +68,10 @@ void wait_copies(int groups_left);
 float atomic_add(float* address, float value);
 int atomic_add(int* address, int value);
 
-void launch(const char* name, void (*entry)(const void*), const void* closure, size_t closure_bytes, dim3 grid,
-            dim3 block, size_t shared_bytes);
+// The kernel opts in to more shared memory than the 48 KiB that any block may have.
+void allow_dynamic_shared(const void* kernel);
+void launch(const char* name, const void* kernel, void (*entry)(const void*), const void* closure, size_t closure_bytes,
+            dim3 grid, dim3 block, size_t shared_bytes);
 
 template <typename T>
 T shuffle(Site site, uint32_t mask, T value, int source) {
