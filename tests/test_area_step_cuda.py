@@ -237,7 +237,7 @@ def test_the_order_of_threads_changes_nothing(simt: Any) -> None:
 
 def test_bad_arguments_are_refused(simt: Any) -> None:
     x, state = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 4, 8)
-    outputs = [None, None, state, None, None, None, None, None]
+    outputs: list[Tensor | None] = [None, None, state, None, None, None, None, None]
 
     def forward(drives: list[Tensor], *, gamma: Tensor | None = None) -> None:
         _launch_cuda.area_step_forward(drives, [], None, None, False, gamma, gamma, EPS, True, *outputs)
@@ -252,6 +252,10 @@ def test_bad_arguments_are_refused(simt: Any) -> None:
         forward([x], gamma=torch.ones(4, 4, 8))
     with pytest.raises(ValueError, match=r"expected float32, float16 or bfloat16, got torch\.float64"):
         forward([x.double()])
+    outputs[2] = torch.zeros(2 * 4 * 4 * 8 + 1)[1:].view(2, 4, 4, 8)
     with pytest.raises(ValueError, match="multiples of 16"):
-        forward([torch.zeros(2 * 4 * 4 * 8 + 1)[1:].view(2, 4, 4, 8)])
+        forward([x])
+    outputs[2], outputs[3], outputs[4] = None, torch.zeros(2, 2, 2, 8), torch.zeros(65, dtype=torch.uint8)[1:].view(2, 2, 2, 8)
+    with pytest.raises(ValueError, match="a buffer of bytes whose address is a multiple of 4"):
+        forward([x])
     assert (state == 0).all()

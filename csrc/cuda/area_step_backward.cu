@@ -238,8 +238,9 @@ void launch_area_step_backward(const AreaStepBackwardParams<T>& p, Stream stream
   if (p.channels % kWidest<T> != 0) return launch_vectors<T, 1>(p, stream);
   require_aligned_terms("area_step", p.grad_state, p.num_grad_state);
   require_aligned_terms("area_step", p.drive, p.num_drive);
-  require_aligned("area_step", p.grad_max_pooled, p.argmax, p.grad_mean_pooled, p.value, p.drive_bias, p.modulator_sum,
-                  p.gamma, p.beta, p.grad_drive, p.grad_drive_sum, p.grad_modulator, p.affine);
+  require_aligned("area_step", p.grad_max_pooled, p.grad_mean_pooled, p.value, p.drive_bias, p.modulator_sum, p.gamma,
+                  p.beta, p.grad_drive, p.grad_drive_sum, p.grad_modulator, p.affine);
+  require_aligned_bytes<T>("area_step", p.argmax);
   launch_vectors<T, kWidest<T>>(p, stream);
 }
 

@@ -246,7 +246,8 @@ void launch_area_step_forward(const AreaStepForwardParams<T>& p, Stream stream) 
   require_aligned_terms("area_step", p.drive, p.num_drive);
   require_aligned_terms("area_step", p.modulator, p.num_modulator);
   require_aligned("area_step", p.drive_bias, p.modulator_bias, p.gamma, p.beta, p.value, p.modulator_sum, p.state,
-                  p.max_pooled, p.argmax, p.mean_pooled);
+                  p.max_pooled, p.mean_pooled);
+  require_aligned_bytes<T>("area_step", p.argmax);
   launch_vectors<T, kWidest<T>>(p, stream);
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops._launch import Use, device_address, device_queue
+from rnndyn_fast.ops.places import first_element
 
 unavailable: str | None = None  # why there are no CUDA kernels, if there are none
 _module: Any = None
@@ -79,16 +80,25 @@ def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> st
 
 
 class Launch:
-    """Addresses of one launch's tensors, all of them on one device, and the device with its stream."""
+    """Addresses of one launch's tensors, all of them on one device, and the device with its stream.
 
-    def __init__(self, like: Tensor) -> None:
+    ``aligned``: the kernel's loads are of 16 bytes whatever the addresses are. Inputs that begin elsewhere (views of flattened parameters,
+    say) are copied.
+    """
+
+    def __init__(self, like: Tensor, *, aligned: bool = False) -> None:
         self.device = like.device
         self.dtype = like.dtype
         if self.dtype not in DTYPES:
             raise ValueError(f"expected float32, float16 or bfloat16, got {self.dtype}")
         self.queue = device_queue(self.device)
+        self._aligned = aligned
+        self._copies: list[Tensor] = []  # held until the launch, after which the allocator gives their memory to later work of the stream
 
     def read(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
+        if self._aligned and tensor is not None and tensor.dtype != torch.uint8 and first_element(tensor) % 16:
+            tensor = tensor.clone()
+            self._copies.append(tensor)
         return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.READ)
 
     def rows(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
@@ -141,7 +151,7 @@ def area_step_forward(
     like = value if complete else drives[0]
     assert like is not None
     n, h, w, c = full = tuple(like.shape)
-    launch, pooled, single = Launch(like), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(like, aligned=True), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     groups = list(moment_groups) if moment_groups is not None else _module.area_step_moment_groups(dtype, h, w, c)
     if moments is None and gamma is not None:
@@ -198,7 +208,7 @@ def area_step_backward(
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
     n, h, w, c = shape
     given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives, grad_drive) if t is not None]
-    launch, pooled, single = Launch(given[0]), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(given[0], aligned=True), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     slots, splits = _module.area_step_backward_scratch(dtype, n, h, w, c)
     sums = launch.scratch(n, slots, 2) if gamma is not None else None
@@ -312,7 +322,7 @@ def recurrent_conv(
     Value, modulator_sum (1 + s) and moments are written.
     """
     n, h, w, c = full = tuple(value.shape)
-    launch = Launch(value)
+    launch = Launch(value, aligned=True)
     groups = recurrent_conv_moment_groups(n, h, w, c)[0]
     given = []
     for k, term in enumerate(terms):
@@ -345,7 +355,7 @@ def recurrent_conv_weight_grad(
     """Launch ``recurrent_conv_weight_grad``: grad_weight is written. Of a convolution, rows are the output's gradient and gathered is its
     input; of a transposed one, the other way round."""
     (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
-    launch = Launch(rows)
+    launch = Launch(rows, aligned=True)
     splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
     partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
     _module.recurrent_conv_weight_grad(
