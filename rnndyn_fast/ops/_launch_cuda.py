@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,18 @@ def build_info() -> dict[str, Any]:
     if unavailable:
         raise ImportError(unavailable)
     return {**_module.build_info(), "devices": _module.device_count()}
+
+
+@cache
+def device_error(index: int) -> str | None:
+    """Why the kernels cannot run on a CUDA device of this machine; None if they can. Asked once, when the device is in use already."""
+    error = _module.device_error(index)
+    if not error:
+        return None
+    info = _module.build_info()
+    driver = info["driver"]
+    supported = f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+    return f"the CUDA kernels cannot run on cuda:{index}: {error} (built by nvcc {info['nvcc']} for {info['architectures']}; {supported})"
 
 
 def module() -> Any:
@@ -74,6 +87,8 @@ def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> st
     major, minor = capability(tensor.device)
     if major < 8:
         return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    if error := device_error(tensor.device.index or 0):
+        return error
     if tensor.dtype not in dtypes:
         return f"it has {tensor.dtype} on {tensor.device}; expected {' or '.join(str(d) for d in dtypes)}"
     return None
