@@ -30,16 +30,6 @@ __device__ __forceinline__ float normalised(float z, float mean, float rstd, flo
 }
 
 template <int N>
-__device__ __forceinline__ void normalise(const float* gamma, const float* beta, float mean, float rstd,
-                                          float (&z)[N]) {
-  float scale[N], shift[N];
-  load(gamma, scale);
-  load(beta, shift);
-  RNNDYN_UNROLL
-  for (int j = 0; j < N; ++j) z[j] = normalised(z[j], mean, rstd, scale[j], shift[j]);
-}
-
-template <int N>
 __device__ __forceinline__ void store_bytes(uint8_t* to, const uint8_t (&from)[N]) {
   Vector<uint8_t, N> vector;
   RNNDYN_UNROLL

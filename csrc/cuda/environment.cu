@@ -76,6 +76,14 @@ void allow_dynamic_shared(const void* kernel, const char* name) {
   allowed.insert({kernel, device});
 }
 
+int64_t blocks_at_once(const void* kernel, const char* name, int threads, size_t shared_bytes) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), name);
+  return int64_t(multiprocessors) * blocks;
+}
+
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
   if (cudaGetDevice(&current) == cudaSuccess && current == device) return;

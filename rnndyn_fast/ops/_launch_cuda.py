@@ -371,7 +371,7 @@ def recurrent_conv_weight_grad(
     input; of a transposed one, the other way round."""
     (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
     launch = Launch(rows, aligned=True)
-    splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
+    splits = _module.recurrent_conv_weight_grad_splits(DTYPES[launch.dtype], launch.queue[0], n, h, w, a, b, kernel)
     partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
     _module.recurrent_conv_weight_grad(
         DTYPES[launch.dtype],
