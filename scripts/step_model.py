@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from kernel_resources import replaced
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -201,13 +202,6 @@ def page(batch: int) -> str:
     return "\n".join(parts).rstrip()
 
 
-def replaced(text: str, new: str) -> str:
-    """The page with what is between its marks replaced."""
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"page: expected one {START} and one {END}")
-    return text[: text.index(START)] + f"{START}\n{new}\n" + text[text.index(END) :]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--batch", type=int, default=1024)
@@ -218,7 +212,7 @@ def main() -> None:
         print(text)
     else:
         old = arguments.update.read_text(encoding="utf-8")
-        arguments.update.write_text(replaced(old, text), encoding="utf-8")
+        arguments.update.write_text(replaced(old, text, START, END), encoding="utf-8")
 
 
 if __name__ == "__main__":
