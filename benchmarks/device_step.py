@@ -24,7 +24,7 @@ from rnndyn_fast.ops import _launch_cuda
 
 torch.set_num_threads(1 if DRY else torch.get_num_threads())
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-BLT: dict[str, Any] = {"timesteps": 2, "image_size": 16, "widths": (8, 8, 16, 16, 32)} if DRY else {"timesteps": 4}
+BLT: dict[str, Any] = {"timesteps": 2, "image_size": 16, "widths": (8, 8, 16, 32, 64)} if DRY else {"timesteps": 4}
 NETWORKS: dict[str, tuple[Callable[[], Any], int]] = {
     "blt_net_64 lateral": (lambda: blt_net_64(**BLT, topdown_connections=False), 16 if DRY else 64),
     "blt_net_64 top-down": (lambda: blt_net_64(**BLT, LT_interaction="multiplicative"), 16 if DRY else 64),
