@@ -31,8 +31,9 @@ def test_report_has_every_network_and_number(study: Path) -> None:
     for name in NETWORKS:
         result = ReadoutZoneResult.load(out / name / "testplus.h5")
         assert result.samples is not None
-        for claim in check_claims(result):
-            heading = text.index(f"{claim.statement} — lateral{' + top-down, multiplicative' if 'topdown' in name else ', additive'}")
+        title = f"lateral{' + top-down, multiplicative' if 'topdown' in name else ', additive'}"
+        for claim in check_claims(result, ReadoutZoneResult.load(out / name / "untrained.h5"), replicates=50):
+            heading = text.index(f"{claim.statement} — {title}")
             assert claim.verdict.lower() in text[heading : heading + 600].lower()
         for count in result.counts.values():
             assert f"{count:,}" in text
@@ -46,8 +47,9 @@ def test_report_has_every_network_and_number(study: Path) -> None:
     for row in rows:
         result = ReadoutZoneResult.load(out / NETWORKS["top-down" in row["network"]] / "testplus.h5")
         if row["measure"] == "norm":
-            shown = [float(row[f"value_{k}"] or "nan") for k in (1, 2)]
-            np.testing.assert_allclose(shown, result.published_summary("norm_now_vs_later"))
+            shown = [float(row[f"value_{k}_value"] or "nan") for k in (1, 2)]
+            table, steps = result.norm_now_vs_later, result.analysed_steps("norm_now_vs_later")
+            np.testing.assert_allclose(shown, table[steps].mean(0) if steps.any() else [np.nan, np.nan])
     for name in ("comparison", "along_training"):
         assert {path.suffix for path in (out / "comparison").glob(f"{name}.*")} == {".csv", ".png", ".svg", ".pdf"}
 
@@ -90,7 +92,8 @@ def test_checkpoints_take_the_place_of_training(study: Path, tmp_path: Path, mon
         ({"networks": ("lateral_additive",) * 2}, "networks: expected different ones"),
         ({"checkpoints": ("a.pt",)}, "data: expected the image file"),
         ({"widths": (8, 16, 32, 48, 64)}, "widths: with top-down connections"),
-        ({"bootstrap": 0}, "bootstrap: expected at least 1"),
+        ({"bootstrap": 1}, "bootstrap: expected at least 2"),
+        ({"seeds": 0}, "seeds: expected at least 1"),
         ({"patience": 0}, "patience: expected at least 1"),
     ],
 )

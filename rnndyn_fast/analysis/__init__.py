@@ -1,9 +1,10 @@
 """Streaming analysis of representation dynamics: reducers, results, tables, claims and figures."""
 
-from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
-from rnndyn_fast.analysis.claims import Claim, check_claims
+from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap, pool
+from rnndyn_fast.analysis.claims import Claim, check_claims, claims_of
 from rnndyn_fast.analysis.decodability import DecodabilityReducer
 from rnndyn_fast.analysis.human_times import ReactionTimeComparison, compare_reaction_times, load_reaction_times
+from rnndyn_fast.analysis.intervals import Estimate, holm
 from rnndyn_fast.analysis.moments import MomentReducer
 from rnndyn_fast.analysis.norms import NormReducer, RepresentationChangeReducer
 from rnndyn_fast.analysis.outputs import tables, write_tables
@@ -20,6 +21,7 @@ __all__ = [
     "Bootstrap",
     "Claim",
     "DecodabilityReducer",
+    "Estimate",
     "MomentReducer",
     "NormReducer",
     "RdmReducer",
@@ -35,10 +37,13 @@ __all__ = [
     "Table",
     "bootstrap",
     "check_claims",
+    "claims_of",
     "compare_reaction_times",
     "entropies",
+    "holm",
     "load_reaction_times",
     "load_result",
+    "pool",
     "reaction_times",
     "readout_zones",
     "tables",

@@ -14,8 +14,10 @@ import numpy as np
 from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
 from rnndyn_fast.files import replaced_atomically
 
+# A mean over fewer samples is neither drawn nor compared: its interval would not deserve the name.
+MIN_GROUP = 10
 FORMAT = "rnndyn_fast.readout_zones"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _per_step(dtype: type, fewer: int = 0) -> Callable[[int], np.ndarray]:
@@ -24,6 +26,10 @@ def _per_step(dtype: type, fewer: int = 0) -> Callable[[int], np.ndarray]:
 
 def _per_sample(timesteps: int) -> np.ndarray:
     return np.zeros(0, np.int64)
+
+
+def _per_pair(timesteps: int) -> np.ndarray:
+    return np.zeros((0, timesteps * (timesteps - 1) // 2), np.float64)
 
 
 # Per-sample tables that are kept on request, as makers of their empty form; rows are samples in the order of update.
@@ -38,6 +44,7 @@ SAMPLE_TABLES: dict[str, Callable[[int], np.ndarray]] = {
     "margin": _per_step(np.float64),  # [N, T]
     "boundary_distance": _per_step(np.float64),  # [N, T]
     "change": _per_step(np.float64, fewer=1),  # [N, T - 1]
+    "distance": _per_pair,  # [N, T (T - 1) / 2] ||r[t] - r[s]||, s < t, in the order of np.tril_indices(T, -1)
 }
 
 # Kept with them, one row per not-yet-stable sample and step (see `later_cosines`).
@@ -218,6 +225,11 @@ class ReadoutZoneResult:
         table = self.summary(name).mean[: self.max_t_analysed]
         kept = table[np.isfinite(table).all(1)]
         return kept.mean(0) if len(kept) else np.full(2, np.nan)
+
+    def analysed_steps(self, name: str) -> np.ndarray:  # -> bool [T]
+        """Steps at which the two columns of a [T, 2] measure are compared: below ``max_t_analysed``, ``MIN_GROUP`` samples in both."""
+        enough = (self.summary(name).n >= MIN_GROUP).all(1)
+        return enough & (np.arange(self.timesteps) < self.max_t_analysed)
 
     def _members(self, group: str) -> np.ndarray | None:
         return None if self.samples is None else np.flatnonzero(self.samples["group"] == GROUPS.index(group))

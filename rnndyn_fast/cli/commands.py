@@ -93,16 +93,17 @@ def extract(**options: Any) -> None:
 _LISTS = ("reducers", "areas", "pooled", "save")
 
 
-def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
+def analyse(result: str, out: str, compare: str | None, pdf: bool = False, **names: Any) -> None:
     """`rnndyn analyse`"""
-    from rnndyn_fast.analysis import check_claims
     from rnndyn_fast.report.analysis_page import REPORT
     from rnndyn_fast.report.analysis_page import analyse as run
 
-    loaded, paths = run(result, out, compare=compare, names=names)
+    loaded, claims, paths = run(result, out, compare=compare, names=names, pdf=pdf)
     print(summary_lines(loaded))
-    for claim in check_claims(loaded):
-        print(f"{claim.statement}: {claim.verdict} (n = {claim.n:,})")
+    for claim in claims:
+        print(claim)
+    if not claims:
+        print("claims: inconclusive, the result holds sums only; run the extraction with --keep_samples")
     print(f"{len(paths)} files in {out}, among them {REPORT}")
 
 

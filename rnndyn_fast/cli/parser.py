@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
-            "--lr_trend", "--bypass", "--challenging")  # fmt: skip
+            "--lr_trend", "--bypass", "--challenging", "--pdf")  # fmt: skip
 LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
@@ -243,7 +243,8 @@ def _analyse(parser: ArgumentParser) -> None:
 
     parser.add_argument("result", help="file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
     _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
-    _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
+    _add(parser, "compare", str | None, "a second file: that of the untrained network on the same images", None)
+    _add(parser, "pdf", bool, "print the report to report.pdf too; needs Chromium or Chrome", False)
     for name, known in NAMES.items():
         _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
 
