@@ -142,6 +142,7 @@ def react(out: str, unreached: str, **options: Any) -> None:
     """`rnndyn react`"""
     from pathlib import Path
 
+    from rnndyn_fast.analysis.human_times import CEILINGS
     from rnndyn_fast.extract import react as run
     from rnndyn_fast.report.speed_accuracy import write_reaction_times
 
@@ -153,8 +154,9 @@ def react(out: str, unreached: str, **options: Any) -> None:
     print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")
     print(f"best by threshold: {100 * best.accuracy:.1f}% at {best.threshold:.3g} nats, {best.mean_step + 1:.2f} steps on average")
     if comparison is not None:
-        (mean, half), (low, _), (high, _) = (comparison.mean(name) for name in ("correlation", "ceiling_low", "ceiling_high"))
-        print(f"rank correlation with people {mean:.3f} (+- {half:.3f}), noise ceiling {low:.3f} to {high:.3f}")
+        told = [f"{value:.3f} (95% interval {low:.3f} to {high:.3f})" for value, low, high in map(comparison.estimate, CEILINGS)]
+        print(f"rank correlation with {len(comparison.correlation)} people over {comparison.images} images: {told[0]}")
+        print(f"noise ceiling, lower {told[1]}, upper {told[2]}")
     print(out)
 
 
