@@ -104,7 +104,7 @@ def compare_reaction_times(
     >>> entropy = np.linspace([2.0] * 12, np.linspace(0.1, 1.9, 12), 5)  # steps by images
     >>> human = 400 + 10 * np.arange(12) + np.array([[0.0], [5.0], [9.0]])
     >>> compare_reaction_times(entropy, human, [1.0]).correlation.round(1).tolist()
-    [0.9, 0.9, 0.9]
+    [0.8, 0.8, 0.8]
     """
     check_choice("unreached", unreached, UNREACHED)
     entropy, human = np.asarray(entropy, dtype=np.float64), np.asarray(human, dtype=np.float64)
