@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from report_numbers import unknown_numbers
 
-from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
+from rnndyn_fast.analysis import ReadoutZoneResult, bootstrap, check_claims
 from rnndyn_fast.cli import main
 from rnndyn_fast.study import StudyConfig, run_study
 from rnndyn_fast.train import QuietReporter, TrainConfig, learning_rate, read_checkpoint, read_metrics
@@ -54,6 +56,11 @@ def test_report_has_every_network_and_number(study: Path) -> None:
         assert {path.suffix for path in (out / "comparison").glob(f"{name}.*")} == {".csv", ".png", ".svg", ".pdf"}
 
 
+def test_every_number_of_the_report_is_in_a_csv(study: Path) -> None:
+    folders = [study.parent / "comparison", *(study.parent / name / "analysis" for name in NETWORKS)]
+    assert unknown_numbers(study.read_text(encoding="utf-8"), *folders) == []
+
+
 def test_study_goes_on_where_it_was(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = StudyConfig(out=str(study.parent), **OPTIONS)
     with pytest.raises(FileExistsError, match=r"report.html exists"):
@@ -83,6 +90,32 @@ def test_checkpoints_take_the_place_of_training(study: Path, tmp_path: Path, mon
         np.testing.assert_array_equal(mine.samples["norm"], theirs.samples["norm"])
         assert not (tmp_path / "s" / name / "best.pt").exists()
     assert list(json.loads((tmp_path / "s" / "study.json").read_text())["keep"]) == [1]
+
+
+def test_several_seeds_of_a_kind(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnndyn_fast.report.analysis_page.write_report", lambda *_, **__: [])
+    kind = NETWORKS[:1]
+    options = OPTIONS | {"networks": kind, "data": str(study.parent / "images.h5"), "seeds": 2}
+    path = run_study(StudyConfig(out=str(tmp_path / "s"), **options), reporter=QuietReporter())
+    names = [kind[0], f"{kind[0]}_seed1"]
+    weights = [read_checkpoint(tmp_path / "s" / name / "initial.pt")["state_dict"] for name in names]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    text = path.read_text(encoding="utf-8")
+    assert text.index("n = 2 networks (seeds) of a kind") < text.index("Do representations")
+    results = [ReadoutZoneResult.load(tmp_path / "s" / name / "testplus.h5") for name in names]
+    with (tmp_path / "s" / "comparison" / "claims.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = next(row for row in rows if row["measure"] == "change_last")
+    boots = [bootstrap(result, 20, pairs=False) for result in results]
+    assert float(last["value"]) == pytest.approx(np.mean([boot.values["change_last"] for boot in boots]))
+    assert {row["networks"] for row in rows if row["value"]} == {"2"}
+    assert "lateral, additive: 0, 1" in text  # which seeds
+    # The same two, as checkpoints of one kind.
+    given = [str(tmp_path / "s" / name / "best.pt") for name in names]
+    config = StudyConfig(out=str(tmp_path / "t"), checkpoints=tuple(given), data=options["data"], bootstrap=20, keep=(1,))
+    assert "n = 2 networks" in run_study(config, reporter=QuietReporter()).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="hold the same network"):
+        run_study(StudyConfig(out=str(tmp_path / "u"), checkpoints=(given[0],) * 2, data=options["data"]), reporter=QuietReporter())
 
 
 @pytest.mark.parametrize(

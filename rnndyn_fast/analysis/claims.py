@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap, pool
-from rnndyn_fast.analysis.intervals import ALPHA, Estimate, holm
+from rnndyn_fast.analysis.intervals import ALPHA, UNKNOWN, Estimate, holm
 from rnndyn_fast.analysis.results import ReadoutZoneResult
 
 # Bounds of "no effect worth the name". A norm cannot average below zero, and with enough images any difference excludes zero, so each
@@ -99,7 +99,7 @@ def _part(
     against: str,
     shown: Callable[[float], float] = float,
 ) -> Part:
-    estimate = boot.estimate(name) if name in boot.values else _UNKNOWN
+    estimate = boot.estimate(name) if name in boot.values else UNKNOWN
     above, below = estimate.p_above(bound), estimate.p_below(bound)
     told = replace(estimate, value=shown(estimate.value), low=shown(estimate.low), high=shown(estimate.high))
     return Part(name, label, unit, told, shown(bound), above, below, against)
@@ -108,9 +108,6 @@ def _part(
 def _beside(boot: Bootstrap, name: str, label: str, unit: str) -> Part:
     """A number that decides nothing."""
     return Part(name, label, unit, boot.estimate(name), float("nan"), float("nan"), float("nan"), "")
-
-
-_UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), float("nan"), 0.0, 0)
 
 
 def _change(boot: Bootstrap) -> Claim:

@@ -53,6 +53,9 @@ class Estimate:
         return mirrored.p_above(-bound)
 
 
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"), float("nan"), 0.0, 0)
+
+
 def student(probability: float, df: np.ndarray) -> np.ndarray:  # [...] -> [...]
     """Quantile of Student's t; NaN where df is not positive."""
     from scipy.stats import t

@@ -77,6 +77,7 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
     out["plane"] = [
         {"t_stable": s, "t": t} | _cell("across_", across, (s, t)) | _cell("along_", along, (s, t)) for s in steps[1:] for t in steps
     ]
+    out["correlations"] = [{"measure": "norm at t = 0 with time of stabilisation", "value": result.norm_t_stable_correlation}]
     out["classes"] = class_rows(result)
     labels, predicted = np.nonzero(result.sums.confusion.any(0))
     out["confusion"] = [

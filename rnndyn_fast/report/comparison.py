@@ -10,7 +10,7 @@ import numpy as np
 from rnndyn_fast.analysis import ReadoutZoneResult
 from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap, pool
 from rnndyn_fast.analysis.figures import GREY, NETWORKS, NOT_YET, OTHERS, OWN, STABLE
-from rnndyn_fast.analysis.intervals import Estimate
+from rnndyn_fast.analysis.intervals import UNKNOWN, Estimate
 from rnndyn_fast.analysis.outputs import spread
 from rnndyn_fast.study.config import TITLES
 from rnndyn_fast.study.published import AVERAGES
@@ -44,13 +44,12 @@ def comparison_rows(boots: Mapping[str, Bootstrap]) -> list[dict[str, Any]]:
 
 def flat(rows: Sequence[Row]) -> list[Row]:
     """Rows in which estimates have become columns, for CSV files."""
-    nothing = Estimate(*(float("nan"),) * 5, 0)
     out = []
     for row in rows:
         plain: Row = {}
         for name, value in row.items():
             of_kind = isinstance(value, Estimate) or value is None
-            plain |= spread(f"{name}_", value or nothing) if of_kind else {name: value}
+            plain |= spread(f"{name}_", value or UNKNOWN) if of_kind else {name: value}
         out.append(plain)
     return out
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rnndyn_fast.analysis.intervals import Estimate
+from rnndyn_fast.analysis.intervals import UNKNOWN, Estimate
 from rnndyn_fast.analysis.outputs import spread, write_csv
 from rnndyn_fast.files import write_text
 from rnndyn_fast.report.script import SCRIPT
@@ -159,7 +159,7 @@ class Page:
     def write_tables(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Every table in full precision as ``<folder>/table_<number>.csv``; estimates become columns."""
         return [
-            write_csv([_csv_row(header, row) for row in rows], Path(folder) / f"table_{number}.csv")
+            write_csv(_csv_rows(header, rows), Path(folder) / f"table_{number}.csv")
             for number, (_, header, rows) in enumerate(self.tables, start=1)
             if rows
         ]
@@ -205,10 +205,19 @@ class Page:
         return write_text(path, self.html())
 
 
-def _csv_row(header: Sequence[str], row: Sequence[Cell]) -> dict[str, object]:
-    out: dict[str, object] = {}
-    for name, value in zip(header, row, strict=True):
-        out |= spread(f"{name}, ", value) if isinstance(value, Estimate) else {name: "" if value is None else value}
+def _csv_rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[dict[str, object]]:
+    """Rows in which the columns that hold an estimate have become several, in all rows alike."""
+    wide = [any(isinstance(row[k], Estimate) for row in rows) for k in range(len(header))]
+    out = []
+    for row in rows:
+        cells: dict[str, object] = {}
+        for name, value, several in zip(header, row, wide, strict=True):
+            if several:
+                value = value if isinstance(value, Estimate) else UNKNOWN
+                cells |= spread(f"{name}, ", value)
+            else:
+                cells[name] = "" if value is None else value
+        out.append(cells)
     return out
 
 
