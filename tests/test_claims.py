@@ -6,13 +6,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from simulated_dynamics import COSINE_SD, NORM_SD, Truth, simulate
 
-from rnndyn_fast.analysis import ReadoutZoneReducer, bootstrap, check_claims, pool, readout_zones
+from rnndyn_fast.analysis import ReadoutZoneReducer, ReadoutZoneResult, bootstrap, check_claims, pool, readout_zones
 from rnndyn_fast.analysis.bootstrap import Bootstrap
 from rnndyn_fast.analysis.claim_measures import pairwise
 from rnndyn_fast.analysis.claims import INCONCLUSIVE, KEPT_CHANGE, MIN_EFFECT, NOT_SUPPORTED, SUPPORTED, claims_of
 from rnndyn_fast.analysis.intervals import Estimate, holm
+from rnndyn_fast.models import blt_net_64
 
 STILL = Truth(motion="still")
 BOTH = {"state_norm": 0.6, "state_cosine": 0.08}
@@ -77,6 +79,37 @@ def test_no_recurrence_stands_still() -> None:
     assert change.verdict == NOT_SUPPORTED
     assert "stand still" in change.reason
     assert edge.verdict == INCONCLUSIVE  # nobody is late
+
+
+def network_trajectories(lateral: bool, seed: int = 0) -> np.ndarray:
+    """Representations [T, N, D] of a network with random weights."""
+    torch.manual_seed(seed)
+    net = blt_net_64(image_size=16, widths=(2, 4, 8, 16, 32), timesteps=6, topdown_connections=False, num_classes=4)
+    images = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        if not lateral:
+            for name, parameter in net.named_parameters():
+                if "lateral" in name:
+                    parameter.zero_()
+        return net(images, return_representations=True)[1].numpy()
+
+
+def test_networks_that_do_not_keep_changing() -> None:
+    """Untrained, without recurrence, and with lateral weights that are zero from a step on."""
+    recurrent, plain = network_trajectories(lateral=True), network_trajectories(lateral=False)
+    stopped = np.concatenate([recurrent[:3], plain[3:]])  # what a network does without lateral input does not change in time
+    readout = np.array([1.0, -1.0])[:, None] * np.ones(recurrent.shape[2])  # behind a relu the first class always wins: all are stable
+
+    def analysed(r: np.ndarray) -> ReadoutZoneResult:
+        return readout_zones(r, readout, np.zeros(r.shape[1], int))
+
+    untrained = analysed(recurrent)
+    assert untrained.counts["stable_correct"] == 100
+    for r, reason in ((recurrent, "untrained network changes as much"), (plain, "stand still"), (stopped, "stand still")):
+        change, edge = check_claims(analysed(r), untrained, replicates=50)
+        assert change.verdict == NOT_SUPPORTED
+        assert reason in change.reason
+        assert edge.verdict == INCONCLUSIVE  # nobody is late
 
 
 def test_noise_in_every_dimension_has_no_claim() -> None:

@@ -6,13 +6,14 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_numbers import plain, tables_of, unknown_numbers
 from simulated_dynamics import Truth, simulate
 
 from rnndyn_fast.analysis.figures import GROUP_COLOURS, NETWORKS, NOT_YET, OTHERS, OWN, STABLE
 from rnndyn_fast.report import pdf
-from rnndyn_fast.report.analysis_page import write_report
+from rnndyn_fast.report.analysis_page import report_trajectories, write_report
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,16 @@ def test_claims_in_the_report_are_those_of_the_csv(page: str, folder: Path) -> N
     text = plain(page)
     for row in rows:
         assert row["reason"] in text.replace(row["reason"].capitalize(), row["reason"])
+
+
+def test_trajectories_at_hand_may_bring_their_control(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, 40)
+    r, before = (np.eye(3)[label] * 4 + np.cumsum(rng.normal(size=(6, 40, 3)), axis=0) * 0.3 for _ in range(2))
+    report_trajectories(r, np.eye(3), label, tmp_path, untrained=before)
+    text = (tmp_path / "claims.csv").read_text()
+    assert "change_untrained" in text
+    assert "was not given" not in text
 
 
 def test_head_says_question_answer_and_n(page: str) -> None:

@@ -53,7 +53,7 @@ class Part:
 
     def status(self, parts: int) -> str:
         """ "for", "against" or "open", in a claim of so many parts; "beside" where it decides nothing."""
-        if np.isnan(self.bound) and self.estimate.known:
+        if np.isnan(self.above):
             return "beside"
         if self.above <= ALPHA:
             return "for"
@@ -100,7 +100,7 @@ def _part(
     shown: Callable[[float], float] = float,
 ) -> Part:
     estimate = boot.estimate(name) if name in boot.values else UNKNOWN
-    above, below = estimate.p_above(bound), estimate.p_below(bound)
+    above, below = (estimate.p_above(bound), estimate.p_below(bound)) if np.isfinite(bound) else (1.0, 1.0)
     told = replace(estimate, value=shown(estimate.value), low=shown(estimate.low), high=shown(estimate.high))
     return Part(name, label, unit, told, shown(bound), above, below, against)
 

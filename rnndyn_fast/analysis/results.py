@@ -28,10 +28,6 @@ def _per_sample(timesteps: int) -> np.ndarray:
     return np.zeros(0, np.int64)
 
 
-def _per_pair(timesteps: int) -> np.ndarray:
-    return np.zeros((0, timesteps * (timesteps - 1) // 2), np.float64)
-
-
 # Per-sample tables that are kept on request, as makers of their empty form; rows are samples in the order of update.
 SAMPLE_TABLES: dict[str, Callable[[int], np.ndarray]] = {
     "label": _per_sample,  # [N]
@@ -44,7 +40,8 @@ SAMPLE_TABLES: dict[str, Callable[[int], np.ndarray]] = {
     "margin": _per_step(np.float64),  # [N, T]
     "boundary_distance": _per_step(np.float64),  # [N, T]
     "change": _per_step(np.float64, fewer=1),  # [N, T - 1]
-    "distance": _per_pair,  # [N, T (T - 1) / 2] ||r[t] - r[s]||, s < t, in the order of np.tril_indices(T, -1)
+    # [N, T (T - 1) / 2] ||r[t] - r[s]||, s < t, in the order of np.tril_indices(T, -1)
+    "distance": lambda timesteps: np.zeros((0, timesteps * (timesteps - 1) // 2)),
 }
 
 # Kept with them, one row per not-yet-stable sample and step (see `later_cosines`).

@@ -198,17 +198,22 @@ def report_trajectories(
     *,
     bias: Any = None,  # [C]
     log_probs: Any = None,  # [T, N, C]
+    untrained: Any = None,  # [T, N, D]
     class_names: list[str] | None = None,
     title: str = "",
 ) -> ReadoutZoneResult:
     """Analyse trajectories that are at hand and write the report of them; see `readout_zones` and `write_report`.
+
+    `untrained`: of the same samples before training, without which the claim that representations keep changing cannot be supported. (Only
+    their changes are held against those of `trajectories`; their place in the zones is taken with the same readout.)
 
     >>> report_trajectories(activations, weight, labels, "report")  # doctest: +SKIP
     """
     result = readout_zones(trajectories, readout_weight, labels, bias, log_probs)
     if class_names is not None:
         result.descriptors["class_names"] = list(class_names)
-    write_report(result, out_dir, title=title)
+    control = None if untrained is None else readout_zones(untrained, readout_weight, labels, bias)
+    write_report(result, out_dir, untrained=control, title=title)
     return result
 
 
