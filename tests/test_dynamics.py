@@ -8,6 +8,7 @@ import torch
 from scipy.stats import ortho_group, spearmanr
 from simulated_dynamics import Truth, simulate
 
+from rnndyn_fast.analysis import bootstrap, readout_zones
 from rnndyn_fast.analysis.geometry import cka_over_time, compare_rdms, procrustes_over_time
 from rnndyn_fast.analysis.motion import CONVERGES, CYCLES, WANDERS, motion, settle, speed_against_margin, straightness
 from rnndyn_fast.analysis.tangent import StateStep, largest_gain, local_lyapunov, spectral_radius
@@ -72,6 +73,13 @@ def test_straightness_and_curvature() -> None:
     np.testing.assert_allclose(curvature, np.pi / 4)
     with pytest.raises(ValueError, match="start: expected 0 to T - 3"):
         straightness(np.zeros((4, 1, 1)), start=2)
+
+
+def test_straightness_of_a_result_is_that_of_its_trajectories() -> None:
+    r = np.cumsum(np.random.default_rng(0).normal(size=(6, 50, 3)), axis=0) + 50.0 * np.eye(3)[0]
+    result = readout_zones(r, np.eye(3), np.zeros(50, int))
+    assert result.counts_t_stable_correct[0] == 50
+    assert bootstrap(result, 5).values["straightness"] == pytest.approx(straightness(r)[0].mean())
 
 
 def test_speed_against_margin() -> None:

@@ -54,7 +54,8 @@ def test_claims_in_the_report_are_those_of_the_csv(page: str, folder: Path) -> N
         assert row["reason"] in text.replace(row["reason"].capitalize(), row["reason"])
 
 
-def test_trajectories_at_hand_may_bring_their_control(tmp_path: Path) -> None:
+def test_trajectories_at_hand_may_bring_their_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnndyn_fast.report.analysis_page.write_figures", lambda *_, **__: [])  # takes most of the time
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, 40)
     r, before = (np.eye(3)[label] * 4 + np.cumsum(rng.normal(size=(6, 40, 3)), axis=0) * 0.3 for _ in range(2))

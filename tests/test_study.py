@@ -11,7 +11,7 @@ import pytest
 import torch
 from report_numbers import unknown_numbers
 
-from rnndyn_fast.analysis import ReadoutZoneResult, bootstrap, check_claims
+from rnndyn_fast.analysis import ReadoutZoneResult, bootstrap, check_claims, pool
 from rnndyn_fast.cli import main
 from rnndyn_fast.study import StudyConfig, run_study
 from rnndyn_fast.train import QuietReporter, TrainConfig, learning_rate, read_checkpoint, read_metrics
@@ -105,10 +105,15 @@ def test_several_seeds_of_a_kind(study: Path, tmp_path: Path, monkeypatch: pytes
     results = [ReadoutZoneResult.load(tmp_path / "s" / name / "testplus.h5") for name in names]
     with (tmp_path / "s" / "comparison" / "claims.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    last = next(row for row in rows if row["measure"] == "change_last")
-    boots = [bootstrap(result, 20, pairs=False) for result in results]
-    assert float(last["value"]) == pytest.approx(np.mean([boot.values["change_last"] for boot in boots]))
-    assert {row["networks"] for row in rows if row["value"]} == {"2"}
+    assert {row["networks"] for row in rows if row["n"] != "0"} <= {"2"}
+    with (tmp_path / "s" / "comparison" / "along_training.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    accuracy = [result.accuracy[-1] for result in results]
+    assert float(last["accuracy_last_value"]) == pytest.approx(np.mean(accuracy))
+    assert last["accuracy_last_networks"] == "2"
+    boots = [bootstrap(result, 50, pairs=False) for result in results]  # as many replicates as the quick study has
+    estimate = pool(boots).estimate("accuracy", -1)
+    assert float(last["accuracy_last_low"]) == pytest.approx(estimate.low)
     assert "lateral, additive: 0, 1" in text  # which seeds
     # The same two, as checkpoints of one kind.
     given = [str(tmp_path / "s" / name / "best.pt") for name in names]

@@ -35,6 +35,7 @@ class ClaimTables:
     - ``change_slope``: slope over t >= f of ln max(c[t], 1e-6), by least squares;
     - ``change_order``: mean of ||r[t + 1] - r[t]|| over t >= f, divided by the mean of ||r[t] - r[s]|| over all s < t of those steps, less
       1. The second is what the first is on average when steps are shuffled: 0 for noise;
+    - ``straightness``: ||r[T - 1] - r[f]|| divided by the length of the path between them;
     - ``change_untrained``, ``change_vs_untrained``: c[T - 2] of the same images in the untrained network, and what the network has more;
       ``change_untrained_by_lag`` [T - 2].
 
@@ -94,7 +95,8 @@ class ClaimTables:
         late = np.full(len(self.chosen), np.nan)
         last = change[:, -1] if steps >= 3 else late
         means = {"change_last": last, "change_by_lag": _by_lag(change, first)}
-        means |= {"change_slope": _slope(change, first), "change_order": self._order(first)}
+        order, straight = self._paths(first)
+        means |= {"change_slope": _slope(change, first), "change_order": order, "straightness": straight}
         if untrained is not None:
             if untrained.samples is None:
                 raise ValueError("untrained: expected a result with kept samples (keep_samples=True, --keep_samples)")
@@ -107,16 +109,18 @@ class ClaimTables:
             means |= {"change_untrained": control, "change_vs_untrained": last - control, "change_untrained_by_lag": _by_lag(change, first)}
         return means
 
-    def _order(self, first: np.ndarray) -> np.ndarray:
+    def _paths(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Successive against shuffled steps, and straightness, of the steps from `first` on."""
         distance = pairwise(self.samples, self.chosen, self.timesteps)
-        out = np.full(len(first), np.nan)
+        order, straight = (np.full(len(first), np.nan) for _ in range(2))
         for f in range(1, self.timesteps - 2):  # at least three steps
             rows = np.flatnonzero(first == f)
             block = distance[rows, f:, f:]
             size = block.shape[1]
             following = np.diagonal(block, 1, 1, 2).mean(1)
-            out[rows] = divide(following, block.sum((1, 2)) / (size * (size - 1))) - 1
-        return out
+            order[rows] = divide(following, block.sum((1, 2)) / (size * (size - 1))) - 1
+            straight[rows] = divide(block[:, 0, -1], following * (size - 1))
+        return order, straight
 
     # ------------------------------------------------------------ place in the zone
 

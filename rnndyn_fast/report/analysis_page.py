@@ -21,6 +21,7 @@ from rnndyn_fast.analysis.trajectory_files import load_result
 from rnndyn_fast.data import ImageFile
 from rnndyn_fast.report.claims import answer, claims_section, networks_line
 from rnndyn_fast.report.dynamics import dynamics_sections
+from rnndyn_fast.report.motion import motion_section
 from rnndyn_fast.report.page import Cell, Page
 from rnndyn_fast.report.pdf import find_browser, print_pdf
 from rnndyn_fast.report.provenance import provenance_section
@@ -70,6 +71,8 @@ def analysis_page(
             claims_section(page, claims)
             _averages(page, boot)
         dynamics_sections(page, [view])
+        if boot is not None:
+            motion_section(page, result, boot)
         provenance_section(page, _facts(result), commands, replicates if boot is None else len(boot.replicates["accuracy"]))
     return page
 

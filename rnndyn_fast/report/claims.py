@@ -39,9 +39,10 @@ def answers(claims: Mapping[str, list[Claim]]) -> list[str]:
         for title, both in claims.items():
             claim = both[k]
             wanted = dict(_TOLD[claim.name])
-            numbers = "; ".join(f"{wanted[p.name]} {format_cell(p.estimate)}" for p in claim.parts if p.name in wanted)
+            known = [part for part in claim.parts if part.name in wanted and part.estimate.known]
+            numbers = "; ".join([*(f"{wanted[part.name]} {format_cell(part.estimate)}" for part in known), _n(claim)])
             head = f"{title}: " if title else ""
-            parts.append(f"{head}{claim.verdict} ({numbers}; {_n(claim)}) because {claim.reason}")
+            parts.append(f"{head}{claim.verdict} ({numbers}) because {claim.reason}")
         statement = next(iter(claims.values()))[k].statement
         told.append(f"{statement}: {'. '.join(parts)}.")
     return told
