@@ -12,7 +12,7 @@ from rnndyn_fast.analysis.results import MIN_GROUP
 from rnndyn_fast.report.page import format_cell
 
 # Levels and bounds, which the text states, and small counts in words about them.
-CONSTANTS = {KEPT_CHANGE, MIN_CHANGE, MIN_EFFECT, MIN_ORDER, MIN_SAMPLES, MIN_GROUP, 95.0, 2.5, 0.0, 1.0, 2.0}
+CONSTANTS = {KEPT_CHANGE, MIN_CHANGE, MIN_EFFECT, MIN_ORDER, MIN_SAMPLES, MIN_GROUP, 95.0, 2.5, 0.001, 0.0, 1.0, 2.0}
 NUMBER = re.compile(r"(?<![\w.#])[-\N{MINUS SIGN}]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]\d+)?(?![\w])")
 
 

@@ -146,9 +146,13 @@ def claim_card(claim: Claim, title: str) -> Card:
         {SUPPORTED: True, NOT_SUPPORTED: False}.get(claim.verdict),
         f"{claim.verdict.capitalize()} (n = {_n(claim)})",
         (f"{claim.reason[:1].upper()}{claim.reason[1:]}.",),
-        small=f"Supported where, {claim.criterion}. Corrected p for the claim {format_cell(claim.p_for)}, against it "
-        f"{format_cell(claim.p_against)} (Holm, {claim.family} verdicts).",
+        small=f"Supported where, {claim.criterion}. Corrected p for the claim {_p(claim.p_for)}, against it "
+        f"{_p(claim.p_against)} (Holm, {claim.family} verdicts).",
     )
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else format_cell(value)
 
 
 _SPEAKS = {"for": "for", "against": "against", "open": "open", "beside": "decides nothing"}
