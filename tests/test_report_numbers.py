@@ -11,9 +11,10 @@ import pytest
 from report_numbers import plain, tables_of, unknown_numbers
 from simulated_dynamics import Truth, simulate
 
+from rnndyn_fast.analysis import ReadoutZoneReducer
 from rnndyn_fast.analysis.figures import GROUP_COLOURS, NETWORKS, NOT_YET, OTHERS, OWN, STABLE
 from rnndyn_fast.report import pdf
-from rnndyn_fast.report.analysis_page import report_trajectories, write_report
+from rnndyn_fast.report.analysis_page import analysis_page, report_trajectories, write_report
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,14 @@ def test_trajectories_at_hand_may_bring_their_control(tmp_path: Path, monkeypatc
     text = (tmp_path / "claims.csv").read_text()
     assert "change_untrained" in text
     assert "was not given" not in text
+
+
+def test_sums_alone_decide_nothing() -> None:
+    reducer = ReadoutZoneReducer(np.eye(3), timesteps=4)
+    reducer.update(np.random.default_rng(0).normal(size=(4, 50, 3)), np.zeros(50, int))
+    text = plain(analysis_page(reducer.result()).html())
+    assert "Inconclusive: the result holds sums only" in text
+    assert "--keep_samples" in text
 
 
 def test_head_says_question_answer_and_n(page: str) -> None:
