@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 EXTRA = 'pip install "rnndyn-fast[cli]"'
@@ -14,13 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `rnndyn` with these arguments (None: those of the process) and return its exit code.
 
     0: done; 2: an error that the user can mend, told in one line on standard error (with RNNDYN_DEBUG=1 as a
-    traceback); 130: interrupted.
+    traceback); 130: interrupted; 143: ended by SIGTERM.
     """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
+        with _terminable():
+            return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt as stop:
         print("\nrnndyn: interrupted; files that were complete are kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return getattr(stop, "exit_code", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has left (`rnndyn plan ... | head`). Python flushes on exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -29,6 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, f"{error}" if "pip install" in str(error) else f"{error}; the command line needs: {EXTRA}")
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         return _fail(error, str(error))
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        return _fail(error, str(error))  # of another process
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with messages and cleaning up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        from rnndyn_fast.train.signals import Stopped
+
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: list[str]) -> int:

@@ -129,12 +129,15 @@ def phase_sweep(**options: Any) -> None:
 
 def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: str) -> None:
     """Run and print where the results are; stopped, how to go on."""
+    speaks = int(os.environ.get("RANK", "0")) == 0  # of the processes of torchrun the first
     try:
         path = run(config)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume")
+        if speaks:
+            print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume", flush=True)
         raise
-    print(path)
+    if speaks:
+        print(path)
 
 
 def react(out: str, unreached: str, **options: Any) -> None:

@@ -1,10 +1,10 @@
 """Images: HDF5 files of the MiniEcoset layout, their batches, augmentation, and making such files from real images."""
 
-from rnndyn_fast.data.augment import TrivialAugmentWide
+from rnndyn_fast.data.augment import Part, TrivialAugmentWide
 from rnndyn_fast.data.augmentation import augmentation
 from rnndyn_fast.data.challenge import CONDITIONS, Condition, ObjectPool, assign_conditions, challenge
 from rnndyn_fast.data.hdf5 import SPLITS, ImageFile, ImageSplit
-from rnndyn_fast.data.loader import BatchLoader, BatchSource, normalise
+from rnndyn_fast.data.loader import Batch, BatchLoader, BatchSource, Request, normalise
 from rnndyn_fast.data.make import make_dataset
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
@@ -12,6 +12,7 @@ from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
 __all__ = [
     "CONDITIONS",
     "SPLITS",
+    "Batch",
     "BatchLoader",
     "BatchSource",
     "Condition",
@@ -19,6 +20,8 @@ __all__ = [
     "ImageSource",
     "ImageSplit",
     "ObjectPool",
+    "Part",
+    "Request",
     "TrivialAugmentWide",
     "assign_conditions",
     "augmentation",

@@ -1,0 +1,95 @@
+"""Runs of `rnndyn train` in forks of a process that has everything imported, so that dozens take seconds: kill them, stop them, go on.
+
+Started as a script with one JSON argument: {"data", "out", "options", "task", ...}; prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnndyn_fast.cli import main
+from rnndyn_fast.train import checkpoint  # noqa: F401  -- imported before the first fork, as all that training needs
+from rnndyn_fast.train import loop as train_loop
+
+
+def words(given: dict[str, Any], *more: str) -> list[str]:
+    """The command line."""
+    return ["train", "--data", given["data"], "--out", given["out"], *given["options"], *more]
+
+
+def start(arguments: list[str], log: Path, half_written: int | None = None) -> int:
+    """Fork and train; returns the process. `half_written`: that write of a checkpoint stops half-way, and the process kills itself."""
+    process = os.fork()
+    if process:
+        return process
+    with open(log, "a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        if half_written is not None:
+            save, count = torch.save, 0
+
+            def killed(contents: Any, target: Any) -> None:
+                nonlocal count
+                count += 1
+                save(contents, target)
+                if count == half_written:
+                    size = os.path.getsize(target)
+                    os.truncate(target, size // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = killed  # type: ignore[assignment]
+        code = main(arguments)
+    os._exit(code)
+
+
+def wait(process: int) -> int:
+    """Exit code of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def resumable(out: Path) -> list[str]:
+    """How to go on."""
+    return ["--resume"] if any((out / name).exists() for name in (train_loop.LAST, train_loop.INITIAL)) else []
+
+
+def kill(given: dict[str, Any]) -> dict[str, Any]:
+    """Kill at random moments and in writes of checkpoints, go on each time, and finish."""
+    out, log, draw = Path(given["out"]), Path(given["out"] + ".log"), random.Random(given["seed"])
+    ends = []
+    for k in range(given["kills"]):
+        process = start(words(given, *resumable(out)), log, half_written=draw.randrange(1, 4) if k % 4 == 3 else None)
+        if k % 4 != 3:
+            time.sleep(draw.uniform(0.05, given["seconds"]))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        ends.append(wait(process))
+    ends.append(wait(start(words(given, *resumable(out)), log)))
+    return {"ends": ends}
+
+
+def stop(given: dict[str, Any]) -> dict[str, Any]:
+    """Send a signal once the run is at a step within an epoch; go on; how both ended."""
+    out, log = Path(given["out"]), Path(given["out"] + ".log")
+    process = start(words(given), log)
+    deadline = time.monotonic() + 60
+    while not (out / train_loop.LAST).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process, given["signal"])
+    stopped = wait(process)
+    said = log.read_text()
+    kept = torch.load(out / train_loop.LAST, weights_only=True)
+    return {"stopped": stopped, "said": said, "progress": kept["progress"]["step"], "ends": [wait(start(words(given, "--resume"), log))]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps({"kill": kill, "stop": stop}[arguments["task"]](arguments)))
