@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -32,22 +33,19 @@ def start(arguments: list[str], log: Path, half_written: int | None = None) -> i
     process = os.fork()
     if process:
         return process
-    with open(log, "a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        if half_written is not None:
-            save, count = torch.save, 0
+    if half_written is not None:
+        save, count = torch.save, 0
 
-            def killed(contents: Any, target: Any) -> None:
-                nonlocal count
-                count += 1
-                save(contents, target)
-                if count == half_written:
-                    size = os.path.getsize(target)
-                    os.truncate(target, size // 2)
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def killed(contents: Any, target: Any) -> None:
+            nonlocal count
+            count += 1
+            save(contents, target)
+            if count == half_written:
+                os.truncate(target, os.path.getsize(target) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            torch.save = killed  # type: ignore[assignment]
-        code = main(arguments)
-    os._exit(code)
+        torch.save = killed  # type: ignore[assignment]
+    os._exit(_logged(arguments, log))
 
 
 def wait(process: int) -> int:
@@ -89,7 +87,42 @@ def stop(given: dict[str, Any]) -> dict[str, Any]:
     return {"stopped": stopped, "said": said, "progress": kept["progress"]["step"], "ends": [wait(start(words(given, "--resume"), log))]}
 
 
+def ranks(given: dict[str, Any]) -> dict[str, Any]:
+    """Jobs one after another, each in several processes as torchrun would start them; `code` runs in each before. Exit codes and output."""
+    found = []
+    for number, job in enumerate(given["jobs"]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as the launcher's agent holds it
+        logs = [Path(given["logs"]) / f"{number}_{rank}.log" for rank in range(job["count"])]
+        processes = []
+        for rank, log in enumerate(logs):
+            process = os.fork()
+            if process == 0:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"]}
+                os.environ |= {name: str(value) for name, value in place.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+                exec(job.get("code", ""), {})
+                os._exit(_logged(job["words"], log))
+            processes.append(process)
+        if "signal" in job:
+            deadline = time.monotonic() + 60
+            while not Path(job["until"]).exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for process in processes:
+                os.kill(process, job["signal"])
+        found.append({"ends": [wait(process) for process in processes], "said": [log.read_text() for log in logs]})
+        del store
+    return {"jobs": found}
+
+
+def _logged(arguments: list[str], log: Path) -> int:
+    with open(log, "a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        return main(arguments)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     arguments = json.loads(sys.argv[1])
-    print(json.dumps({"kill": kill, "stop": stop}[arguments["task"]](arguments)))
+    print(json.dumps({"kill": kill, "stop": stop, "ranks": ranks}[arguments["task"]](arguments)))

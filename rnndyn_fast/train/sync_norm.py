@@ -7,9 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce  # differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        return _SumOverProcesses.forward(context, grad.contiguous())
+
+
+def _over_processes(x: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(x)
+    return total
 
 
 class synchronised_batch_norm(TorchFunctionMode):
@@ -43,9 +60,9 @@ class synchronised_batch_norm(TorchFunctionMode):
         """Mean and biased variance [C] of all processes, and the number of values."""
         share = 1.0 if self.counts else 0.0
         flat = x.transpose(0, 1).flatten(1)
-        count = all_reduce(flat.new_tensor(share * flat.shape[1]))
-        mean = all_reduce(share * flat.sum(1)) / count
-        var = all_reduce(share * (flat - mean[:, None]).square().sum(1)) / count
+        count = _over_processes(flat.new_tensor(share * flat.shape[1]))
+        mean = _over_processes(share * flat.sum(1)) / count
+        var = _over_processes(share * (flat - mean[:, None]).square().sum(1)) / count
         return mean, var, int(count)
 
     def _normed(
