@@ -144,7 +144,7 @@ def test_limited_spreads_over_the_split(images: Path) -> None:
 def test_run_writes_what_it_says(trained: Path, images: Path) -> None:
     folder = trained.parent
     assert trained == folder / "last.pt"
-    names = {"initial.pt", "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "train.yaml"}
+    names = {"initial.pt", "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "steps.jsonl", "train.yaml"}
     assert {path.name for path in folder.iterdir()} == names
     rows = read_metrics(folder)
     assert [row.epoch for row in rows] == [1, 2]

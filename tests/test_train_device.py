@@ -61,8 +61,9 @@ def run(images: Path, out: Path, **options: Any) -> Path:
         ("13.0", 0, None, "cuda", r"none that torch can use \(CUDA_VISIBLE_DEVICES='' shows none\)"),
         ("13.0", 1, None, "cuda:1", r"this machine's CUDA devices are cuda:0, got cuda:1"),
         ("13.0", 4, None, "cuda:7", r"this machine's CUDA devices are cuda:0 to cuda:3, got cuda:7"),
-        ("13.0", 4, None, "gpu", r"device: expected cpu, cuda or cuda:1, ..., got 'gpu'"),
-        ("13.0", 4, None, "mps", r"device: expected cpu, cuda or cuda:1, ..., got 'mps'"),
+        ("13.0", 4, None, "gpu", r"device: expected cpu, cuda or cuda:1, ..., mps, or xpu or xpu:1, ..., got 'gpu'"),
+        ("13.0", 4, None, "mps", r"device: of Apple's GPUs this machine has none that torch .* can use, got mps"),
+        ("13.0", 4, None, "xpu:1", r"device: of Intel's GPUs this machine has none that torch .* can use, got xpu:1"),
     ],
 )
 def test_a_device_that_is_not_there_says_why(

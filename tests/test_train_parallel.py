@@ -130,7 +130,7 @@ def test_batch_norms_take_local_statistics_or_on_request_those_of_all(tmp_path: 
     images = make_dataset(tmp_path / "d.h5", source="digits", size=64, num_train=24, num_val=12, num_test=10, num_testplus=10)
     options: dict[str, Any] = {
         "model": "rcnn_sat", "model_options": "{kind: bl, width_divisor: 24}", "timesteps": 2, "batch_size": 12, "lr": 1e-2,
-        "optimizer": "sgd", "epochs": 2, "augment": "none", "backend": "reference", "threads": 1,
+        "optimizer": "sgd", "epochs": 1, "augment": "none", "backend": "reference", "threads": 1,
     }  # fmt: skip
     words = ["train", "--data", str(images), *(word for k, v in options.items() for word in (f"--{k}", str(v)))]
     config = {**options, "model_options": {"kind": "bl", "width_divisor": 24}}

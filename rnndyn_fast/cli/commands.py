@@ -58,12 +58,30 @@ def plan(
     print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
 
 
-def train(**options: Any) -> None:
+def train(replay_failure: bool, **options: Any) -> None:
     """`rnndyn train`"""
     from rnndyn_fast.train import TrainConfig
     from rnndyn_fast.train import train as run
 
+    if replay_failure:
+        from rnndyn_fast.train.health import replay
+
+        print(replay(options["out"]))
+        return
     _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
+
+
+def report(run: str, out: str | None) -> None:
+    """`rnndyn report`"""
+    from rich.console import Console
+
+    from rnndyn_fast.report.training_page import write_training_page
+    from rnndyn_fast.train.progress import epoch_table
+
+    path, record = write_training_page(run, out)
+    Console().print(epoch_table([(row, record.epochs) for row in record.rows]))
+    print(record.status)
+    print(path)
 
 
 def extract(**options: Any) -> None:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "data make": ("Write an HDF5 image file from real images.", commands.data_make),
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
+    "report": ("Write a page about a run of train, finished or not.", commands.report),
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
     "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
     "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
@@ -37,8 +38,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
 # Commands of two words, by the first.
 GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
 SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
-            "--lr_trend", "--bypass", "--challenging")  # fmt: skip
-LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
+            "--lr_trend", "--bypass", "--challenging", "--replay_failure", "--tensorboard", "--sync_batch_norm")  # fmt: skip
+LISTS = ("--widths", "--keep", "--lr_steps", "--time_weights", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
 
 
 def normalise(argv: list[str]) -> list[str]:
@@ -178,6 +179,12 @@ def _train(parser: ArgumentParser) -> None:
     from rnndyn_fast.train.recipes import RECIPES
 
     _add_config(parser, TrainConfig, f"YAML file of these options, or a published recipe ({', '.join(RECIPES)})")
+    _add(parser, "replay_failure", bool, "compute the step again at which the run in `out` found NaN or infinity, and say where", False)
+
+
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="folder of rnndyn train")
+    _add(parser, "out", str | None, "HTML file to write; default: training.html in the folder", None)
 
 
 def _add_config(parser: ArgumentParser, kind: type, file: str = "YAML file of these options") -> None:
@@ -359,6 +366,7 @@ _ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
     "data make": _data_make,
     "plan": _plan,
     "train": _train,
+    "report": _report,
     "extract": _extract,
     "analyse": _analyse,
     "phase train": _phase_train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -177,10 +178,12 @@ class _Requests(torch.utils.data.Sampler[Request]):
 
 
 def _worker_loader(read: _Reading, requests: _Requests, workers: int, prefetch: int) -> Any:
-    # Workers are forked from a server process that has no threads and no open files: forking this process would copy both.
+    # Workers are forked from a server process that has imported what they need, but has no threads and no open files.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rnndyn_fast.data", "kornia"])
     return torch.utils.data.DataLoader(
         read, batch_size=None, sampler=requests, num_workers=workers, prefetch_factor=prefetch,
-        multiprocessing_context="forkserver", generator=torch.Generator(), persistent_workers=True,
+        multiprocessing_context=context, generator=torch.Generator(), persistent_workers=True,
     )  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from rnndyn_fast.data import Batch, ImageFile
@@ -17,16 +20,18 @@ from rnndyn_fast.ops.engines import check_runs_on_cpu
 from rnndyn_fast.processes import Processes, processes
 from rnndyn_fast.train.checkpoint import read_checkpoint
 from rnndyn_fast.train.config import TrainConfig
+from rnndyn_fast.train.health import FAILURE, MEASURED_IMAGES, activity, gradient_norms, keep_failure
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
-from rnndyn_fast.train.progress import QuietReporter, Reporter, choose_reporter, epoch_line, percent
+from rnndyn_fast.train.progress import QuietReporter, Reporter, choose_reporter, percent
 from rnndyn_fast.train.rates import epochs_since_best, validation_accuracy
 from rnndyn_fast.train.setup import config_yaml, describe_data, threads
 from rnndyn_fast.train.signals import StopRequest
 from rnndyn_fast.train.state import Progress, State
 from rnndyn_fast.train.steps import Outcome
+from rnndyn_fast.train.watch import STEPS, Watchers, profiled
 
 INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
-_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
+_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME, STEPS, FAILURE)
 
 
 def kept_name(epoch: int | str) -> str:
@@ -88,15 +93,22 @@ def train(
             write_text(out / CONFIG, config_yaml(config.as_new()))
         shown = stack.enter_context((reporter or choose_reporter()) if group.rank == 0 else QuietReporter())
         request = stack.enter_context(StopRequest())
-        _Run(state, shown, request).go(on_epoch)
+        watchers = stack.enter_context(Watchers(config, state.steps_done, active=group.rank == 0))
+        profile = stack.enter_context(profiled(config.profile if group.rank == 0 else 0, out, device))
+        _Run(state, shown, request, watchers, profile).go(on_epoch)
     return out / LAST
 
 
 class _Run:
     """Takes a state from epoch to epoch."""
 
-    def __init__(self, state: State, reporter: Reporter, request: StopRequest) -> None:
+    def __init__(
+        self, state: State, reporter: Reporter, request: StopRequest, watchers: Watchers, profile: Callable[[], None] = lambda: None
+    ) -> None:
         self.state, self.config, self.reporter, self.request = state, state.config, reporter, request
+        self.watchers, self.profile = watchers, profile
+        self.batch: tuple[torch.Tensor, torch.Tensor] | None = None  # the last one, prepared
+        self.norms: deque[torch.Tensor] = deque()  # of gradients of steps that are to be logged
         self.issued, self.stopping = 0, False
         state.steps.stop_asked = request.asked
 
@@ -124,7 +136,8 @@ class _Run:
             if row.epoch in config.keep:
                 state.save(kept_name(row.epoch))
             state.save(LAST)
-            self.reporter.line(epoch_line(row, config.epochs))
+            self.watchers.epoch(row, state.steps_done)
+            self.reporter.epoch(row, config.epochs)
             if on_epoch is not None:
                 on_epoch(tuple(rows))
 
@@ -144,6 +157,9 @@ class _Run:
                 self.fail(number, loss)
             progress.add(loss, correct, outcome.images)
             progress.step += 1
+            logged = self.logged(progress.step)
+            if logged:
+                progress.add_norms(gradient_norms(state.net, self.norms.popleft()))
             progress.seconds = before + time.perf_counter() - start
             progress.lr = state.schedule.current
             if self.late == 0:
@@ -151,6 +167,9 @@ class _Run:
             speed = progress.images / progress.seconds
             text = f"loss {progress.mean_loss:.3f}  % {percent(progress.accuracy)}  {speed:.0f} images/s"
             self.reporter.advance(outcome.images, text)
+            self.profile()
+            if logged:
+                self.log(number, loss, [count / outcome.images for count in correct], speed)
             self.stopping |= outcome.stop
             if self.due() and progress.step == self.issued:
                 state.save(LAST)
@@ -169,7 +188,25 @@ class _Run:
             lr=progress.lr,
             ema_val_loss=None if averaged is None else averaged.mean_loss,
             ema_val_accuracy=() if averaged is None else averaged.accuracy,
+            grad_norm={name: total / progress.logged for name, total in progress.grad_norms.items()},
+            **self.activity(),
         )
+
+    def activity(self) -> dict[str, Any]:
+        """Norms and dead units by area and time step, of some validation images; the first process computes them."""
+        state = self.state
+        if state.group.rank != 0:
+            return {}
+        images = state.val_loader.split.read(np.arange(min(MEASURED_IMAGES, len(state.val_loader.split))))
+        return dict(activity(state.net, state.prepared(*images)[0]))
+
+    def log(self, epoch: int, loss: float, accuracy: list[float], speed: float) -> None:
+        """Hand the numbers of a step to who watches."""
+        progress = self.state.progress
+        entry = {"step": self.state.steps_done, "epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": progress.lr}
+        left = (self.config.epochs * len(self.state.train_loader) - self.state.steps_done) / max(1, progress.step)
+        entry |= {"images_per_s": speed, "eta_s": left * progress.seconds, "grad_norm": progress.last_norms}
+        self.watchers.step(entry)
 
     def validate(self, number: int, averaged: bool = False) -> Progress:
         """Loss and accuracy over the validation images, of the network or of its average."""
@@ -200,12 +237,19 @@ class _Run:
         within = self.issued < len(self.state.train_loader)
         return self.stopping or bool(every and within and self.issued % every == 0)
 
+    def logged(self, step: int) -> bool:
+        """Whether this step of the epoch, counted from 1, is logged."""
+        return step == 1 or step % self.config.log_every == 0
+
     def train_step(self, batch: Batch) -> Outcome:
         """Forward, backward, update."""
         state = self.state
         state.seed(len(state.rows), self.issued)
-        outcome = state.steps.train(*state.prepared(batch.images, batch.labels), batch.total)
+        self.batch = state.prepared(batch.images, batch.labels)
+        outcome = state.steps.train(*self.batch, batch.total)
         self.issued += 1
+        if self.logged(self.issued):
+            self.norms.append(state.steps.norms.clone())
         if self.late:
             state.advance()
         return outcome
@@ -230,11 +274,18 @@ class _Run:
         yield from waiting
 
     def fail(self, epoch: int, loss: float) -> None:
-        """End the run at a loss or gradient that is not finite."""
+        """End the run at a loss or gradient that is not finite; state and batch are kept."""
         state = self.state
+        place = f"epoch {epoch}, batch {state.progress.step + 1} of {len(state.train_loader)}"
+        assert self.batch is not None
+        if self.late:  # the batch after it has been begun; parameters are those before
+            kept = "the checkpoint before it is kept"
+            raise FloatingPointError(f"loss or gradient is not finite in {place}; {kept} in {state.out}")
+        origin = keep_failure(state, *self.batch)
+        what = f"loss is {loss}" if math.isnan(loss) and origin.what != "gradient" else "a gradient is not finite"
         raise FloatingPointError(
-            f"loss is {loss} in epoch {epoch}, batch {state.progress.step + 1} of {len(state.train_loader)}; a smaller "
-            f"lr than {self.config.lr} may help. The checkpoint of epoch {epoch - 1} is kept in {state.out}"
+            f"{what} in {place}; {origin}. A smaller lr than {self.config.lr} may help. State and batch are kept: "
+            f"rnndyn train --config {state.out / CONFIG} --replay-failure"
         )
 
 

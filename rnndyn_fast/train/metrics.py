@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class EpochMetrics:
     lr: float | None = None  # of the epoch's last step
     ema_val_loss: float | None = None  # of the average of the weights
     ema_val_accuracy: tuple[float, ...] = ()
+    grad_norm: dict[str, float] = field(default_factory=dict)  # by area and of "all", the mean over logged steps
+    norm: dict[str, list[float]] = field(default_factory=dict)  # of states by area, [T], the mean over some validation images
+    dead: dict[str, list[float]] = field(default_factory=dict)  # share of channels that are 0 in all of them, by area, [T]
 
     @property
     def mean_val_accuracy(self) -> float:
@@ -64,10 +67,19 @@ def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) 
         kinds["ema_val"] = "ema_val_accuracy"
     scalars = ["epoch", "train_loss", "val_loss", "images_per_s", "seconds", "lr"] + (["ema_val_loss"] if len(kinds) == 3 else [])
     if rows:
-        writer.writerow(scalars + [f"{kind}_accuracy_t{t}" for kind, name in kinds.items() for t in range(len(getattr(rows[0], name)))])
+        head = [f"{kind}_accuracy_t{t}" for kind, name in kinds.items() for t in range(len(getattr(rows[0], name)))]
+        writer.writerow([*scalars, *head, *_activity(rows[0])])
     for row in rows:
-        writer.writerow([getattr(row, name) for name in scalars] + [value for name in kinds.values() for value in getattr(row, name)])
+        accuracies = [value for name in kinds.values() for value in getattr(row, name)]
+        writer.writerow([*(getattr(row, name) for name in scalars), *accuracies, *_activity(row).values()])
     write_text(folder / CSV_NAME, table.getvalue())
+
+
+def _activity(row: EpochMetrics) -> dict[str, float]:
+    found = {f"grad_norm_{area}": value for area, value in row.grad_norm.items()}
+    for name in ("norm", "dead"):
+        found |= {f"{name}_{area}_t{t}": value for area, values in getattr(row, name).items() for t, value in enumerate(values)}
+    return found
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[EpochMetrics]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from rnndyn_fast import models
 from rnndyn_fast.data import ImageFile, ImageSplit
+from rnndyn_fast.devices import backend_on
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.config import TrainConfig
@@ -49,8 +50,8 @@ def initialise(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
 
 
-def build_network(config: TrainConfig, data: ImageFile) -> RecurrentNetwork:
-    """The network of a configuration for some data, on the CPU, with its initial weights.
+def build_network(config: TrainConfig, data: ImageFile, device: torch.device) -> RecurrentNetwork:
+    """The network of a configuration for some data, on a device, with its initial weights.
 
     Raises: ValueError: no such network, or not for such images; names both.
     """
@@ -64,7 +65,8 @@ def build_network(config: TrainConfig, data: ImageFile) -> RecurrentNetwork:
             raise ValueError(f"{what}{error} ({images})") from error
         if config.init == "xavier":
             initialise(net)
-    return net
+    net.backend = backend_on(device, net.backend)
+    return net.to(device)
 
 
 def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:

@@ -43,7 +43,9 @@ class Progress:
     images: int = 0
     loss: float = 0.0
     correct: list[int] = field(default_factory=list)
-    grad_norm: float = 0.0
+    logged: int = 0  # steps whose gradients were measured
+    grad_norms: dict[str, float] = field(default_factory=dict)  # sums over them, by area
+    last_norms: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     lr: float = 0.0  # of the last step
 
@@ -53,6 +55,12 @@ class Progress:
         self.loss += loss * images
         # In a biological unroll the first outputs come after some steps: fewer than `timesteps` of them.
         self.correct = [before + now for before, now in zip(self.correct or [0] * len(correct), correct, strict=True)]
+
+    def add_norms(self, norms: dict[str, float]) -> None:
+        """Count norms of gradients by area."""
+        self.logged += 1
+        self.last_norms = norms
+        self.grad_norms = {name: self.grad_norms.get(name, 0.0) + norm for name, norm in norms.items()}
 
     @property
     def mean_loss(self) -> float:
@@ -77,7 +85,7 @@ class State:
         self.config, self.description, self.device = config, description, device
         self.group = group or Processes()
         self.out = Path(config.out)
-        self.net = build_network(config, data).to(device)
+        self.net = build_network(config, data, device)
         if config.time_weights and len(config.time_weights) != (answers := self.net.timesteps - self.net.first_output):
             raise ValueError(
                 f"time_weights: expected {answers} numbers, one for each answer of the network, got {len(config.time_weights)}"
@@ -138,6 +146,11 @@ class State:
         """Raw or augmented images, normalised, and labels, on the device."""
         mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
         return normalise(to_device(images, self.device), mean, std), to_device(labels, self.device)
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps since the run's start."""
+        return len(self.rows) * len(self.train_loader) + self.progress.step
 
     def advance(self) -> None:
         """After a training step: the average of the weights, the learning rate."""

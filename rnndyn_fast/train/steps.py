@@ -174,12 +174,13 @@ class Steps:
         count = len(labels)
         label = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (log_probs[:, :count].argmax(2) == label).sum(1)
-        loss, several = loss.detach().double().reshape(1), self.group.count > 1
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # (which Apple's GPUs have not)
+        loss, several = loss.detach().to(exact).reshape(1), self.group.count > 1
         weight = torch.ones_like(loss)
         if several:
-            weight = weight * (self.weight(labels).double() if self.weight is not None else count)
+            weight = weight * (self.weight(labels).to(exact) if self.weight is not None else count)
             loss = loss * weight if count else torch.zeros_like(loss)
-        told = torch.cat([loss, weight, loss.new_tensor([float(self.stop_asked())]), (~finite).double(), correct.double()])
+        told = torch.cat([loss, weight, loss.new_tensor([float(self.stop_asked())]), (~finite).to(exact), correct.to(exact)])
         return Outcome(self.group.sum(told), total)
 
     def _stand_in(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
