@@ -103,7 +103,7 @@ def test_weight_decay_by_group() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
     penalty = decay_penalty(net, found)
     assert penalty is not None
-    expected = sum(found[name] * float(p.square().sum()) for name, p in net.named_parameters())
+    expected = sum(found[name] * float(p.detach().square().sum()) for name, p in net.named_parameters())
     assert penalty().item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 # Package and what it is for, of the extra "cli" where _EXTRAS does not name another.
-_EXTRAS = {"optuna": "search", "pynwb": "nwb"}
+_EXTRAS = {
+    "optuna": "search",
+    "pynwb": "nwb",
+    "pytorch-optimizer": "large-batch",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "webdataset": "webdataset",
+}
 _OPTIONAL = {
     "h5py": "image files, results, trajectories",
     "jsonargparse": "the command line",
@@ -20,10 +27,14 @@ _OPTIONAL = {
     "networkx": "drawing automata",
     "optuna": "the architecture search",
     "pynwb": "recordings in NWB files",
+    "pytorch-optimizer": "optimisers for large batches (rnndyn train --optimizer lars, lamb)",
     "rich": "progress bars",
     "scipy": "the dendrogram of readout vectors",
     "scikit-learn": "the bundled digits (rnndyn data make --source digits)",
     "PyYAML": "configuration files",
+    "tensorboard": "rnndyn train --tensorboard",
+    "wandb": "rnndyn train --wandb",
+    "webdataset": "images in tar shards",
 }
 
 

@@ -22,7 +22,8 @@ MEASURED_IMAGES = 16
 
 
 def areas_of_parameters(network: Network, names: list[str]) -> dict[str, str]:
-    """The area that each parameter belongs to: that of the connection's target, or of the norm or cell; the readout's is "readout"."""
+    """The area that each parameter belongs to: that of the connection's target, or of the norm or cell; the readout's is "readout". A
+    published parameter that the spec does not use belongs to the area that its name begins with."""
     owners: dict[str, str] = {}
     for c in network.connections:
         owners |= {name.rpartition(".")[0]: c.target for name in (*c.weights, *c.biases)}
@@ -37,7 +38,7 @@ def areas_of_parameters(network: Network, names: list[str]) -> dict[str, str]:
         prefix = name.rpartition(".")[0]
         while prefix and prefix not in owners:
             prefix = prefix.rpartition(".")[0]
-        found[name] = owners.get(prefix, name)
+        found[name] = owners.get(prefix, name.partition(".")[0])
     return found
 
 
