@@ -41,9 +41,14 @@ def backend_on(device: torch.device, backend: str | None) -> str | None:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name; None: this process's GPU where there is one, else the CPU. ``ValueError``: it is not there, and why."""
+    """The device of that name, where "cuda" is this process's GPU; None: that GPU where there is one, else the CPU.
+
+    Raises: ``ValueError``: it is not there, and why.
+    """
     if name is not None:
         device = named_device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            return choose_device()
         check_device(device)
         if device.type in OTHER_MAKERS:
             count = torch.xpu.device_count() if device.type == "xpu" else int(torch.backends.mps.is_available())

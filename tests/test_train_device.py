@@ -93,7 +93,7 @@ def test_the_device_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert choose_device() == torch.device("cuda:1")
+    assert choose_device() == choose_device("cuda") == torch.device("cuda:1")
     assert choose_device("cpu") == CPU
 
 

@@ -136,7 +136,7 @@ def _find(state: State, net: RecurrentNetwork, images: Tensor, labels: Tensor) -
 
 def keep_failure(state: State, images: Tensor, labels: Tensor) -> Origin:
     """Write ``failure.pt``: the state before the step, and the batch of all processes; the first process finds the origin, for all."""
-    parts = state.group.all_of((images.cpu(), labels.cpu()))
+    parts = [part for part in state.group.all_of((images.cpu(), labels.cpu())) if len(part[1])]
     images, labels = (torch.cat([part[k] for part in parts]) for k in (0, 1))
     origin = Origin("nothing")
     if state.group.rank == 0:

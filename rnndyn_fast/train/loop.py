@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,10 +29,10 @@ from rnndyn_fast.train.setup import config_yaml, describe_data, threads
 from rnndyn_fast.train.signals import StopRequest
 from rnndyn_fast.train.state import Progress, State
 from rnndyn_fast.train.steps import Outcome
-from rnndyn_fast.train.watch import STEPS, Watchers, profiled
+from rnndyn_fast.train.watch import STEPS, TENSORBOARD, WANDB_ID, Watchers, profiled
 
 INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
-_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME, STEPS, FAILURE)
+_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME, STEPS, FAILURE, WANDB_ID)
 
 
 def kept_name(epoch: int | str) -> str:
@@ -311,6 +312,7 @@ def _clear(config: TrainConfig, out: Path, anew: bool) -> None:
     if anew and config.overwrite:
         for path in (*(out / name for name in _OWN_FILES), *out.glob(kept_name("*"))):
             path.unlink(missing_ok=True)
+        shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _resume_from(config: TrainConfig, out: Path) -> Path | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from rnndyn_fast.files import write_text
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import EpochMetrics
 
-STEPS, TRACE, TENSORBOARD = "steps.jsonl", "trace.json", "tensorboard"
+STEPS, TRACE, TENSORBOARD, WANDB_ID = "steps.jsonl", "trace.json", "tensorboard", "wandb_id.txt"
 PROFILE_AFTER = 3  # steps that are not profiled: they allocate and compile
 
 
@@ -102,10 +102,11 @@ class _Wandb:
             import wandb
         except ImportError as error:
             raise ImportError('wandb: Weights & Biases is not installed: pip install "rnndyn-fast[wandb]"') from error
-        run_id = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:16]  # a run that goes on is the same one
-        self._run = wandb.init(
-            project=config.wandb, name=Path(config.out).name, id=run_id, resume="allow", dir=config.out, config=config.to_dict()
-        )
+        known = Path(config.out) / WANDB_ID  # a run that goes on is the same one
+        if not known.exists():
+            write_text(known, secrets.token_hex(8))
+        identity = {"id": known.read_text(encoding="utf-8"), "name": Path(config.out).name, "resume": "allow"}
+        self._run = wandb.init(project=config.wandb, dir=config.out, config=config.to_dict(), **identity)
 
     def step(self, entry: dict[str, Any]) -> None:
         self._run.log(flat(entry, "step/"), step=entry["step"])
