@@ -105,7 +105,7 @@ class _Wandb:
         known = Path(config.out) / WANDB_ID  # a run that goes on is the same one
         if not known.exists():
             write_text(known, secrets.token_hex(8))
-        identity = {"id": known.read_text(encoding="utf-8"), "name": Path(config.out).name, "resume": "allow"}
+        identity: dict[str, Any] = {"id": known.read_text(encoding="utf-8"), "name": Path(config.out).name, "resume": "allow"}
         self._run = wandb.init(project=config.wandb, dir=config.out, config=config.to_dict(), **identity)
 
     def step(self, entry: dict[str, Any]) -> None:
