@@ -58,17 +58,18 @@ def plan(
     print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
 
 
-def train(replay_failure: bool, **options: Any) -> None:
+def train(**options: Any) -> None:
     """`rnndyn train`"""
     from rnndyn_fast.train import TrainConfig
     from rnndyn_fast.train import train as run
 
-    if replay_failure:
+    config = TrainConfig(**options)
+    if config.replay_failure:
         from rnndyn_fast.train.health import replay
 
-        print(replay(options["out"]))
+        print(replay(config.out))
         return
-    _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
+    _run_resumable(run, config, "train", "train.yaml")
 
 
 def report(run: str, out: str | None) -> None:

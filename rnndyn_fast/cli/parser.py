@@ -179,7 +179,6 @@ def _train(parser: ArgumentParser) -> None:
     from rnndyn_fast.train.recipes import RECIPES
 
     _add_config(parser, TrainConfig, f"YAML file of these options, or a published recipe ({', '.join(RECIPES)})")
-    _add(parser, "replay_failure", bool, "compute the step again at which the run in `out` found NaN or infinity, and say where", False)
 
 
 def _report(parser: ArgumentParser) -> None:

@@ -48,6 +48,7 @@ FREE_ON_RESUME = (
     "profile",
     "resume",
     "overwrite",
+    "replay_failure",
 )
 
 
@@ -169,6 +170,9 @@ class TrainConfig:
     profile: int = option(0, "training steps to profile, after three others; trace.json opens in Perfetto")
     resume: bool = option(False, "go on from the last checkpoint in `out`")
     overwrite: bool = option(False, "replace a run that is in `out`")
+    replay_failure: bool = option(
+        False, "compute the step again at which the run in `out` found NaN or infinity, and say where; writes nothing"
+    )
 
     def __post_init__(self) -> None:
         for name in TUPLES:  # YAML and JSON have lists only
@@ -294,8 +298,8 @@ class TrainConfig:
         return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in TUPLES}}
 
     def as_new(self) -> TrainConfig:
-        """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""
-        return dataclasses.replace(self, resume=False, overwrite=False)
+        """The same run without `resume`, `overwrite` and `replay_failure`: goes on record, so that using it again replaces nothing."""
+        return dataclasses.replace(self, resume=False, overwrite=False, replay_failure=False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

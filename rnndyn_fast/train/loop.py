@@ -71,6 +71,8 @@ def train(
     Deterministic: on a CPU, for a fixed number of threads and processes; a run may go on on another device.
     Memory: batches are read from disk as they are needed.
     """
+    if config.replay_failure:
+        raise ValueError("replay_failure: expected False; rnndyn_fast.train.health.replay(out) computes the step again")
     out = Path(config.out)
     device = choose_device(config.device)
     check_precision(config.precision, device)
