@@ -66,6 +66,34 @@ def train(**options: Any) -> None:
     _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
 
 
+def import_weights(weights: str, out: str, overwrite: bool, **options: Any) -> None:
+    """`rnndyn import`"""
+    from pathlib import Path
+
+    from rnndyn_fast.train.foreign import import_checkpoint
+
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(f"out: {out} exists; pass --overwrite to replace it")
+    if Path(out).exists() and Path(weights).exists() and Path(out).samefile(weights):
+        raise ValueError(f"out: expected another file than the weights, got {out}")
+    path, notes = import_checkpoint(weights, _foreign(options["data"], options), out)
+    for note in notes:
+        print(note)
+    print(path)
+
+
+def _foreign(data: str, options: dict[str, Any]) -> Any:
+    """Takes --model and what belongs to it out of the options; None without --model."""
+    from rnndyn_fast.train.foreign import Foreign
+
+    model, of_model, normalise = (options.pop(name, None) for name in ("model", "model_options", "normalise"))
+    if model is None:
+        if of_model or normalise:
+            raise ValueError(f"{'model_options' if of_model else 'normalise'}: expected model too, for weights from elsewhere")
+        return None
+    return Foreign(model, data, of_model or {}, normalise)
+
+
 def extract(**options: Any) -> None:
     """`rnndyn extract`"""
     from rnndyn_fast.analysis import ReadoutZoneResult
@@ -80,7 +108,8 @@ def extract(**options: Any) -> None:
             if not all(part.strip().isdecimal() for part in text.split(",")):
                 raise ValueError(f"{name}: expected numbers with commas between them, as 0,3,7, got {text!r}")
             options[name] = [int(part) for part in text.split(",")]
-    path = run(**options, **lists)
+    foreign = _foreign(options["data"], options)
+    path = run(**options, **lists, foreign=foreign)
     if int(os.environ.get("RANK", "0")):  # torchrun: the first process speaks
         return
     if "readout_zones" in lists["reducers"]:
@@ -139,14 +168,11 @@ def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: s
 
 def react(out: str, unreached: str, **options: Any) -> None:
     """`rnndyn react`"""
-    from pathlib import Path
-
     from rnndyn_fast.extract import react as run
     from rnndyn_fast.report.speed_accuracy import write_reaction_times
 
-    if Path(out).exists() and not Path(out).is_dir():
-        raise FileExistsError(f"out: expected a folder, {out} is a file")
-    result, comparison = run(**options, unreached=unreached)
+    foreign = _foreign(options["data"], options)
+    result, comparison = run(**options, unreached=unreached, foreign=foreign)
     write_reaction_times(result, out, comparison, unreached=unreached)
     best = result.matched(unreached, accuracy=float(result.curve(unreached).accuracy.max()))
     print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")

@@ -1,4 +1,4 @@
-"""The arguments of every command. What a command needs is imported when that command is asked for."""
+"""The arguments of a command. What it needs is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -12,60 +12,59 @@ from typing import Any, Literal, Union
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from rnndyn_fast.cli import commands
+from rnndyn_fast.cli.messages import flag
+from rnndyn_fast.cli.table import COMMANDS
 
-Command = Callable[..., None]
-COMMANDS: dict[str, tuple[str, Command]] = {
-    "data make": ("Write an HDF5 image file from real images.", commands.data_make),
-    "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
-    "train": ("Train a network.", commands.train),
-    "extract": ("Stream images through a trained network into the analyses.", commands.extract),
-    "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
-    "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
-    "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
-    "phase analyse": ("Analyse networks of phase train or sweep: oscillation, automaton, kind of solution.", commands.phase_analyse),
-    "phase report": ("Write a page with figures of analysed networks.", commands.phase_report),
-    "react": ("Reaction times by an entropy threshold: speed against accuracy, comparison with people.", commands.react),
-    "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
-    "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
-    "compare": ("Train cells at equal numbers of parameters, and say which is best.", commands.compare),
-    "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
-    "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
-    "demo": ("A small study on real images, in minutes.", commands.demo),
-}
-
-# Commands of two words, by the first.
-GROUPS = {"data": "Image files.", "phase": "Phase codes in continuous-time RNNs on modulo arithmetic."}
-SWITCHES = ("--overwrite", "--resume", "--untrained", "--keep_samples", "--resize", "--quick", "--correct_fit", "--strict", "--cumulative",
-            "--lr_trend", "--bypass", "--challenging")  # fmt: skip
-LISTS = ("--widths", "--keep", "--lr_steps", "--alphas", "--noise_stds", "--activations", "--jobs", "--featured")
+_YES_NO = ("true", "false", "yes", "no")
 
 
-def normalise(argv: list[str]) -> list[str]:
-    """Options may be written with dashes (--batch-size), lists without brackets (--widths 4,6,8,10,12), and
-    switches without a value, whatever follows them (--overwrite)."""
+class CommandParser(ArgumentParser):
+    """The parser of one command; `hints`: types of its options, and `positionals` its other arguments, by their names in Python."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(
+            prog=f"rnndyn {command}", description=COMMANDS[command], exit_on_error=False, allow_abbrev=False, print_config="--print-%s"
+        )
+        self.hints: dict[str, Any] = {"config": str}
+        self.positionals: list[str] = []
+        _ARGUMENTS[command](self)
+
+
+def normalise(argv: list[str], parser: CommandParser) -> list[str]:
+    """The words of a command as its parser takes them.
+
+    Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8), and
+    switches without a value, whatever follows them (--overwrite).
+    """
+    lists = [flag(name) for name, hint in parser.hints.items() if _is_list(hint)]
+    switches = [flag(name) for name, hint in parser.hints.items() if hint is bool]
     out: list[str] = []
-    lists = (*LISTS, "--networks") if argv[:1] == ["compare"] else LISTS  # (study's are one word)
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
-            name = "--" + name[2:].replace("-", "_")
-            if name in SWITCHES and not equals and after.lower() not in ("true", "false", "yes", "no"):
+            name = name.lower().replace("_", "-")
+            if name in switches and not equals and after.lower() not in _YES_NO:
                 equals, value = "=", "true"
             if name == "--config" and equals:
-                value = _config_file(argv, value)
+                value = _config_file(parser, value)
             word = name + equals + (_bracketed(value) if name in lists else value)
         elif out and out[-1] in lists:
             word = _bracketed(word)
         elif out and out[-1] == "--config":
-            word = _config_file(argv, word)
+            word = _config_file(parser, word)
         out.append(word)
     return out
 
 
-def _config_file(argv: list[str], value: str) -> str:
+def _is_list(hint: Any) -> bool:
+    if typing.get_origin(hint) in (Union, UnionType):
+        return any(_is_list(argument) for argument in typing.get_args(hint))
+    return typing.get_origin(hint) in (tuple, list)
+
+
+def _config_file(parser: CommandParser, value: str) -> str:
     """A configuration file as it is; the name of a published recipe of training as its file."""
-    if argv[0] != "train" or Path(value).suffix or Path(value).exists():
+    if parser.prog != "rnndyn train" or Path(value).suffix or Path(value).exists():
         return value
     from rnndyn_fast.train.recipes import recipe
 
@@ -76,53 +75,9 @@ def _bracketed(value: str) -> str:
     return f"[{value}]" if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) else value
 
 
-def tidy(message: str) -> str:
-    """A message of the argument parser in one line, without Python's names for types."""
-    message = re.sub(r"(?:Expected a )?<class '(\w+)'>", r"expected \1", " ".join(message.split()))
-    # A number that may be left out: the parser tells of every type it tried.
-    message = re.sub(
-        r"Does not validate against any .* - expected (\w+) - expected NoneType .* Given value: (.*)",
-        r"expected \1. Got value: \2",
-        message,
-    )
-    message = message.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
-    message = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", message)
-    names = "|".join(re.escape(name.replace(" ", ".")) for name in COMMANDS)
-    return re.sub(rf"(?<![\w/.-])(?:{names})\.(\w+)", r"\1", message)  # (keys of options, not parts of paths)
-
-
-def build_parser(argv: list[str]) -> tuple[ArgumentParser, dict[str, Command]]:
-    """The parser, and the function of every command. Only the command that `argv` begins with gets its arguments."""
-    from rnndyn_fast import __version__
-
-    parser = ArgumentParser(
-        prog="rnndyn",
-        description="Fast convolutional recurrent networks: train them, run images through them, and see how their representations move.",
-        epilog="rnndyn COMMAND --help tells the options of a command. RNNDYN_DEBUG=1 shows tracebacks.",
-        version=__version__,
-        exit_on_error=False,
-    )
-    subcommands = parser.add_subcommands(required=True)
-    groups: dict[str, Any] = {}
-    for name, (text, _) in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        one = ArgumentParser(description=text, exit_on_error=False)
-        if argv[: len(name.split())] == name.split():
-            _ARGUMENTS[name](one)
-        if group:
-            if group not in groups:
-                own = ArgumentParser(description=GROUPS[group], exit_on_error=False)
-                known = ", ".join(command for command in COMMANDS if command.startswith(group + " "))
-                subcommands.add_subcommand(group, own, help=f"{GROUPS[group].rstrip('.')}: {known}.")
-                groups[group] = own.add_subcommands(required=True)
-            groups[group].add_subcommand(last, one, help=text)
-        else:
-            subcommands.add_subcommand(name, one, help=text)
-    return parser, {name: command for name, (_, command) in COMMANDS.items()}
-
-
-def _add(parser: ArgumentParser, name: str, hint: Any, text: str, *default: Any) -> None:
+def _add(parser: CommandParser, name: str, hint: Any, text: str, *default: Any) -> None:
     """An option --name of the type `hint`, required unless a default is given."""
+    parser.hints[name] = hint
     options: dict[str, Any] = {"type": hint, "help": text}
     if default:
         options["default"] = default[0]
@@ -135,7 +90,24 @@ def _add(parser: ArgumentParser, name: str, hint: Any, text: str, *default: Any)
         # As a plain string here; the function that takes it says what it expected.
         options["type"] = str | None if type(None) in typing.get_args(hint) else str
         options["metavar"] = "{" + ",".join(choices) + "}"
-    parser.add_argument(f"--{name}", **options)
+    elif hint is not bool:
+        options["metavar"] = _metavar(name, hint)
+    parser.add_argument(flag(name), dest=name, **options)
+
+
+def _positional(parser: CommandParser, name: str, text: str) -> None:
+    parser.positionals.append(name)
+    parser.add_argument(name, metavar=name.upper(), help=text)
+
+
+def _metavar(name: str, hint: Any) -> str:
+    """What stands for a value in the help."""
+    if name in ("out", "data", "human", "compare", "sweep", "published"):
+        return {"out": "PATH", "data": "PATH"}.get(name, "FILE")
+    kinds = [hint, *typing.get_args(hint)]
+    if _is_list(hint):
+        return "A,B,..."
+    return "N" if int in kinds else "X" if float in kinds else "YAML" if any(typing.get_origin(k) is dict for k in kinds) else "TEXT"
 
 
 def _literals(hint: Any) -> list[str]:
@@ -146,8 +118,8 @@ def _literals(hint: Any) -> list[str]:
     return []
 
 
-def _data_make(parser: ArgumentParser) -> None:
-    _add(parser, "out", str, "file to write")
+def _data_make(parser: CommandParser) -> None:
+    _add(parser, "out", str, "file to write (HDF5), or a folder for images.h5")
     _add(parser, "source", Literal["auto", "fashion-mnist", "digits"], "where the images come from", "auto")
     _add(parser, "size", int, "height and width in pixels", 64)
     _add(parser, "seed", int, "of the splits and the conditions of testplus", 0)
@@ -157,10 +129,10 @@ def _data_make(parser: ArgumentParser) -> None:
     _add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
-def _plan(parser: ArgumentParser) -> None:
+def _plan(parser: CommandParser) -> None:
     from rnndyn_fast.train.config import NETWORK_OPTIONS, TrainConfig
 
-    parser.add_argument("model", help="a network by the names of rnndyn train --model, a file (YAML) with a spec, or a checkpoint (.pt)")
+    _positional(parser, "model", "a network by the names of rnndyn train --model, a file (YAML) with a spec, or a checkpoint (.pt)")
     for name in ("model_options", *NETWORK_OPTIONS):
         if name != "backend":
             _add_field(parser, TrainConfig, name)
@@ -173,23 +145,23 @@ def _plan(parser: ArgumentParser) -> None:
     _add(parser, "batch", int, "images in a batch", 16)
 
 
-def _train(parser: ArgumentParser) -> None:
+def _train(parser: CommandParser) -> None:
     from rnndyn_fast.train.config import TrainConfig
     from rnndyn_fast.train.recipes import RECIPES
 
     _add_config(parser, TrainConfig, f"YAML file of these options, or a published recipe ({', '.join(RECIPES)})")
 
 
-def _add_config(parser: ArgumentParser, kind: type, file: str = "YAML file of these options") -> None:
+def _add_config(parser: CommandParser, kind: type, file: str = "YAML file of these options") -> None:
     """An option for each field of a dataclass, and --config."""
     import dataclasses
 
-    parser.add_argument("--config", action=ActionConfigFile, help=f"{file}; --print_config prints one")
+    parser.add_argument("--config", action=ActionConfigFile, help=f"{file}; --print-config prints one")
     for item in dataclasses.fields(kind):
         _add_field(parser, kind, item.name)
 
 
-def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
+def _add_field(parser: CommandParser, kind: type, name: str) -> None:
     """An option for a field of a dataclass whose metadata holds its help."""
     import dataclasses
 
@@ -200,10 +172,15 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
     _add(parser, name, typing.get_type_hints(kind)[name], item.metadata["help"], *default)
 
 
-def _extract(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
-    parser.add_argument("data", help="HDF5 image file, or a folder of image files with a subfolder per class")
-    _add(parser, "out", str, "result file to write; an interrupted extraction goes on when the same command is given again")
+def _extract(parser: CommandParser) -> None:
+    _positional(parser, "checkpoint", "checkpoint of rnndyn train (last.pt, best.pt), or with --model weights from elsewhere")
+    _positional(parser, "data", "HDF5 image file, or a folder of image files with a subfolder per class")
+    _add(
+        parser,
+        "out",
+        str,
+        "file to write (HDF5), or a folder for extraction.h5; an interrupted extraction goes on when the same command is given again",
+    )
     _add(parser, "split", Literal["train", "val", "test", "testplus"], "images of an HDF5 file to run", "testplus")
     _add(parser, "reducers", str, "all, or some of readout_zones,norms,change,moments,rdm,decodability", "all")
     _add(parser, "areas", str, "areas for norms, change and moments, as v4,it,gap; default: the pooled representations", "")
@@ -219,7 +196,8 @@ def _extract(parser: ArgumentParser) -> None:
     _add(parser, "limit", int | None, "that many images, evenly spaced over the data", None)
     _add(parser, "shards", int, "runs of images that sums are taken of; at least the number of processes of torchrun", 8)
     _add(parser, "keep_samples", bool, "keep every sample's group and scalars in the result", False)
-    _add(parser, "resize", bool, "scale and crop image files of other sizes", False)
+    _add_files(parser)
+    _add_foreign(parser)
     _add(parser, "device", str | None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one", None)
     _add(parser, "precision", Literal["float32", "float16", "bfloat16"], "of maps, by autocast; float16 on a GPU", "float32")
     _add(parser, "untrained", bool, "the network as it was before training", False)
@@ -227,7 +205,43 @@ def _extract(parser: ArgumentParser) -> None:
     _add(parser, "overwrite", bool, "replace files that exist", False)
 
 
-def _add_engine(parser: ArgumentParser) -> None:
+def _import(parser: CommandParser) -> None:
+    _positional(parser, "weights", "file of torch.save with a state_dict: bare, or as DataParallel, torch.compile or Lightning save it")
+    _add(parser, "out", str, "file to write (.pt), or a folder for imported.pt")
+    _add(parser, "model", str, "the network that they are of, by the names of rnndyn train --model, or a file (YAML) with a spec")
+    _add(parser, "data", str, "HDF5 image file or folder of image files with the categories (and, for an HDF5 file, mean and deviation)")
+    _add_of_model(parser)
+    _add(parser, "overwrite", bool, "replace the file if it exists", False)
+
+
+def _add_foreign(parser: CommandParser) -> None:
+    _add(parser, "model", str | None, "the network, where the checkpoint holds weights from elsewhere (see rnndyn import --help)", None)
+    _add_of_model(parser)
+
+
+def _add_of_model(parser: CommandParser) -> None:
+    _add(
+        parser,
+        "model_options",
+        dict[str, Any] | None,
+        "of --model, as YAML: '{lt-interaction: multiplicative, timesteps: 8}'; what shapes of weights tell may be left out",
+        None,
+    )
+    _add(
+        parser,
+        "normalise",
+        Literal["data", "signed", "imagenet"] | None,
+        "input of --model: by the HDF5 file's mean and deviation, to -1..1, or by those of ImageNet; default: as published",
+        None,
+    )
+
+
+def _add_files(parser: CommandParser) -> None:
+    _add(parser, "resize", bool, "scale and crop image files of other sizes", False)
+    _add(parser, "background", Literal["white", "grey", "black"], "of transparent pixels in image files", "white")
+
+
+def _add_engine(parser: CommandParser) -> None:
     _add(parser, "backend", Literal["native", "scheduled", "reference"] | None, "default: whichever can run", None)
     _add(
         parser,
@@ -238,30 +252,30 @@ def _add_engine(parser: ArgumentParser) -> None:
     )
 
 
-def _analyse(parser: ArgumentParser) -> None:
+def _analyse(parser: CommandParser) -> None:
     from rnndyn_fast.analysis.trajectory_files import NAMES
 
-    parser.add_argument("result", help="file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
+    _positional(parser, "result", "file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
     _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
     _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
     for name, known in NAMES.items():
         _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
 
 
-def _phase_train(parser: ArgumentParser) -> None:
+def _phase_train(parser: CommandParser) -> None:
     from rnndyn_fast.train.phase_config import PhaseTrainConfig
 
     _add_config(parser, PhaseTrainConfig)
 
 
-def _phase_sweep(parser: ArgumentParser) -> None:
+def _phase_sweep(parser: CommandParser) -> None:
     from rnndyn_fast.train.phase_config import PhaseSweepConfig
 
     _add_config(parser, PhaseSweepConfig)
 
 
-def _phase_analyse(parser: ArgumentParser) -> None:
-    parser.add_argument("networks", help="folder of phase train or sweep, its networks.npz, or an .npz file with the published names")
+def _phase_analyse(parser: CommandParser) -> None:
+    _positional(parser, "networks", "folder of phase train or sweep, its networks.npz, or an .npz file with the published names")
     _add(parser, "out", str, "folder for the results; what is there is not analysed again")
     _add(parser, "prefix", str, "of the names in a published file", "")
     _add(parser, "jobs", list[int] | None, "job ids to analyse, as 0,5,7; default: all", None)
@@ -270,17 +284,17 @@ def _phase_analyse(parser: ArgumentParser) -> None:
     _add(parser, "overwrite", bool, "analyse again what is there", False)
 
 
-def _phase_report(parser: ArgumentParser) -> None:
-    parser.add_argument("analyses", help="folder of phase analyse")
-    _add(parser, "out", str, "HTML file to write")
+def _phase_report(parser: CommandParser) -> None:
+    _positional(parser, "analyses", "folder of phase analyse")
+    _add(parser, "out", str, "file to write (HTML), or a folder for report.html")
     _add(parser, "sweep", str | None, "folder of the sweep that was analysed, for the table of training", None)
     _add(parser, "published", str | None, "published table of results (CSV), to be set beside the sweep", None)
     _add(parser, "featured", list[str] | None, "systems shown in full; default: the first of every kind", None)
 
 
-def _react(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
-    parser.add_argument("data", help="HDF5 image file")
+def _react(parser: CommandParser) -> None:
+    _positional(parser, "checkpoint", "checkpoint of rnndyn train (last.pt, best.pt), or with --model weights from elsewhere")
+    _positional(parser, "data", "HDF5 image file, or a folder of image files with a subfolder per class")
     _add(parser, "out", str, "folder for result, tables, figures and report; files of the same names are replaced")
     _add(parser, "split", Literal["train", "val", "test", "testplus"], "images to run", "test")
     _add(parser, "human", str | None, "reaction times of people: CSV (subject, image, reaction_time) or NPZ [subjects, images]", None)
@@ -290,12 +304,14 @@ def _react(parser: ArgumentParser) -> None:
     _add(parser, "batch_size", int, "images at a time", 250)
     _add(parser, "timesteps", int | None, "time steps; default: as in training", None)
     _add(parser, "limit", int | None, "that many images, evenly spaced over the split", None)
+    _add_files(parser)
+    _add_foreign(parser)
     _add_engine(parser)
 
 
-def _predict(parser: ArgumentParser) -> None:
-    parser.add_argument("features", help="trajectories of rnndyn extract --save, or NPZ: an array [time, stimuli, ...] per area")
-    parser.add_argument("recordings", help="NPZ (responses, bin_edges_ms, rows, neurons) or NWB")
+def _predict(parser: CommandParser) -> None:
+    _positional(parser, "features", "trajectories of rnndyn extract --save, or NPZ: an array [time, stimuli, ...] per area")
+    _positional(parser, "recordings", "NPZ (responses, bin_edges_ms, rows, neurons) or NWB")
     _add(parser, "out", str, "folder for results, tables, figure and report; files of the same names are replaced")
     _add(parser, "areas", str, "areas to compare, as v4,it; default: all in the file", "")
     _add(parser, "method", Literal["ridge", "pls"], "regression", "ridge")
@@ -316,33 +332,33 @@ def _predict(parser: ArgumentParser) -> None:
     _add(parser, "bin_ms", float, "NWB: width of a time bin", 10.0)
 
 
-def _search(parser: ArgumentParser) -> None:
+def _search(parser: CommandParser) -> None:
     from rnndyn_fast.search.config import SearchConfig
 
     _add_config(parser, SearchConfig)
 
 
-def _compare(parser: ArgumentParser) -> None:
+def _compare(parser: CommandParser) -> None:
     from rnndyn_fast.search.compare import CompareConfig
 
     _add_config(parser, CompareConfig)
 
 
-def _doctor(parser: ArgumentParser) -> None:
+def _doctor(parser: CommandParser) -> None:
     """No options."""
 
 
-def _study(parser: ArgumentParser) -> None:
+def _study(parser: CommandParser) -> None:
     _add_study_options(parser, {})
 
 
-def _demo(parser: ArgumentParser) -> None:
+def _demo(parser: CommandParser) -> None:
     from rnndyn_fast.study.config import DEMO
 
     _add_study_options(parser, DEMO)
 
 
-def _add_study_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
+def _add_study_options(parser: CommandParser, defaults: dict[str, Any]) -> None:
     import dataclasses
 
     from rnndyn_fast.study import StudyConfig
@@ -355,10 +371,11 @@ def _add_study_options(parser: ArgumentParser, defaults: dict[str, Any]) -> None
         _add(parser, item.name, hint, item.metadata["help"], default)
 
 
-_ARGUMENTS: dict[str, Callable[[ArgumentParser], None]] = {
+_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "data make": _data_make,
     "plan": _plan,
     "train": _train,
+    "import": _import,
     "extract": _extract,
     "analyse": _analyse,
     "phase train": _phase_train,

@@ -160,7 +160,7 @@ class ImageFile:
 
     Args:
         path: the file.
-        required_splits: splits that must be there and are validated on open; others are validated when asked for.
+        required_splits: splits that must be there and are validated on open; others are validated when asked for. None: one at least.
         argument: what the user calls the path, for messages.
 
     Attributes:
@@ -182,11 +182,10 @@ class ImageFile:
     ...     images, labels = file.split("test").read(slice(0, 16))
     """
 
-    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] = SPLITS, *, argument: str = "path") -> None:
+    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] | None = SPLITS, *, argument: str = "path") -> None:
         if isinstance(required_splits, str):
             raise TypeError(f"required_splits: expected a sequence of names, got the string {required_splits!r}")
-        unknown = [name for name in required_splits if name not in SPLITS]
-        if unknown or not required_splits:
+        if required_splits is not None and (not required_splits or any(name not in SPLITS for name in required_splits)):
             raise ValueError(f"required_splits: expected some of {SPLITS}, got {tuple(required_splits)}")
         self.path = Path(path)
         self._handle = _Handle(self.path, argument)
@@ -195,6 +194,8 @@ class ImageFile:
         try:
             self.attrs: dict[str, Any] = dict(file.attrs)
             self.split_names: tuple[str, ...] = tuple(name for name in SPLITS if isinstance(file.get(name), h5py.Group))
+            if required_splits is None:
+                required_splits = self.split_names[:1] or SPLITS
             missing = [name for name in required_splits if name not in self.split_names]
             if missing:
                 raise ValueError(

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from torch import nn
 
@@ -107,6 +106,8 @@ def read_keras_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a Keras weights file by ``<layer>/<variable>``, found by name."""
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file {path}")
+    import h5py  # (the networks need torch and numpy alone)
+
     arrays: dict[str, np.ndarray] = {}
 
     def visit(name: str, node: Any) -> None:

@@ -156,6 +156,9 @@ class TrainConfig:
         for name in ("keep", "lr_steps"):
             if any(epoch < 1 for epoch in getattr(self, name)):
                 raise ValueError(f"{name}: expected epochs of at least 1, got {getattr(self, name)}")
+        late = [epoch for epoch in self.keep if epoch > self.epochs]
+        if late:
+            raise ValueError(f"keep: expected epochs from 1 to {self.epochs}, got {late[0]}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         for name in ("lr", "adam_eps", "clip"):

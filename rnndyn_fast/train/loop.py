@@ -307,24 +307,27 @@ class _Totals:
 
 
 def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
-    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by.
-
-    The latter are "mean" and "std" (scale 0-255): the statistics themselves ("data"), those that take 0-255 to -1..1 ("signed"), or
-    ImageNet's.
-    """
+    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by."""
     statistics = {"mean": [float(value) for value in data.mean], "std": [float(value) for value in data.std]}
-    of_input = {
-        "data": statistics,
-        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
-        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
-    }
     return {
         "path": str(data.path),
         "image_size": data.image_size,
         "categories": list(data.categories),
-        **of_input[normalise],
-        "statistics": statistics,
+        **describe_input(normalise, statistics),
     }
+
+
+def describe_input(normalise: str, statistics: dict[str, list[float]] | None) -> dict[str, Any]:
+    """What the input is normalised by, "mean" and "std" on the scale 0-255, and the data's own statistics, where they are known.
+
+    "data": those statistics; "signed": what takes 0-255 to -1..1; "imagenet": ImageNet's.
+    """
+    of_input = {
+        "data": statistics or {},
+        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
+        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
+    }
+    return {**of_input[normalise], **({} if statistics is None else {"statistics": statistics})}
 
 
 def config_yaml(config: TrainConfig) -> str:
