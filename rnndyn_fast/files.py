@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
+import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 
 @contextmanager
@@ -18,9 +21,9 @@ def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     Otherwise the temporary file goes and ``path`` stays as it was. Folders that do not exist are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         yield temporary
         umask = os.umask(0)
@@ -61,7 +64,7 @@ def space_error(error: BaseException, path: str | os.PathLike[str] | None = None
     while one is not None and id(one) not in seen:
         seen.add(id(one))
         number = one.errno if isinstance(one, OSError) else None
-        if number not in _FULL and "No space left on device" in str(one):
+        if number not in _FULL and ("No space left on device" in str(one) or "database or disk is full" in str(one)):
             number = errno.ENOSPC
         if number in _FULL:
             if isinstance(one, OSError) and str(one.strerror).startswith(tuple(_FULL.values())):
@@ -73,11 +76,61 @@ def space_error(error: BaseException, path: str | os.PathLike[str] | None = None
     return None
 
 
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[io.BytesIO]:
+    """A file in memory that takes the place of ``path`` when the block ends without an error.
+
+    For writers (zip archives, torch.save) that tell of a full disk in words of their own, or from a destructor. Memory: the file.
+    """
+    buffer = io.BytesIO()
+    yield buffer
+    with replaced_atomically(path) as unfinished:
+        unfinished.write_bytes(buffer.getbuffer())
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` (UTF-8) to `path` whole or not at all; returns the path."""
     with replaced_atomically(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Whatever goes wrong while a damaged file is read is a ``ValueError`` that names it; errors that name it themselves pass.
+
+    Args:
+        path: the file.
+        what: it should be, for the message.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError, ImportError):
+        raise
+    except Exception as error:  # libraries raise nearly everything, by kind of damage
+        if isinstance(error, ValueError | TypeError | OSError) and os.fspath(path) in str(error):
+            raise
+        other = stand_in(path) if os.path.isfile(path) else None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{os.fspath(path)} {other or f'is damaged, or no {what} ({reason})'}") from error
+
+
+Reader = TypeVar("Reader", bound=Callable[..., Any])
+
+
+def reads(what: str, argument: int = 0) -> Callable[[Reader], Reader]:
+    """A function that reads the file named by its argument of that number, under :func:`reading`."""
+
+    def decorate(function: Reader) -> Reader:
+        @functools.wraps(function)
+        def read(*args: Any, **options: Any) -> Any:
+            path = args[argument] if len(args) > argument else next(iter(options.values()), "")
+            with reading(path, what):
+                return function(*args, **options)
+
+        return cast(Reader, read)
+
+    return decorate
 
 
 _ANNEX = re.compile(rb"(^|/)(\.git/)?annex/objects/")

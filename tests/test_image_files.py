@@ -171,9 +171,7 @@ def test_broken_links_are_an_error_with_their_number(tmp_path: Path) -> None:
     root = folder(tmp_path / "a")
     for k in range(2):
         (root / "dog" / f"b{k}.png").symlink_to("../.git/annex/objects/x.png")
-    with pytest.raises(
-        FileNotFoundError, match=r"data: 2 of 7 image files are broken links .*b0.png to .*annex.*git annex get"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"data: 2 of 7 image files are broken links .*b0.png to .*annex.*git annex get"):
         list_folder(root)
     (root / "cow").symlink_to("nowhere")
     with pytest.raises(FileNotFoundError, match=r"cow is a broken link to nowhere"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rnndyn_fast.data.image_files import SUFFIXES
+from rnndyn_fast.files import reads
 
 FETCH = "git annex get, datalad get or the original data would fetch them"
 
@@ -82,7 +83,7 @@ def list_folder(root: str | os.PathLike[str], class_names: Sequence[str] | None 
         files = sorted(_walk(root, name, left_out, ()))
         names += files
         labels += [classes.index(name)] * len(files)
-    _refuse_broken(root, names)
+    _refuse_broken(root, root, names)
     listing = Listing(root, names, np.array(labels, np.int64), classes, left_out=left_out)
     if not names:
         raise ValueError(f"data: expected image files ({', '.join(SUFFIXES)}) in the class folders; {listing}")
@@ -119,7 +120,7 @@ def _count(path: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(path))
 
 
-def _refuse_broken(root: Path, names: Sequence[str]) -> None:
+def _refuse_broken(source: Path, root: Path, names: Sequence[str]) -> None:
     broken = [name for name in names if not (root / name).exists()]
     if broken:
         first = root / broken[0]
@@ -128,9 +129,10 @@ def _refuse_broken(root: Path, names: Sequence[str]) -> None:
             if first.is_symlink()
             else f"are not there (the first: {first})"
         )
-        raise FileNotFoundError(f"data: {len(broken):,} of {len(names):,} image files {what}; {FETCH}")
+        raise FileNotFoundError(f"data: {len(broken):,} of {len(names):,} image files of {source} {what}; {FETCH}")
 
 
+@reads("table of image files (CSV)")
 def list_table(path: str | os.PathLike[str]) -> Listing:
     """Image files of a CSV with the columns ``path`` (relative to the table's folder), ``label`` (a name) and perhaps ``split``.
 
@@ -167,7 +169,7 @@ def list_table(path: str | os.PathLike[str]) -> Listing:
     numbers = all(label.isdecimal() for label in labels)
     classes = tuple(sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None))
     root = path.parent
-    _refuse_broken(root, names)
+    _refuse_broken(path, root, names)
     index = {name: k for k, name in enumerate(classes)}
     splits = [row["split"] for _, row in rows] if "split" in columns else []
     return Listing(root, names, np.array([index[label] for label in labels], np.int64), classes, splits)

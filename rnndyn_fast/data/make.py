@@ -17,6 +17,7 @@ from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.hdf5_out import Patient, checked, hdf5_out
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,8 +98,8 @@ def make_dataset(
         raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
     images = load_source(source, folder=folder, seed=seed)
     parts = _divide(images, wanted, seed)
-    with replaced_atomically(path) as unfinished, h5py.File(unfinished, "w") as file:
-        _write(file, images, parts, size, seed, CHALLENGING if challenging else ("testplus",), progress)
+    with replaced_atomically(path) as unfinished, hdf5_out(unfinished) as (file, below):
+        _write(file, below, images, parts, size, seed, CHALLENGING if challenging else ("testplus",), progress)
     return path
 
 
@@ -138,14 +139,21 @@ def _divide(source: ImageSource, wanted: dict[str, int | None], seed: int) -> di
 
 
 def _write(
-    file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, hard: tuple[str, ...], progress: Progress | None
+    file: h5py.File,
+    below: Patient,
+    source: ImageSource,
+    parts: dict[str, _Part],
+    size: int,
+    seed: int,
+    hard: tuple[str, ...],
+    progress: Progress | None,
 ) -> None:
     block = max(1, _BLOCK_PIXELS // size**2)
     for split in SPLITS:
         part = parts[split]
         count = len(part.labels)
         group = file.create_group(split)
-        group.create_dataset("labels", data=part.labels)
+        group.create_dataset("labels", data=part.labels, **checked(part.labels))
         group.create_dataset("source_index", data=part.index)
         data = group.create_dataset(
             "data",
@@ -165,6 +173,7 @@ def _write(
             if split in hard:
                 rng = np.random.default_rng([seed, 3, *stream, start])
                 grey = challenge(grey, part.labels[rows], condition[rows], pool, rng)
+            below.check()
             data[rows] = np.repeat(grey[:, :, :, None], 3, axis=3)
             total += int(grey.sum(dtype=np.int64))
             total_of_squares += int(np.square(grey, dtype=np.int64).sum())

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import stand_in
+from rnndyn_fast.files import reads, stand_in
 
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 _WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.")  # of torch.compile, around the network or a part of it
 
 
+@reads("file of torch.save")
 def load_tensors(path: str | os.PathLike[str]) -> Any:
     """The contents of a file of torch.save, tensors on the CPU. No code from the file is run (``weights_only=True``).
 

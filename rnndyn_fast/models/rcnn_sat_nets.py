@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, kernel, load_mapped, same
 from rnndyn_fast.names import check_choice
@@ -102,6 +103,7 @@ def keras_entry(name: str) -> Entry | None:
     return Entry(name, (f"{owner}/kernel",), dense if owner == "ReadoutDense" else kernel)
 
 
+@reads("Keras weights file")
 def read_keras_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a Keras weights file by ``<layer>/<variable>``, found by name."""
     if not Path(path).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from rnndyn_fast import models
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, written_whole
 from rnndyn_fast.models.foreign import find_state_dict, load_tensors
 from rnndyn_fast.nn import RecurrentNetwork
 
@@ -43,14 +42,12 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) ->
     missing = [name for name in _REQUIRED if name not in checkpoint]
     if missing:
         raise ValueError(f"checkpoint: expected the entries {_REQUIRED}, missing are {missing}")
-    # By way of memory: what torch raises when a disk is full says neither so nor where.
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, buffer)
-    with replaced_atomically(path) as unfinished:
-        unfinished.write_bytes(buffer.getbuffer())
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, file)
     return Path(path)
 
 
+@reads("checkpoint")
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint, tensors on the CPU. No code from the file is run (``weights_only=True``).
 
@@ -81,6 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return contents
 
 
+@reads("checkpoint")
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
