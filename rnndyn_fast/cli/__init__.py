@@ -82,9 +82,8 @@ def _run(argv: list[str], told: _Told) -> int:
     from jsonargparse import ArgumentError
 
     from rnndyn_fast.cli import commands
-    from rnndyn_fast.cli.messages import flag
     from rnndyn_fast.cli.parser import CommandParser, normalise
-    from rnndyn_fast.names import nearest
+    from rnndyn_fast.names import flag, nearest
 
     parser = CommandParser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals

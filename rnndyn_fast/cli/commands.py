@@ -14,7 +14,7 @@ def data_make(**options: Any) -> None:
 
     with choose_reporter() as reporter:
         path = make_dataset(**options, progress=split_progress(reporter))
-    with ImageFile(path) as file:
+    with ImageFile(path, required_splits=None) as file:
         sizes = ", ".join(f"{name} {len(file.split(name))}" for name in file.split_names)
         print(f"{path}: {file.image_size} px, {file.num_classes} categories; images: {sizes}")
         print(file.attrs["source_note"])

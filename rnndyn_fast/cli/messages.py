@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from rnndyn_fast.names import flag
+
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -17,15 +19,6 @@ _NOT_FINITE = {"nan", "inf", "-inf", "+inf", "infinity", "-infinity", "+infinity
 # Arguments of functions that are no options: what they name is said by the rest of the sentence.
 _SILENT = ("path", "name", "names", "values", "file", "model")
 _LIST = re.compile(r"""(?<![\w'"])[\[(]((?:'[^']*'|"[^"]*"|None|[\d.]+)(?:, (?:'[^']*'|"[^"]*"|None|[\d.]+))*),?[\])](?![\w'"])""")
-
-
-def flag(name: str) -> str:
-    """An option as it is typed.
-
-    >>> flag("LT_interaction")
-    '--lt-interaction'
-    """
-    return "--" + name.lower().replace("_", "-")
 
 
 def for_people(message: str, options: Collection[str] = (), positionals: Collection[str] = ()) -> str:

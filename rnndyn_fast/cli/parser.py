@@ -12,8 +12,8 @@ from typing import Any, Literal, Union
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from rnndyn_fast.cli.messages import flag
 from rnndyn_fast.cli.table import COMMANDS
+from rnndyn_fast.names import flag
 
 _YES_NO = ("true", "false", "yes", "no")
 
@@ -120,8 +120,23 @@ def _literals(hint: Any) -> list[str]:
 
 def _data_make(parser: CommandParser) -> None:
     _add(parser, "out", str, "file to write (HDF5), or a folder for images.h5")
-    _add(parser, "source", Literal["auto", "fashion-mnist", "digits"], "where the images come from", "auto")
+    _add(
+        parser,
+        "source",
+        str,
+        "fashion-mnist, digits, or auto (the first that is installed); or images of your own: a folder with a subfolder per class (perhaps "
+        "within train, val, test), or a CSV with the columns path, label and perhaps split",
+        "auto",
+    )
     _add(parser, "size", int, "height and width in pixels", 64)
+    _add(parser, "fit", Literal["crop", "pad", "stretch"], "of your own images: crop the longer side, pad the shorter, or neither", "crop")
+    _add(
+        parser,
+        "background",
+        Literal["white", "grey", "black"],
+        "of your own images: under transparent pixels, beside padded ones",
+        "white",
+    )
     _add(parser, "seed", int, "of the splits and the conditions of testplus", 0)
     for split in ("train", "val", "test", "testplus"):
         _add(parser, f"num_{split}", int | None, f"images in {split}; default: all that is left", None)

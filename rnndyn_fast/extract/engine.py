@@ -107,7 +107,7 @@ def stream(
         limit: that many images, evenly spaced.
         num_classes: labels are below it; None: at least 0, whatever the reducers ask.
         shards: runs of neighbouring images of which sums are taken; at least the number of processes.
-        overwrite: replace files that exist, and an unfinished extraction of another kind.
+        overwrite: replace files that exist, and unfinished work of another kind.
         manifest: what else makes the result what it is, as JSON can hold it; going on demands that it is equal.
         descriptors: provenance for the record; "data" gets the number of images and their SHA-256.
         reporter: shows progress in the first process.

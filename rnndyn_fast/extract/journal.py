@@ -60,7 +60,7 @@ class Journal:
                 return
             if not overwrite:
                 raise ValueError(
-                    f"out: {self.folder} holds an unfinished extraction of another kind ({_difference(found, wanted)}); go on with "
+                    f"out: {self.folder} holds unfinished work of another kind ({_difference(found, wanted)}); go on with "
                     f"the same options, or pass overwrite=True (--overwrite) to begin anew"
                 )
         if self.folder.exists():

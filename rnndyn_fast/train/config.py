@@ -65,7 +65,7 @@ class TrainConfig:
     1024
     """
 
-    data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
+    data: str = field(metadata={"help": "HDF5 image file (any of the MiniEcoset layout); or image files, as for rnndyn data make --source"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
     model: str = option(
         "blt_net_64", "network: blt_net_64, blt_net_128, blt_vs, rcnn_sat, a ConvRNN (rgc_shallow, ...), or a file (YAML) with a spec"
@@ -124,6 +124,7 @@ class TrainConfig:
     augment: Literal["trivialaugmentwide", "none", "flip", "blur_flip_trivialaugmentwide"] = option(
         "trivialaugmentwide", "augmentation of training images; flips are horizontal"
     )
+    image_size: int | None = option(None, "height and width that image files are brought to; default: the model's")
     max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
     keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
@@ -150,7 +151,7 @@ class TrainConfig:
             check_type(item.name, getattr(self, item.name), hints[item.name])
         for name, least in (("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0), ("lr_warmup", 0)):
             check_least(name, getattr(self, name), least)
-        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
+        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads", "image_size"):
             if getattr(self, name) is not None:
                 check_least(name, getattr(self, name), 1)
         for name in ("keep", "lr_steps"):
