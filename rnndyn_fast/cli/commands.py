@@ -52,10 +52,37 @@ def plan(
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
+    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
+        print(_defaults(built))
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
     print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch))
+
+
+def _defaults(built: dict[str, Any]) -> str:
+    """In what a plan's network differs from what its name alone gives in Python."""
+    import inspect
+
+    from rnndyn_fast.models import MODELS
+
+    model = built["model"]
+    own = {name: p.default for name, p in inspect.signature(MODELS[model]).parameters.items()}
+    names = [name for name in own if name in built and name not in ("backend", "engine") and _plain(built[name]) != _plain(own[name])]
+    if not names:
+        return f"{model}: as {model}() in Python"
+    words = ", ".join(f"{name.replace('_', ' ')} {_word(built[name])} ({_word(own[name])})" for name in names)
+    return f"{model} with the options and defaults of rnndyn train; in brackets those of {model}() in Python: {words}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def train(**options: Any) -> None:
@@ -89,7 +116,7 @@ def _foreign(data: str, options: dict[str, Any]) -> Any:
     model, of_model, normalise = (options.pop(name, None) for name in ("model", "model_options", "normalise"))
     if model is None:
         if of_model or normalise:
-            raise ValueError(f"{'model_options' if of_model else 'normalise'}: expected model too, for weights from elsewhere")
+            raise ValueError(f"{'model_options' if of_model else 'normalise'}: expected --model too, for weights from elsewhere")
         return None
     return Foreign(model, data, of_model or {}, normalise)
 

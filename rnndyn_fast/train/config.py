@@ -76,13 +76,17 @@ class TrainConfig:
     )
     network: dict[str, Any] | None = option(None, "the spec itself, in a configuration file (what a file under `model` becomes)")  # noqa: RUF009
     lateral_connections: bool = option(True, "recurrence within areas")
-    topdown_connections: bool = option(False, "recurrence from the area above")
+    topdown_connections: bool = option(False, "recurrence from the area above; blt_net_64() in Python has it, as the published constructor")
     LT_interaction: Literal["additive", "multiplicative"] = option(
         "additive", "how lateral and top-down terms meet the bottom-up one: b + l + d or b * (1 + l + d)"
     )
-    timesteps: int | None = option(None, "time steps T; default: 10 (blt_net, a spec), or as published")
+    timesteps: int | None = option(
+        None, "time steps T; default: 10 (blt_net, as the published training; blt_net_64() in Python: 2; a spec), or as published"
+    )
     LT_position: Literal["all", "last"] = option("all", "areas with recurrence: all, or the last alone")
-    classifier_bias: bool = option(False, "bias of the readout; without it the readout zones are cones")
+    classifier_bias: bool = option(
+        False, "bias of the readout; without it the readout zones are cones; blt_net_64() in Python has it, as the published constructor"
+    )
     norm_type: Literal["LN", "None"] = option("LN", "LayerNorm in every area, or none (then with biases)")
     widths: tuple[int, ...] = option((32, 64, 128, 256, 512), "channels of retina, V1, V2, V4, IT")
     unroll: Literal["engineering", "biological"] = option(
