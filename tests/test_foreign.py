@@ -79,6 +79,23 @@ def test_commands_take_weights_with_a_model(net: Any, images: Path, tmp_path: Pa
     assert main(["extract", str(weights), str(images), "--out", str(tmp_path / "r.h5"), "--reducers", "norms", *OPTIONS]) == 0
     assert load_results(tmp_path / "r.h5")["norms"].n == 20
     assert main(["react", str(weights), str(images), "--out", str(tmp_path / "react"), *OPTIONS]) == 0
+    assert main(["analyse", str(weights), "--data", str(images), "--out", str(tmp_path / "analysis"), *OPTIONS]) == 0
+    assert (tmp_path / "analysis" / "report.html").exists()
+    np.savez(tmp_path / "recordings.npz", responses=np.random.default_rng(0).random((3, 20, 2, 3)))
+    predict = ["predict", str(weights), str(tmp_path / "recordings.npz"), "--data", str(images), "--out", str(tmp_path / "p"), *OPTIONS]
+    assert main([*predict, "--areas", "gap", "--num-splits", "5"]) == 0
+    assert (tmp_path / "p" / "gap.npz").exists()
+    capfd.readouterr()
+    for words, message in (
+        (predict, "--areas: expected areas of the network"),
+        (["analyse", str(weights), "--out", str(tmp_path / "a")], "--data: expected the images to run through the network"),
+        (
+            ["analyse", str(tmp_path / "r.h5"), "--data", str(images), "--out", str(tmp_path / "a")],
+            "--data: expected only with",
+        ),
+    ):
+        assert main(words) == 2
+        assert message in capfd.readouterr().err
     assert main(["extract", str(weights), str(images), "--out", str(tmp_path / "s.h5")]) == 2
     assert "holds weights from elsewhere (a state_dict); say of which network: --model" in capfd.readouterr().err
 

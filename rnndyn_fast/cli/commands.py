@@ -149,8 +149,29 @@ def extract(**options: Any) -> None:
 _LISTS = ("reducers", "areas", "pooled", "save")
 
 
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def _extracted(given: str, out: str, options: dict[str, Any], **of_extract: Any) -> Any:
+    """The path of an extraction: what is given, or for a checkpoint or weights ``<out>/extraction.h5``, computed now."""
+    from pathlib import Path
+
+    data, split = options.pop("data"), options.pop("split")
+    foreign = _foreign(data, options)
+    if Path(given).suffix.lower() not in _WEIGHTS:
+        if data is not None or foreign is not None:
+            raise ValueError(f"{'data' if data is not None else 'model'}: expected only with a checkpoint, which {given} is none")
+        return Path(given)
+    if data is None:
+        raise ValueError(f"data: expected the images to run through the network in {given}, got none")
+    from rnndyn_fast.extract import extract as run
+
+    return run(given, data, split, out=Path(out) / "extraction.h5", foreign=foreign, overwrite=True, **of_extract)
+
+
 def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
     """`rnndyn analyse`"""
+    result = str(_extracted(result, out, names, reducers=("readout_zones",), keep_samples=True))
     from rnndyn_fast.analysis import check_claims
     from rnndyn_fast.report.analysis_page import REPORT
     from rnndyn_fast.report.analysis_page import analyse as run
@@ -212,9 +233,16 @@ def react(out: str, unreached: str, **options: Any) -> None:
 
 def predict(areas: str, **options: Any) -> None:
     """`rnndyn predict`"""
+    from rnndyn_fast.extract import trajectories_path
     from rnndyn_fast.predictivity import predict as run
 
-    for result in run(**options, areas=tuple(area.strip() for area in areas.split(",") if area.strip())):
+    chosen = tuple(area.strip() for area in areas.split(",") if area.strip())
+    given = options.pop("features")
+    if options["data"] is not None and not chosen:
+        raise ValueError("areas: expected areas of the network, as v4,it, where a checkpoint is given, got none")
+    made = _extracted(given, options["out"], options, reducers=("norms",), save=chosen)
+    features = given if str(made) == given else trajectories_path(made)
+    for result in run(features, **options, areas=chosen):
         corrected, plain = result.over_bins("corrected"), result.over_bins("correlation")
         print(
             f"{result.area}: corrected {corrected.median:.3f} ({corrected.low:.3f} to {corrected.high:.3f}, n = {int(corrected.n)}), "

@@ -18,6 +18,7 @@ _OPTIONAL = {
     "kornia": "augmentation in training",
     "matplotlib": "figures",
     "networkx": "drawing automata",
+    "pillow": "image files",
     "optuna": "the architecture search",
     "pynwb": "recordings in NWB files",
     "rich": "progress bars",

@@ -229,6 +229,12 @@ def _import(parser: CommandParser) -> None:
     _add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
+def _add_extraction(parser: CommandParser) -> None:
+    _add(parser, "data", str | None, "where a checkpoint is given: HDF5 image file, or folder of image files, to run through it", None)
+    _add(parser, "split", Literal["train", "val", "test", "testplus"], "images of an HDF5 file to run", "testplus")
+    _add_foreign(parser)
+
+
 def _add_foreign(parser: CommandParser) -> None:
     _add(parser, "model", str | None, "the network, where the checkpoint holds weights from elsewhere (see rnndyn import --help)", None)
     _add_of_model(parser)
@@ -270,11 +276,16 @@ def _add_engine(parser: CommandParser) -> None:
 def _analyse(parser: CommandParser) -> None:
     from rnndyn_fast.analysis.trajectory_files import NAMES
 
-    _positional(parser, "result", "file of rnndyn extract, or an NPZ or HDF5 file with trajectories [T, N, D] and their readout")
+    _positional(
+        parser,
+        "result",
+        "file of rnndyn extract; NPZ or HDF5 file of trajectories [T, N, D] and their readout; or with --data a checkpoint",
+    )
     _add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
     _add(parser, "compare", str | None, "a second file: that of the untrained network", None)
     for name, known in NAMES.items():
         _add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
+    _add_extraction(parser)
 
 
 def _phase_train(parser: CommandParser) -> None:
@@ -325,7 +336,11 @@ def _react(parser: CommandParser) -> None:
 
 
 def _predict(parser: CommandParser) -> None:
-    _positional(parser, "features", "trajectories of rnndyn extract --save, or NPZ: an array [time, stimuli, ...] per area")
+    _positional(
+        parser,
+        "features",
+        "trajectories of rnndyn extract --save; NPZ: array [time, stimuli, ...] per area; or with --data a checkpoint",
+    )
     _positional(parser, "recordings", "NPZ (responses, bin_edges_ms, rows, neurons) or NWB")
     _add(parser, "out", str, "folder for results, tables, figure and report; files of the same names are replaced")
     _add(parser, "areas", str, "areas to compare, as v4,it; default: all in the file", "")
@@ -345,6 +360,7 @@ def _predict(parser: CommandParser) -> None:
     _add(parser, "start_ms", float, "NWB: start of the first time bin, relative to a presentation", 0.0)
     _add(parser, "stop_ms", float, "NWB: end of the last", 260.0)
     _add(parser, "bin_ms", float, "NWB: width of a time bin", 10.0)
+    _add_extraction(parser)
 
 
 def _search(parser: CommandParser) -> None:
