@@ -77,6 +77,8 @@ def test_options_of_all_commands_are_kebab_case(capfd: pytest.CaptureFixture[str
         assert main([*command.split(), "--help"]) == 0
         text = capfd.readouterr().out
         assert not UNDERSCORED.search(text), (command, UNDERSCORED.findall(text))
+        assert "type: " not in text, command
+        assert "null" not in text, command
         parser = CommandParser(command)
         for action in parser._actions:
             for word in action.option_strings:

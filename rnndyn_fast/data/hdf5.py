@@ -246,7 +246,8 @@ class ImageFile:
 
 def _open_hdf5(path: Path, argument: str) -> h5py.File:
     if not path.exists():
-        raise FileNotFoundError(f"{argument}: no such file: {path}")
+        link = f" (a broken link to {os.readlink(path)}: not fetched?)" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{argument}: no such file: {path}{link}")
     if path.is_dir():
         raise ValueError(
             f"{argument}: expected an HDF5 file, got a folder: {path} (rnndyn data make --source {path} --out images.h5 makes one)"
