@@ -111,6 +111,8 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
         if isinstance(error, ValueError | TypeError | OSError) and os.fspath(path) in str(error):
             raise
         other = stand_in(path) if os.path.isfile(path) else None
+        if other is None and type(error) in (ValueError, TypeError) and re.match(r"[\w, ]+: ", str(error)):
+            raise type(error)(f"{os.fspath(path)}: {error}") from error  # (of ours, about what is in a sound file)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{os.fspath(path)} {other or f'is damaged, or no {what} ({reason})'}") from error
 

@@ -294,5 +294,5 @@ def test_stand_ins_and_folders_are_told_for_what_they_are(tmp_path: Path) -> Non
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"i\.h5: is a Git LFS pointer, not the file itself"):
         ImageFile(path)
-    with pytest.raises(ValueError, match=r"path: expected an HDF5 file, got the folder .*; rnndyn data make --source .* makes one"):
+    with pytest.raises(ValueError, match=r"path: expected an HDF5 file, got a folder: .* \(rnndyn data make --source .*makes one\)"):
         ImageFile(tmp_path)
