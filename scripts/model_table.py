@@ -37,8 +37,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HEADER = ("network", "parameters", "T", "multiply-adds (G)", "of a further step (G)", "kept for backward (MiB)")
 NOTE = (
     "Multiply-adds and bytes are per image, of all T steps together; a term is counted once per value of its source. Kept for backward: "
-    "what a training step on the CPU keeps from its forward to its backward pass, in float32, with PyTorch's convolutions; parameters, "
-    "image and answers apart. Made by `scripts/model_table.py`."
+    "what a training step on the CPU keeps from its forward to its backward pass, in float32, with PyTorch's convolutions, copies of "
+    "weights in another layout included, of which a batch has one; parameters, image and answers apart. Made by `scripts/model_table.py`."
 )
 
 

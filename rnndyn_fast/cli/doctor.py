@@ -35,7 +35,7 @@ def report() -> str:
     lines += _rows({"rnndyn_fast": rnndyn_fast.__version__, "python": f"{platform.python_version()} ({sys.executable})"})
     lines += _rows({"torch": torch.__version__, "system": f"{platform.system()} {platform.release()} {platform.machine()}"})
     lines += ["threads", *_rows({"torch": torch.get_num_threads(), "processors": os.cpu_count()})]
-    settings = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RNNDYN_ISA", "RNNDYN_REPLAY")
+    settings = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RNNDYN_ISA")
     lines += _rows({name: os.environ[name] for name in settings if name in os.environ})
     lines += ["native core"]
     try:
