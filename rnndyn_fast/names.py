@@ -26,3 +26,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError, with the nearest of the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{nearest(value, choices)}")
+
+
+def flag(name: str) -> str:
+    """An option as it is typed.
+
+    >>> flag("LT_interaction")
+    '--lt-interaction'
+    """
+    return "--" + name.lower().replace("_", "-")

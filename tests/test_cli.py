@@ -14,7 +14,8 @@ import yaml
 
 from rnndyn_fast import __version__
 from rnndyn_fast.cli import main
-from rnndyn_fast.cli.parser import COMMANDS, normalise
+from rnndyn_fast.cli.parser import CommandParser, normalise
+from rnndyn_fast.cli.table import COMMANDS
 from rnndyn_fast.data import ImageFile, make_dataset
 from rnndyn_fast.train import TrainConfig, read_checkpoint, read_metrics
 
@@ -80,20 +81,31 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bogus"], "invalid choice: 'bogus'"),
-        (["train"], "the following arguments are required: data, out"),
-        (["train", "--data", "d", "--out", "o", "--epochs", "many"], "epochs: expected int. Got value: many"),
+        (["bogus"], "unknown command 'bogus' (see rnndyn --help)"),
+        (["trian"], "unknown command 'trian', did you mean 'train'"),
+        (["phase", "sweeep"], "unknown command 'phase sweeep', did you mean 'phase sweep'"),
+        (["data", "mkae"], "did you mean 'data make'"),
+        (["train", "--data", "d", "--out", "o", "--lr", "nan"], "--lr: expected a finite number, got nan"),
+        (["train", "--data", "d", "--out", "o", "--lr", "inf"], "--lr: expected a"),
+        (["train", "--data", "d", "--out", "o", "--clip", "nan"], "--clip: expected a finite number, got nan"),
+        (["train", "--data", "d", "--out", "o", "--epochs", "1", "--keep", "99"], "--keep: expected epochs from 1 to 1, got 99"),
+        (["train", "--data", "d", "--out", "o", "--lt-interaction", "sum"], "--lt-interaction: expected one of additive, multiplicative"),
+        (["train", "--data", "d", "--out", "o", "--batch_size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["train", "--data", "d", "--out", "o", "--epohcs", "3"], "did you mean '--epochs'"),
+        (["train", "--data", "d", "--out", "o.h5"], "--out: expected a folder, o.h5 is the name of a file"),
+        (["train"], "missing: --data, --out"),
+        (["train", "--data", "d", "--out", "o", "--epochs", "many"], "--epochs: expected a whole number, got many"),
         (["train", "--data", "d", "--out", "o", "--backend", "fast"], "backend: expected one of"),
         (["train", "--data", "d", "--out", "o", "--depth", "3"], "--depth"),
         (["train", "--data", "absent.h5", "--out", "o"], "no such file"),
         (["train", "--config", "absent/train.yaml"], "absent/train.yaml'"),
-        (["train", "--data", "absent.h5", "--out", "o", "--engine", "fused", "--device", "cpu"], 'engine="fused": it runs on CUDA'),
+        (["train", "--data", "absent.h5", "--out", "o", "--engine", "fused", "--device", "cpu"], "--engine fused: it runs on CUDA"),
         (["plan", "blt_net_64", "--dtype", "int8"], "dtype: expected one of float32, float64, float16, bfloat16, got 'int8'"),
-        (["data", "make"], "required: out"),
+        (["data", "make"], "missing: --out"),
         (["data", "make", "--out", "i.h5", "--size", "3"], "size: expected 8..512, got 3"),
         (["plan", "blt_net_65"], "model: unknown model 'blt_net_65'"),
-        (["plan", "blt_net_64", "--image-size", "20"], "image_size: expected a multiple of 8"),
-        (["plan", "blt_net_64", "--unroll", "sideways"], "unroll: expected one of ['engineering', 'biological'], got 'sideways'"),
+        (["plan", "blt_net_64", "--image-size", "20"], "image-size: expected a multiple of 8"),
+        (["plan", "blt_net_64", "--unroll", "sideways"], "--unroll: expected one of engineering, biological, got 'sideways'"),
         (["plan", "blt_net_64", "--engine", "fft"], "engine: expected one of"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5"], "checkpoint: no such file: absent.pt"),
         (["analyse", "absent.h5", "--out", "a"], "absent.h5"),
@@ -102,8 +114,8 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["demo", "--backend", "cuda"], "backend: expected one of"),
         (["data", "make", "--out", "i.h5", "--source", "imagenet"], "source: expected 'fashion-mnist'"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--split", "all"], "split: expected one of"),
-        (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--limit", "two"], "limit: expected int. Got value: two"),
-        (["train", "--data", "d", "--out", "o", "--widths", "4,a"], "widths: expected int. Got value: a"),
+        (["extract", "absent.pt", "i.h5", "--out", "r.h5", "--limit", "two"], "--limit: expected a whole number, got two"),
+        (["train", "--data", "d", "--out", "o", "--widths", "4,a"], "--widths: expected a whole number, got a"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(
@@ -207,11 +219,12 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dashes_and_lists_are_normalised() -> None:
-    assert normalise(["extract", "--overwrite", "a.pt", "--resume", "no", "--untrained"]) == [
-        "extract", "--overwrite=true", "a.pt", "--resume", "no", "--untrained=true",
+    extract, train = CommandParser("extract"), CommandParser("train")
+    assert normalise(["--overwrite", "a.pt", "--untrained", "no", "--keep_samples"], extract) == [
+        "--overwrite=true", "a.pt", "--untrained", "no", "--keep-samples=true",
     ]  # fmt: skip
-    assert normalise(["train", "--batch-size", "3", "--widths=1,2", "--widths", "3,4", "--out", "a-b"]) == [
-        "train", "--batch_size", "3", "--widths=[1,2]", "--widths", "[3,4]", "--out", "a-b",
+    assert normalise(["--batch_size", "3", "--widths=1,2", "--widths", "3,4", "--out", "a_b", "--LT_interaction=additive"], train) == [
+        "--batch-size", "3", "--widths=[1,2]", "--widths", "[3,4]", "--out", "a_b", "--lt-interaction=additive",
     ]  # fmt: skip
 
 

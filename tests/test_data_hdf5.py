@@ -283,3 +283,16 @@ def test_reading_does_not_hold_the_images(tmp_path: Path) -> None:
     assert images.shape == (128, 3, 64, 64)
     assert after - before < 40 * 2**20
     shutil.rmtree(tmp_path)
+
+
+def test_stand_ins_and_folders_are_told_for_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "i.h5"
+    path.symlink_to(".git/annex/objects/x.h5")
+    with pytest.raises(FileNotFoundError, match=r"path: no such file: .*i\.h5 \(a broken link to \.git/annex/objects/x\.h5"):
+        ImageFile(path)
+    path.unlink()
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"i\.h5: is a Git LFS pointer, not the file itself"):
+        ImageFile(path)
+    with pytest.raises(ValueError, match=r"path: expected an HDF5 file, got a folder: .* \(rnndyn data make --source .*makes one\)"):
+        ImageFile(tmp_path)

@@ -179,7 +179,7 @@ def test_other_options_do_not_go_on(tmp_path: Path) -> None:
     out = tmp_path / "r.h5"
     with pytest.raises(KeyboardInterrupt):
         run(out, reporter=Interrupting(10))
-    with pytest.raises(ValueError, match=r"out: .*r.h5.partial holds an unfinished extraction of another kind \(batch_size: 4, now 5\)"):
+    with pytest.raises(ValueError, match=r"out: .*r.h5.partial holds unfinished work of another kind \(batch_size: 4, now 5\)"):
         run(out, batch_size=5)
     with pytest.raises(ValueError, match=r"data.images: 110, now 111"):
         run(out, Images(111))

@@ -97,7 +97,7 @@ def bootstrap(result: ReadoutZoneResult, replicates: int = 1000, *, seed: int = 
     True
     """
     if result.samples is None:
-        raise ValueError("result: expected one with kept samples (keep_samples=True, --keep_samples), which the bootstrap resamples")
+        raise ValueError("result: expected one with kept samples (keep_samples=True, --keep-samples), which the bootstrap resamples")
     if replicates < 1:
         raise ValueError(f"replicates: expected at least 1, got {replicates}")
     tables = _Tables(result)

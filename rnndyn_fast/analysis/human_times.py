@@ -13,6 +13,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.reaction_times import reaction_times
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED
+from rnndyn_fast.files import reads
 from rnndyn_fast.names import check_choice, others
 from rnndyn_fast.optional import require
 
@@ -181,6 +182,7 @@ def _by_missing(table: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         yield missing, np.flatnonzero(which.ravel() == k)
 
 
+@reads("table of reaction times")
 def load_reaction_times(path: str | os.PathLike[str], num_images: int) -> np.ndarray:  # [J, num_images]
     """Reaction times of people, NaN where there is none.
 

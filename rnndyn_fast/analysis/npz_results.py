@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, written_whole
 
 
 def save_npz(path: str | os.PathLike[str], result: Any, format_name: str) -> Path:
@@ -19,11 +19,12 @@ def save_npz(path: str | os.PathLike[str], result: Any, format_name: str) -> Pat
     arrays = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
     arrays = {name: value for name, value in arrays.items() if value is not None}
     arrays |= {"format": format_name, "descriptors": json.dumps(dict(result.descriptors))}
-    with replaced_atomically(path) as temporary, temporary.open("wb") as file:
+    with written_whole(path) as file:
         np.savez_compressed(file, **arrays)
     return Path(path)
 
 
+@reads("result")
 def load_npz(path: str | os.PathLike[str], format_name: str, what: str) -> dict[str, Any]:
     """The fields that :func:`save_npz` wrote, as arrays; descriptors as they were.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, replaced_atomically
 from rnndyn_fast.optional import require
 
 FORMAT = "rnndyn_fast.readout_zones"
@@ -345,26 +345,27 @@ class ReadoutZoneResult:
         The file holds the arrays of ``arrays()``, the descriptors (attribute ``descriptors``, JSON), and for other
         readers the measures under their names in the group ``measures``.
         """
-        require("h5py")
-
-        import h5py
+        from rnndyn_fast.hdf5_out import hdf5_out
 
         descriptors = json.dumps(self.descriptors)  # before anything is written: it may not be JSON
-        with replaced_atomically(path) as temporary, h5py.File(temporary, "w") as file:
+        with replaced_atomically(path) as temporary, hdf5_out(temporary) as (file, _):
             file.attrs["descriptors"] = descriptors
             self.write(file)
         return Path(path)
 
     def write(self, group: Any) -> None:
         """Write all but the descriptors to an HDF5 group."""
+        from rnndyn_fast.hdf5_out import checked
+
         group.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION})
         for name, value in self.arrays().items():
-            group.create_dataset(name, data=value)
+            group.create_dataset(name, data=value, **checked(value))
         for name in MEASURES:
             for part, value in self.summary(name)._asdict().items():
                 group.create_dataset(f"measures/{name}/{part}", data=value)
 
     @classmethod
+    @reads("result of the readout-zone analysis", 1)
     def load(cls, path: str | os.PathLike[str]) -> ReadoutZoneResult:
         """Read a file written by ``save`` or by an extraction. Raises FileNotFoundError, or ValueError where it is not such a file or
         truncated."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.reducer import readout_zones
 from rnndyn_fast.analysis.results import FORMAT, ReadoutZoneResult
+from rnndyn_fast.files import reads
 from rnndyn_fast.optional import require
 
 # What is looked for under which names, the first that is there; the last names are those of the published extraction.
@@ -28,6 +29,7 @@ _RESULTS = (FORMAT, "rnndyn_fast.extraction")  # formats of files that hold a re
 _REQUIRED = ("trajectories", "readout_weight", "labels")
 
 
+@reads("result or file of trajectories")
 def load_result(path: str | os.PathLike[str], names: Mapping[str, str] | None = None, *, backend: str | None = None) -> ReadoutZoneResult:
     """The result in a file of ``rnndyn extract``, or that of the trajectories in anybody's file.
 

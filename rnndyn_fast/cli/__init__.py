@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rnndyn_fast.optional import require
 
-EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_ERROR, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 70, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rnndyn` with these arguments (None: those of the process) and return its exit code.
 
-    0: done; 2: an error that the user can mend, told in one line on standard error (with RNNDYN_DEBUG=1 as a
+    0: done; 2: an error that the user can mend, 70: a fault of ours, each told in one line on standard error (with RNNDYN_DEBUG=1 as a
     traceback); 130: interrupted.
     """
+    told = _Told()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv), told)
     except KeyboardInterrupt:
         print("\nrnndyn: interrupted; files that were complete are kept", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -27,71 +27,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`rnndyn plan ... | head`). Python flushes on exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except ImportError as error:
-        return _fail(error, str(error))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        return _fail(error, str(error))
+    except Exception as error:
+        return told.fail(error)
 
 
-def _run(argv: list[str]) -> int:
-    from rnndyn_fast.cli.parser import WITHOUT_OPTIONS, build_overview, build_parser, normalise, tidy
+class _UsageError(ValueError):
+    """What the parser says, and where to read on."""
 
-    if not argv or argv[0] in ("-h", "--help", "--version", *WITHOUT_OPTIONS):
-        return _run_overview(build_overview(), argv)
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class _Told:
+    """How errors of a command are told: its arguments' names are needed to say them as they are typed."""
+
+    options: Collection[str] = ()
+    positionals: Collection[str] = ()
+
+    def fail(self, error: Exception) -> int:
+        """Print an error and return the exit code."""
+        if os.environ.get("RNNDYN_DEBUG", "") not in ("", "0"):
+            raise error
+        from rnndyn_fast.cli.messages import for_people
+        from rnndyn_fast.files import space_error
+
+        full = space_error(error)
+        told = isinstance(error, ValueError | TypeError | OSError | FloatingPointError | MemoryError | RuntimeError | ImportError)
+        text = str(full if full is not None else str(error) or type(error).__name__)
+        if told or full is not None:
+            print(f"rnndyn: error: {for_people(text, self.options, self.positionals)}{getattr(error, 'hint', '')}", file=sys.stderr)
+            return EXIT_ERROR
+        print(
+            f"rnndyn: fault: {type(error).__name__}: {' '.join(text.split())} (nothing that you did; please report it with what "
+            "RNNDYN_DEBUG=1 prints)",
+            file=sys.stderr,
+        )
+        return EXIT_FAULT
+
+
+def _run(argv: list[str], told: _Told) -> int:
+    from rnndyn_fast.cli.table import GROUPS, WITHOUT_OPTIONS, about, find_command, overview, place
+
+    command, words = find_command(argv)
+    if not command:
+        if argv[:1] == ["--version"]:
+            from rnndyn_fast import __version__
+
+            print(f"rnndyn {__version__}")
+        else:
+            print(overview(argv[0] if argv and argv[0] in GROUPS else ""))
+        return EXIT_OK
+    from rnndyn_fast.cli import commands
+
+    function = getattr(commands, command.replace(" ", "_").replace("import", "import_weights"))
+    if command in WITHOUT_OPTIONS:  # and without optional packages
+        if words and words != ["--help"] and words != ["-h"]:
+            raise _UsageError(f"unrecognized arguments: {' '.join(words)}", f" (see rnndyn {command} --help)")
+        print(about(command)) if words else function()
+        return EXIT_OK
     require("jsonargparse")
     from jsonargparse import ArgumentError
 
-    argv = normalise(argv)
-    parser, commands = build_parser(argv)
+    from rnndyn_fast.cli.parser import CommandParser, normalise
+    from rnndyn_fast.names import flag, nearest
+
+    parser = CommandParser(command)
+    told.options, told.positionals = list(parser.hints), parser.positionals
+    words = normalise(words, parser)
     try:
-        options = parser.parse_args(argv)
+        given = parser.parse(words)
     except ArgumentError as error:
-        raise ValueError(f"{tidy(str(error))} (see rnndyn {' '.join([*_command_words(argv), '--help'])})") from error
-    except SystemExit as stop:  # --help, --version and --print_config print and stop
+        message = str(error)
+        unknown = next((word for word in message.partition("unrecognized arguments: ")[2].split() if word.startswith("--")), None)
+        near = "" if unknown is None else nearest(unknown, map(flag, parser.hints))
+        raise _UsageError(f"{message}{near}", f" (see rnndyn {command} --help)") from error
+    except SystemExit as stop:  # --help and --print-config print and stop
         return stop.code if isinstance(stop.code, int) else EXIT_OK
-    words = [options.subcommand]
-    values = options[options.subcommand]
-    while "subcommand" in values:
-        words.append(values.subcommand)
-        values = values[values.subcommand]
-    given = {name: value for name, value in vars(values).items() if name != "config"}
-    commands[" ".join(words)](**given)
+    if "out" in given:
+        given["out"] = place(command, given["out"])
+    function(**given)
     return EXIT_OK
-
-
-def _run_overview(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """What needs no optional package."""
-    from rnndyn_fast.cli.parser import COMMANDS
-
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error} (see rnndyn --help)") from error
-    except SystemExit as stop:  # --help and --version print and stop
-        return stop.code if isinstance(stop.code, int) else EXIT_OK
-    if rest:
-        raise ValueError(f"unrecognized arguments: {' '.join(rest)} (see rnndyn {' '.join([*argv[:1], '--help'])})")
-    if options.subcommand is None:
-        parser.print_help()
-    else:
-        COMMANDS[options.subcommand][1]()
-    return EXIT_OK
-
-
-def _command_words(argv: list[str]) -> list[str]:
-    """The words of `argv` before its options that name a command."""
-    from rnndyn_fast.cli.parser import COMMANDS
-
-    words: list[str] = []
-    for word in argv:
-        if not any(name == " ".join([*words, word]) or name.startswith(" ".join([*words, word]) + " ") for name in COMMANDS):
-            break
-        words.append(word)
-    return words
-
-
-def _fail(error: BaseException, message: str) -> int:
-    if os.environ.get("RNNDYN_DEBUG", "") not in ("", "0"):
-        raise error
-    print(f"rnndyn: error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_ERROR

@@ -14,7 +14,7 @@ def data_make(**options: Any) -> None:
 
     with choose_reporter() as reporter:
         path = make_dataset(**options, progress=split_progress(reporter))
-    with ImageFile(path) as file:
+    with ImageFile(path, required_splits=None) as file:
         sizes = ", ".join(f"{name} {len(file.split(name))}" for name in file.split_names)
         print(f"{path}: {file.image_size} px, {file.num_classes} categories; images: {sizes}")
         print(file.attrs["source_note"])
@@ -53,10 +53,37 @@ def plan(
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
+    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
+        print(_defaults(built))
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
     print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
+
+
+def _defaults(built: dict[str, Any]) -> str:
+    """In what a plan's network differs from what its name alone gives in Python."""
+    import inspect
+
+    from rnndyn_fast.models import MODELS
+
+    model = built["model"]
+    own = {name: p.default for name, p in inspect.signature(MODELS[model]).parameters.items()}
+    names = [name for name in own if name in built and name not in ("backend", "engine") and _plain(built[name]) != _plain(own[name])]
+    if not names:
+        return f"{model}: as {model}() in Python"
+    words = ", ".join(f"{name.replace('_', ' ')} {_word(built[name])} ({_word(own[name])})" for name in names)
+    return f"{model} with the options and defaults of rnndyn train; in brackets those of {model}() in Python: {words}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def train(**options: Any) -> None:
@@ -65,6 +92,34 @@ def train(**options: Any) -> None:
     from rnndyn_fast.train import train as run
 
     _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
+
+
+def import_weights(weights: str, out: str, overwrite: bool, **options: Any) -> None:
+    """`rnndyn import`"""
+    from pathlib import Path
+
+    from rnndyn_fast.train.foreign import import_checkpoint
+
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(f"out: {out} exists; pass --overwrite to replace it")
+    if Path(out).exists() and Path(weights).exists() and Path(out).samefile(weights):
+        raise ValueError(f"out: expected another file than the weights, got {out}")
+    path, notes = import_checkpoint(weights, _foreign(options["data"], options), out)
+    for note in notes:
+        print(note)
+    print(path)
+
+
+def _foreign(data: str, options: dict[str, Any]) -> Any:
+    """Takes --model and what belongs to it out of the options; None without --model."""
+    from rnndyn_fast.train.foreign import Foreign
+
+    model, of_model, normalise = (options.pop(name, None) for name in ("model", "model_options", "normalise"))
+    if model is None:
+        if of_model or normalise:
+            raise ValueError(f"{'model_options' if of_model else 'normalise'}: expected --model too, for weights from elsewhere")
+        return None
+    return Foreign(model, data, of_model or {}, normalise)
 
 
 def extract(**options: Any) -> None:
@@ -81,7 +136,8 @@ def extract(**options: Any) -> None:
             if not all(part.strip().isdecimal() for part in text.split(",")):
                 raise ValueError(f"{name}: expected numbers with commas between them, as 0,3,7, got {text!r}")
             options[name] = [int(part) for part in text.split(",")]
-    path = run(**options, **lists)
+    foreign = _foreign(options["data"], options)
+    path = run(**options, **lists, foreign=foreign)
     if int(os.environ.get("RANK", "0")):  # torchrun: the first process speaks
         return
     if "readout_zones" in lists["reducers"]:
@@ -94,8 +150,29 @@ def extract(**options: Any) -> None:
 _LISTS = ("reducers", "areas", "pooled", "save")
 
 
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def _extracted(given: str, out: str, options: dict[str, Any], **of_extract: Any) -> Any:
+    """The path of an extraction: what is given, or for a checkpoint or weights ``<out>/extraction.h5``, computed now."""
+    from pathlib import Path
+
+    data, split = options.pop("data"), options.pop("split")
+    foreign = _foreign(data, options)
+    if Path(given).suffix.lower() not in _WEIGHTS:
+        if data is not None or foreign is not None:
+            raise ValueError(f"{'data' if data is not None else 'model'}: expected only with a checkpoint, which {given} is none")
+        return Path(given)
+    if data is None:
+        raise ValueError(f"data: expected the images to run through the network in {given}, got none")
+    from rnndyn_fast.extract import extract as run
+
+    return run(given, data, split, out=Path(out) / "extraction.h5", foreign=foreign, overwrite=True, **of_extract)
+
+
 def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
     """`rnndyn analyse`"""
+    result = str(_extracted(result, out, names, reducers=("readout_zones",), keep_samples=True))
     from rnndyn_fast.analysis import check_claims
     from rnndyn_fast.report.analysis_page import REPORT
     from rnndyn_fast.report.analysis_page import analyse as run
@@ -140,14 +217,11 @@ def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: s
 
 def react(out: str, unreached: str, **options: Any) -> None:
     """`rnndyn react`"""
-    from pathlib import Path
-
     from rnndyn_fast.extract import react as run
     from rnndyn_fast.report.speed_accuracy import write_reaction_times
 
-    if Path(out).exists() and not Path(out).is_dir():
-        raise FileExistsError(f"out: expected a folder, {out} is a file")
-    result, comparison = run(**options, unreached=unreached)
+    foreign = _foreign(options["data"], options)
+    result, comparison = run(**options, unreached=unreached, foreign=foreign)
     write_reaction_times(result, out, comparison, unreached=unreached)
     best = result.matched(unreached, accuracy=float(result.curve(unreached).accuracy.max()))
     print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")
@@ -160,9 +234,16 @@ def react(out: str, unreached: str, **options: Any) -> None:
 
 def predict(areas: str, **options: Any) -> None:
     """`rnndyn predict`"""
+    from rnndyn_fast.extract import trajectories_path
     from rnndyn_fast.predictivity import predict as run
 
-    for result in run(**options, areas=tuple(area.strip() for area in areas.split(",") if area.strip())):
+    chosen = tuple(area.strip() for area in areas.split(",") if area.strip())
+    given = options.pop("features")
+    if options["data"] is not None and not chosen:
+        raise ValueError("areas: expected areas of the network, as v4,it, where a checkpoint is given, got none")
+    made = _extracted(given, options["out"], options, reducers=("norms",), save=chosen)
+    features = given if str(made) == given else trajectories_path(made)
+    for result in run(features, **options, areas=chosen):
         corrected, plain = result.over_bins("corrected"), result.over_bins("correlation")
         print(
             f"{result.area}: corrected {corrected.median:.3f} ({corrected.low:.3f} to {corrected.high:.3f}, n = {int(corrected.n)}), "

@@ -4,7 +4,9 @@ from rnndyn_fast.data.augment import TrivialAugmentWide
 from rnndyn_fast.data.augmentation import augmentation
 from rnndyn_fast.data.challenge import CONDITIONS, Condition, ObjectPool, assign_conditions, challenge
 from rnndyn_fast.data.hdf5 import SPLITS, ImageFile, ImageSplit
-from rnndyn_fast.data.loader import BatchLoader, BatchSource, normalise
+from rnndyn_fast.data.image_files import fit, read_image
+from rnndyn_fast.data.image_folder import list_folder, list_table
+from rnndyn_fast.data.loader import BatchLoader, BatchSource, check_unit_range, normalise
 from rnndyn_fast.data.make import make_dataset
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
@@ -23,9 +25,14 @@ __all__ = [
     "assign_conditions",
     "augmentation",
     "challenge",
+    "check_unit_range",
+    "fit",
+    "list_folder",
+    "list_table",
     "load_source",
     "make_dataset",
     "normalise",
+    "read_image",
     "resize",
     "stratified_order",
 ]

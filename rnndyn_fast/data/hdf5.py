@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rnndyn_fast.files import reading, stand_in
 from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class ImageSplit(Dataset[tuple[torch.Tensor, int]]):
                 for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
                     source = np.s_[positions[start] : positions[stop - 1] + 1]
                     data.read_direct(pixels, source, np.s_[start:stop])
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # (h5py raises both)
                 raise OSError(f"{self._handle.path}: cannot read images of split {self.name!r}: {error}") from error
         if not np.array_equal(positions, wanted):
             pixels = pixels[inverse]
@@ -164,7 +165,7 @@ class ImageFile:
 
     Args:
         path: the file.
-        required_splits: splits that must be there and are validated on open; others are validated when asked for.
+        required_splits: splits that must be there and are validated on open; others are validated when asked for. None: one at least.
         argument: what the user calls the path, for messages.
 
     Attributes:
@@ -186,36 +187,41 @@ class ImageFile:
     ...     images, labels = file.split("test").read(slice(0, 16))
     """
 
-    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] = SPLITS, *, argument: str = "path") -> None:
-        require("h5py")
-        import h5py
-
+    def __init__(self, path: str | os.PathLike[str], required_splits: Sequence[str] | None = SPLITS, *, argument: str = "path") -> None:
         if isinstance(required_splits, str):
             raise TypeError(f"required_splits: expected a sequence of names, got the string {required_splits!r}")
-        unknown = [name for name in required_splits if name not in SPLITS]
-        if unknown or not required_splits:
+        if required_splits is not None and (not required_splits or any(name not in SPLITS for name in required_splits)):
             raise ValueError(f"required_splits: expected some of {SPLITS}, got {tuple(required_splits)}")
         self.path = Path(path)
         self._handle = _Handle(self.path, argument)
         self._splits: dict[str, ImageSplit] = {}
-        file = self._handle.file()
         try:
-            self.attrs: dict[str, Any] = dict(file.attrs)
-            self.split_names: tuple[str, ...] = tuple(name for name in SPLITS if isinstance(file.get(name), h5py.Group))
-            missing = [name for name in required_splits if name not in self.split_names]
-            if missing:
-                raise ValueError(
-                    f"{self.path}: group {missing[0]!r} is missing; expected groups {tuple(required_splits)}, the file holds {tuple(file)}"
-                )
-            self.categories = _read_categories(file, self.path)
-            self.num_classes = len(self.categories)
-            self.mean, self.std = _read_statistics(file, self.path)
-            self.image_size = _image_size(file, required_splits[0], self.path)
-            for name in required_splits:
-                self.split(name)
+            with reading(self.path, "image file (HDF5)"):
+                self._open(required_splits)
         except BaseException:
             self._handle.close()
             raise
+
+    def _open(self, required_splits: Sequence[str] | None) -> None:
+        require("h5py")
+        import h5py
+
+        file = self._handle.file()
+        self.attrs: dict[str, Any] = dict(file.attrs)
+        self.split_names: tuple[str, ...] = tuple(name for name in SPLITS if isinstance(file.get(name), h5py.Group))
+        if required_splits is None:
+            required_splits = self.split_names[:1] or SPLITS
+        missing = [name for name in required_splits if name not in self.split_names]
+        if missing:
+            raise ValueError(
+                f"{self.path}: group {missing[0]!r} is missing; expected groups {tuple(required_splits)}, the file holds {tuple(file)}"
+            )
+        self.categories = _read_categories(file, self.path)
+        self.num_classes = len(self.categories)
+        self.mean, self.std = _read_statistics(file, self.path)
+        self.image_size = _image_size(file, required_splits[0], self.path)
+        for name in required_splits:
+            self.split(name)
 
     def split(self, name: str) -> ImageSplit:
         """The split `name`, validated. Raises ValueError for an unknown split or one that breaks the layout."""
@@ -249,9 +255,12 @@ def _open_hdf5(path: Path, argument: str) -> h5py.File:
     import h5py
 
     if not path.exists():
-        raise FileNotFoundError(f"{argument}: no such file: {path}")
+        link = f" (a broken link to {os.readlink(path)}: not fetched?)" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{argument}: no such file: {path}{link}")
     if path.is_dir():
-        raise ValueError(f"{argument}: expected an HDF5 file, got a folder: {path}")
+        raise ValueError(
+            f"{argument}: expected an HDF5 file, got a folder: {path} (rnndyn data make --source {path} --out images.h5 makes one)"
+        )
     try:
         return h5py.File(path, "r")
     except PermissionError:
@@ -260,7 +269,7 @@ def _open_hdf5(path: Path, argument: str) -> h5py.File:
         if "truncated file" in str(error):
             raise ValueError(f"{path}: the HDF5 file is truncated (incomplete copy or download?): {error}") from error
         if not h5py.is_hdf5(path):
-            raise ValueError(f"{path}: not an HDF5 file: {error}") from error
+            raise ValueError(f"{path}: {stand_in(path) or f'not an HDF5 file: {error}'}") from error
         raise OSError(f"{path}: cannot open the HDF5 file: {error}") from error
 
 

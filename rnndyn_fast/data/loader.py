@@ -167,6 +167,19 @@ def normalise(
     return torch.addcmul(shift, images.to(torch.float32), scale)
 
 
+def check_unit_range(images: torch.Tensor) -> None:  # [N, ...]
+    """Raise ``ValueError``, with the range seen, for floating-point images that are not in 0..1: 0..255, or normalised already.
+
+    Rounding of resizing and colour conversion, 1e-3, is let pass.
+    """
+    if not images.is_floating_point() or not images.numel():
+        return
+    low, high = (float(value) for value in images.aminmax())
+    if low < -1e-3 or high > 1 + 1e-3:
+        kind = "; are they on the scale 0..255?" if low >= 0 and high <= 255 else "; are they normalised already?" if low < 0 else ""
+        raise ValueError(f"expected floating-point images in 0..1 (or uint8 in 0..255), got values from {low:.4g} to {high:.4g}{kind}")
+
+
 def _three_numbers(name: str, value: np.ndarray) -> np.ndarray:
     array = np.asarray(value, dtype=np.float64)
     if array.shape != (3,) or not np.isfinite(array).all():

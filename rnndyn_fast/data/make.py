@@ -14,10 +14,11 @@ import numpy as np
 
 from rnndyn_fast.data.challenge import CONDITIONS, OPAQUE_LEVEL, ObjectPool, assign_conditions, challenge
 from rnndyn_fast.data.hdf5 import SPLITS
+from rnndyn_fast.data.own_images import make_from_files
 from rnndyn_fast.data.resize import resize
-from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
+from rnndyn_fast.data.sources import BUNDLED, ImageSource, load_source, stratified_order
 from rnndyn_fast.files import replaced_atomically
-from rnndyn_fast.optional import require
+from rnndyn_fast.hdf5_out import Patient, checked, hdf5_out
 
 if TYPE_CHECKING:
     import h5py
@@ -53,6 +54,8 @@ def make_dataset(
     num_test: int | None = None,
     num_testplus: int | None = None,
     challenging: bool = False,
+    fit: str = "crop",
+    background: str = "white",
     overwrite: bool = False,
     progress: Progress | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -66,11 +69,13 @@ def make_dataset(
 
     Args:
         out: the file to write; missing folders are made.
-        source: "fashion-mnist", "digits" or "auto".
+        source: "fashion-mnist", "digits" or "auto"; or images of one's own: a folder with a subfolder per class (or train, val, ..., and in
+            each a subfolder per class), or a CSV with the columns path, label and perhaps split (see ``own_images``).
         size: H = W in pixels, 8..512; images are resized with antialiasing and get three equal channels.
         seed: int >= 0.
         num_train, num_val, num_test, num_testplus: number of images. None: val is a tenth of train and val together,
             test half of test and testplus together, train and testplus take all that is left.
+        fit, background: of images of one's own, see :func:`rnndyn_fast.data.fit` and :func:`rnndyn_fast.data.read_image`.
         challenging: put train and val under these conditions too, with other objects of their own split.
         overwrite: replace an existing file.
         progress: called with (split, images done, images in all).
@@ -88,9 +93,6 @@ def make_dataset(
     Deterministic: equal arguments, sources and library versions give equal contents.
     Memory: the source, and blocks of 2 million pixels; never a whole split. On disk nothing is there until all is.
     """
-    require("h5py")
-    import h5py
-
     path = Path(out)
     _check_int("size", size, MIN_SIZE, MAX_SIZE)
     _check_int("seed", seed, 0, None)
@@ -102,11 +104,24 @@ def make_dataset(
         raise ValueError(f"out: expected a file, got the folder {path}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"out: {path} exists; pass overwrite=True (--overwrite) to replace it")
+    if is_own(source):
+        for name, asked in (("challenging", challenging), ("num_testplus", num_testplus)):
+            if asked:
+                raise ValueError(f"{name}: expected only with bundled images, which are of objects on black, got {asked}")
+        return make_from_files(
+            path, source, size=size, fit=fit, background=background, seed=seed, wanted=wanted, overwrite=overwrite, progress=progress
+        )
     images = load_source(source, folder=folder, seed=seed)
     parts = _divide(images, wanted, seed)
-    with replaced_atomically(path) as unfinished, h5py.File(unfinished, "w") as file:
-        _write(file, images, parts, size, seed, CHALLENGING if challenging else ("testplus",), progress)
+    with replaced_atomically(path) as unfinished, hdf5_out(unfinished) as (file, below):
+        _write(file, below, images, parts, size, seed, CHALLENGING if challenging else ("testplus",), progress)
     return path
+
+
+def is_own(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is a folder or table of image files, and not the name of bundled ones."""
+    text = os.fspath(source)
+    return os.sep in text or text.lower().endswith(".csv") or (text not in BUNDLED and Path(text).is_dir())
 
 
 def _check_int(name: str, value: int, least: int, most: int | None) -> None:
@@ -145,14 +160,21 @@ def _divide(source: ImageSource, wanted: dict[str, int | None], seed: int) -> di
 
 
 def _write(
-    file: h5py.File, source: ImageSource, parts: dict[str, _Part], size: int, seed: int, hard: tuple[str, ...], progress: Progress | None
+    file: h5py.File,
+    below: Patient,
+    source: ImageSource,
+    parts: dict[str, _Part],
+    size: int,
+    seed: int,
+    hard: tuple[str, ...],
+    progress: Progress | None,
 ) -> None:
     block = max(1, _BLOCK_PIXELS // size**2)
     for split in SPLITS:
         part = parts[split]
         count = len(part.labels)
         group = file.create_group(split)
-        group.create_dataset("labels", data=part.labels)
+        group.create_dataset("labels", data=part.labels, **checked(part.labels))
         group.create_dataset("source_index", data=part.index)
         data = group.create_dataset(
             "data",
@@ -172,6 +194,7 @@ def _write(
             if split in hard:
                 rng = np.random.default_rng([seed, 3, *stream, start])
                 grey = challenge(grey, part.labels[rows], condition[rows], pool, rng)
+            below.check()
             data[rows] = np.repeat(grey[:, :, :, None], 3, axis=3)
             total += int(grey.sum(dtype=np.int64))
             total_of_squares += int(np.square(grey, dtype=np.int64).sum())

@@ -27,6 +27,7 @@ FASHION_MNIST_CATEGORIES = (
 )
 DIGIT_CATEGORIES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+BUNDLED = ("auto", "fashion-mnist", "digits")
 _DIGITS_TEST_SHARE = 0.4
 
 
@@ -102,7 +103,7 @@ def load_source(source: str = "auto", *, folder: str | os.PathLike[str] | None =
     if source == "digits":
         return _load_digits(seed, "scikit-learn's bundled digits (8 x 8 px)")
     if source != "auto":
-        raise ValueError(f"source: expected 'fashion-mnist', 'digits' or 'auto', got {source!r}")
+        raise ValueError(f"source: expected 'fashion-mnist', 'digits', 'auto', or a folder or table (.csv) of image files, got {source!r}")
     if not _missing(place):
         return _load_fashion_mnist(place)
     return _load_digits(

@@ -81,6 +81,7 @@ def stream(
     compression: int = 1,
     batch_size: int = 250,
     limit: int | None = None,
+    num_classes: int | None = None,
     shards: int = 8,
     overwrite: bool = False,
     manifest: Mapping[str, Any] | None = None,
@@ -104,8 +105,9 @@ def stream(
         compression: level of gzip, 0 to 9.
         batch_size: images at a time.
         limit: that many images, evenly spaced.
+        num_classes: labels are below it; None: at least 0, whatever the reducers ask.
         shards: runs of neighbouring images of which sums are taken; at least the number of processes.
-        overwrite: replace files that exist, and an unfinished extraction of another kind.
+        overwrite: replace files that exist, and unfinished work of another kind.
         manifest: what else makes the result what it is, as JSON can hold it; going on demands that it is equal.
         descriptors: provenance for the record; "data" gets the number of images and their SHA-256.
         reporter: shows progress in the first process.
@@ -121,7 +123,7 @@ def stream(
 
     Deterministic: as `forward`. Memory: a few batches and the reducers, whatever the number of images.
     """
-    job = _Job(forward, source, reducers, Path(out), tuple(save), dtype, compression, batch_size, limit, shards)
+    job = _Job(forward, source, reducers, Path(out), tuple(save), dtype, compression, batch_size, limit, shards, num_classes)
     with processes() as group:
         wanted = group.all_of(job.manifest(manifest or {}))
         group.together(lambda: job.check(group, wanted, overwrite))
@@ -143,9 +145,11 @@ class _Job:
     def __init__(
         self, forward: Forward, source: Source, reducers: Sequence[Reducer], out: Path, save: tuple[str, ...],
         dtype: str, compression: int, batch_size: int, limit: int | None, shards: int,
+        num_classes: int | None = None,
     ) -> None:  # fmt: skip
         self.forward, self.source, self.reducers = forward, source, list(reducers)
         self.out, self.save, self.dtype, self.compression = out, save, dtype, compression
+        self.num_classes = num_classes
         self.rows = Rows(len(source), limit)
         self.plan = Plan(len(self.rows), batch_size, shards)
         self.journal = Journal(out)
@@ -190,6 +194,8 @@ class _Job:
             pieces += self.plan.pieces(shard, done=0 if state is None else state["done"])
         total = sum(len(self.plan.rows_of(b)) for s in self.plan.shards_of(group.rank, group.count) for b in self.plan.blocks_of(s))
         done = total - sum(piece.stop - piece.start for piece in pieces)
+        if group.rank == 0 and (read := self.source.describe().get("read")):
+            shown.line(f"{read}" + (f"; {len(self.rows):,} of them, evenly spaced" if len(self.rows) < len(self.source) else ""))
         shown.start(f"{title}, {total} images" + (f", {done} done before" if done else ""), total)
         if done:
             shown.advance(done, "")
@@ -203,7 +209,7 @@ class _Job:
 
     def _load(self, piece: Piece) -> _Loaded:
         rows = self.rows.between(piece.start, piece.stop)
-        images, labels = read_rows(self.source, rows)
+        images, labels = read_rows(self.source, rows, self.num_classes)
         return _Loaded(piece, rows, images, labels, data_digest(rows, images, labels))
 
     def _take_in(self, piece: Piece, rows: np.ndarray, images: Tensor, labels: Tensor, digest: int, shard: _Shard, writer: _Writer) -> None:

@@ -13,7 +13,6 @@ Parts of blocks that do not count yet are written again.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rnndyn_fast.files import replaced_atomically, write_text
+from rnndyn_fast.files import write_text, written_whole
 
 _DONE = ".done"
 
@@ -61,7 +60,7 @@ class Journal:
                 return
             if not overwrite:
                 raise ValueError(
-                    f"out: {self.folder} holds an unfinished extraction of another kind ({_difference(found, wanted)}); go on with "
+                    f"out: {self.folder} holds unfinished work of another kind ({_difference(found, wanted)}); go on with "
                     f"the same options, or pass overwrite=True (--overwrite) to begin anew"
                 )
         if self.folder.exists():
@@ -80,11 +79,8 @@ class Journal:
 
     def save_shard(self, shard: int, state: Mapping[str, Any]) -> None:
         """Replace a shard's state."""
-        # By way of memory: what torch raises when a disk is full says neither so nor where.
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        with replaced_atomically(self._shard(shard)) as unfinished:
-            unfinished.write_bytes(buffer.getbuffer())
+        with written_whole(self._shard(shard)) as file:
+            torch.save(dict(state), file)
 
     def part(self, block: int) -> Path:
         """The file of a block's trajectories."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis import ReadoutZoneResult, ReducerResult, Table
-from rnndyn_fast.extract.hdf5_out import hdf5_out
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, replaced_atomically
+from rnndyn_fast.hdf5_out import checked, hdf5_out
 from rnndyn_fast.optional import require
 
 FORMAT = "rnndyn_fast.extraction/1"
@@ -36,11 +36,12 @@ def save_results(path: str | os.PathLike[str], results: Mapping[str, Result], de
                 continue
             group.attrs.update({"n": result.n, "options": json.dumps(result.options)})
             for table, (axes, values) in result.tables.items():
-                dataset = group.create_dataset(table, data=values, track_times=False)
+                dataset = group.create_dataset(table, data=values, track_times=False, **checked(values))
                 dataset.attrs["axes"] = json.dumps(list(axes))
     return Path(path)
 
 
+@reads("result of rnndyn extract")
 def load_results(path: str | os.PathLike[str]) -> dict[str, Result]:
     """The results of an extraction, by name of the reducer: ReadoutZoneResult for "readout_zones", else ReducerResult.
 

@@ -22,7 +22,7 @@ from rnndyn_fast.analysis import (
     Reducer,
     RepresentationChangeReducer,
 )
-from rnndyn_fast.data import SPLITS, normalise
+from rnndyn_fast.data import SPLITS, check_unit_range, normalise
 from rnndyn_fast.devices import check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
 from rnndyn_fast.extract.sources import Source, open_source
@@ -30,6 +30,7 @@ from rnndyn_fast.extract.trajectories import DTYPES
 from rnndyn_fast.nn import GraphedNetwork, RecurrentNetwork
 from rnndyn_fast.nn.cuda_graphs import Graphs
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
+from rnndyn_fast.train.foreign import Foreign
 from rnndyn_fast.train.loop import INITIAL
 from rnndyn_fast.train.progress import Reporter
 
@@ -59,6 +60,8 @@ def extract(
     keep_samples: bool = False,
     untrained: bool = False,
     resize: bool = False,
+    background: str = "white",
+    foreign: Foreign | None = None,
     device: str | None = None,
     precision: str = "float32",
     backend: str | None = None,
@@ -95,6 +98,8 @@ def extract(
         keep_samples: keep every sample's group and scalars in the readout-zone result.
         untrained: use the network as it was before training (``initial.pt`` beside `checkpoint`).
         resize: scale and crop image files of other sizes.
+        background: what transparent pixels of image files are laid over: "white", "grey" or "black".
+        foreign: for weights from elsewhere: the network that they are of.
         device: "cpu", "cuda", ...; None: a GPU where there is one. There the network is replayed as CUDA graphs.
         precision: of maps, "float32", "float16" (on a GPU) or "bfloat16".
         backend: "native", "reference" or None.
@@ -127,7 +132,7 @@ def extract(
     used = Path(checkpoint).with_name(INITIAL) if untrained else Path(checkpoint)
     if untrained and not used.exists():
         raise FileNotFoundError(f"untrained: no {INITIAL} beside {checkpoint}")
-    net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend, engine=engine)
+    net, contents = load_checkpoint(used, timesteps=timesteps, backend=backend, engine=engine, foreign=foreign)
     if net.network.readout is None:
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
     representations = net.network.readout.source
@@ -170,7 +175,7 @@ def extract(
     if precision != "float32":
         made_with["precision"] = precision
     sha = sha256(used)
-    with open_source(data, split, trained["image_size"], trained["categories"], resize=resize) as source:
+    with open_source(data, split, trained["image_size"], trained["categories"], resize=resize, background=background) as source:
         descriptors = {
             "checkpoint": {"path": str(used), "sha256": sha, "epoch": contents["epoch"]},
             "network": {**contents["model"], "timesteps": net.timesteps},
@@ -181,7 +186,8 @@ def extract(
         }
         return stream(
             forward, source, patterns, out=out, save=chosen["save"], dtype=dtype, compression=compression, batch_size=batch_size,
-            limit=limit, shards=shards, overwrite=overwrite, manifest={"checkpoint": sha, "machine": platform.machine(), **made_with},
+            limit=limit, num_classes=classes, shards=shards,
+            overwrite=overwrite, manifest={"checkpoint": sha, "machine": platform.machine(), **made_with},
             descriptors=descriptors, reporter=reporter, title=split,
         )  # fmt: skip
 
@@ -202,6 +208,7 @@ def network_forward(
         run = GraphedNetwork(net, call=net.run, graphs=graphs)
 
     def forward(images: Tensor) -> Activations:
+        check_unit_range(images)
         x = normalise(to_device(images, place.device), mean, std).to(place.dtype)
         with in_precision(precision, place.device):
             log_probs, representations, *rest = run(x, return_representations=True, **({"record": recorded} if recorded else {}))

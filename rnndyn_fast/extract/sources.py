@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rnndyn_fast.data import ImageFile
-from rnndyn_fast.optional import require
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from rnndyn_fast.data.image_files import BACKGROUNDS, fit, read_image
+from rnndyn_fast.data.image_folder import list_folder
+from rnndyn_fast.names import check_choice
 
 
 class Source(Protocol):
@@ -67,66 +67,53 @@ class Hdf5Source:
 
     def describe(self) -> dict[str, Any]:
         """Path and attributes."""
-        return {"path": str(self.file.path), "attributes": {name: _plain(value) for name, value in self.file.attrs.items()}}
+        read = f"{self.file.path}: split {self.split.name}, {len(self):,} images"
+        return {"path": str(self.file.path), "read": read, "attributes": {name: _plain(value) for name, value in self.file.attrs.items()}}
 
 
 class FolderSource:
-    """Image files in a folder per class, as torchvision's ImageFolder reads them: classes and files in alphabetical order.
+    """Image files in a folder per class, as torchvision's ImageFolder finds them: see :func:`rnndyn_fast.data.image_folder.list_folder`.
 
     Args:
         root: the folder.
         image_size: S, height and width in pixels that the network takes.
         resize: scale and crop images of other sizes to S x S (their centre; shorter side to S); else they are an error.
-        class_names: the folders that there must be and the order of their labels; None: those there are.
+        class_names: the folders that there may be and the order of their labels; None: those there are.
+        background: what transparent pixels are laid over: "white", "grey" or "black".
 
     Raises:
+        FileNotFoundError: files that are broken links.
         ValueError: no class folders, no images, or other classes than `class_names`.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], image_size: int, *, resize: bool = False, class_names: Sequence[str] | None = None
+        self,
+        root: str | os.PathLike[str],
+        image_size: int,
+        *,
+        resize: bool = False,
+        class_names: Sequence[str] | None = None,
+        background: str = "white",
     ) -> None:
-        self.root, self.image_size, self.resize = Path(root), image_size, resize
-        found = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        self.class_names: Sequence[str] = list(found if class_names is None else class_names)
-        if not found:
-            raise ValueError(f"data: expected a folder per class in {self.root}, found none")
-        unknown = [name for name in found if name not in self.class_names]
-        if unknown:
-            raise ValueError(f"data: {self.root / unknown[0]} is none of the {len(self.class_names)} categories of the network")
-        self._files: list[str] = []
-        labels: list[int] = []
-        for name in found:
-            files = sorted(
-                path.relative_to(self.root).as_posix()
-                for path in (self.root / name).rglob("*")
-                if path.suffix.lower() in SUFFIXES and path.is_file()
-            )
-            self._files += files
-            labels += [self.class_names.index(name)] * len(files)
-        if not self._files:
-            raise ValueError(f"data: expected image files ({', '.join(SUFFIXES)}) in the class folders of {self.root}, found none")
-        self.labels = np.array(labels, np.int64)
+        self.root, self.image_size, self.resize, self.background = Path(root), image_size, resize, background
+        check_choice("background", background, tuple(BACKGROUNDS))
+        self.listing = list_folder(root, class_names)
+        self.class_names: Sequence[str] = list(self.listing.class_names)
+        self.labels = self.listing.labels
+        self._files = self.listing.names
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, rows: np.ndarray, /) -> tuple[Tensor, Tensor]:
         """Images uint8 [N, 3, S, S] and labels."""
-        require("PIL")
-
-        from PIL import Image, ImageOps
-
         size = (self.image_size, self.image_size)
         pixels = np.empty((len(rows), *size, 3), np.uint8)
         for out, row in zip(pixels, rows, strict=True):
-            with Image.open(self.root / self._files[row]) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-                if image.size != size and not self.resize:
-                    raise ValueError(
-                        f"expected {size[0]} x {size[1]} px, got {image.width} x {image.height}; resize=True (--resize) fits it"
-                    )
-                out[...] = np.asarray(image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BILINEAR))
+            image = read_image(self.root / self._files[row], self.background)
+            if image.size != size and not self.resize:
+                raise ValueError(f"expected {size[0]} x {size[1]} px, got {image.width} x {image.height}; resize=True (--resize) fits it")
+            out[...] = fit(image, self.image_size)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(self.labels[rows])
 
     def place(self, row: int, /) -> str:
@@ -139,11 +126,11 @@ class FolderSource:
         for name in self._files:
             stat = (self.root / name).stat()
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {"kind": "folder", "files": digest.hexdigest(), "resize": self.resize}
+        return {"kind": "folder", "files": digest.hexdigest(), "resize": self.resize, "background": self.background}
 
     def describe(self) -> dict[str, Any]:
         """The folder."""
-        return {"path": str(self.root), "resize": self.resize}
+        return {"path": str(self.root), "resize": self.resize, "background": self.background, "read": str(self.listing)}
 
 
 class DatasetSource:
@@ -175,7 +162,7 @@ class DatasetSource:
                 raise ValueError(
                     f"expected an image {list(first.shape)} of {first.dtype} as others, got {list(image.shape)} of {image.dtype}"
                 )
-        return torch.stack(images), torch.tensor([int(item[1]) for item in items], dtype=torch.int64)
+        return torch.stack(images), torch.tensor([_label(item[1]) for item in items], dtype=torch.int64)
 
     def place(self, row: int, /) -> str:
         """Type and number."""
@@ -187,11 +174,15 @@ class DatasetSource:
 
     def describe(self) -> dict[str, Any]:
         """The type."""
-        return {"path": None, "dataset": type(self.dataset).__qualname__}
+        return {
+            "path": None,
+            "read": f"{type(self.dataset).__qualname__}: {len(self):,} images",
+            "dataset": type(self.dataset).__qualname__,
+        }
 
 
 def open_source(
-    data: Any, split: str | None, image_size: int, categories: Sequence[str], *, resize: bool = False
+    data: Any, split: str | None, image_size: int, categories: Sequence[str], *, resize: bool = False, background: str = "white"
 ) -> AbstractContextManager[Source]:
     """The source behind what a user names: an HDF5 file, a folder, a Dataset, or a Source already; to be used in a ``with``.
 
@@ -208,7 +199,7 @@ def open_source(
         raise TypeError(f"data: expected a path, a torch Dataset or a Source, got {type(data).__name__}")
     path = Path(data)
     if path.is_dir():
-        return nullcontext(FolderSource(path, image_size, resize=resize, class_names=categories))
+        return nullcontext(FolderSource(path, image_size, resize=resize, class_names=categories, background=background))
     return _OpenFile(path, split or "testplus", image_size, categories)
 
 
@@ -248,12 +239,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def read_rows(source: Source, rows: np.ndarray) -> tuple[Tensor, Tensor]:  # [N] -> [N, ...], [N]
+def read_rows(source: Source, rows: np.ndarray, num_classes: int | None = None) -> tuple[Tensor, Tensor]:  # [N] -> [N, ...], [N]
     """Images and labels of some rows. An error names the place of the first row that cannot be read.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: an image does not fit, or holds NaN.
+        ValueError: an image does not fit, or holds NaN; a label that is none of 0..num_classes - 1.
     """
     try:
         images, labels = source.read(rows)
@@ -262,13 +253,27 @@ def read_rows(source: Source, rows: np.ndarray) -> tuple[Tensor, Tensor]:  # [N]
             try:
                 source.read(np.array([row]))
             except Exception as single:
+                place = source.place(int(row))
                 kind = OSError if isinstance(single, OSError) else ValueError
-                raise kind(f"{source.place(int(row))}: {single}") from single
+                raise kind(f"{place}: {str(single).removeprefix(place.rpartition(' (image ')[0] + ': ')}") from single
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{source.place(int(rows[0]))} and the {len(rows) - 1} after it: {error}") from error
     if images.is_floating_point():
         refuse_rows("image", images.flatten(1).double().sum(1)[None], source, rows)
+    wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        most = "" if num_classes is None else f" and below {num_classes}, the number of categories"
+        raise ValueError(f"{source.place(int(rows[first]))}: expected a label of at least 0{most}, got {int(labels[first])}")
     return images, labels
+
+
+def _label(value: Any) -> int:
+    """A label as an int: whole numbers of any type."""
+    number = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number):
+        raise ValueError(f"expected a whole number as the label, got {number!r}")
+    return int(number)
 
 
 def refuse_rows(what: str, sums: Tensor, source: Source, rows: np.ndarray) -> None:  # [T, N], [N]

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.extract.hdf5_out import hdf5_out
 from rnndyn_fast.extract.plan import Plan
 from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.hdf5_out import checked, hdf5_out
 
 FORMAT = "rnndyn_fast.trajectories/2"
 DTYPES = ("float32", "float16")
@@ -151,8 +151,7 @@ def assemble(path: str | os.PathLike[str], layout: Layout, parts: list[Path], ro
             span = plan.rows_of(block)
             for start in range(span.start, span.stop, plan.batch_size):
                 stop = min(start + plan.batch_size, span.stop)
-                if below.error is not None:
-                    raise below.error
+                below.check()
                 for name, dataset in datasets.items():
                     for first in range(start, stop, layout.chunk_samples(name)):
                         for t in range(dataset.shape[0]):
@@ -162,4 +161,4 @@ def assemble(path: str | os.PathLike[str], layout: Layout, parts: list[Path], ro
                     predictions[:, start:stop] = np.frombuffer(next(blobs), np.int64).reshape(len(predictions), -1)
         tables = {"labels": labels, "index": rows} | ({} if predictions is None else {"predictions": predictions})
         for name, values in tables.items():
-            file.create_dataset(name, data=values, track_times=False)
+            file.create_dataset(name, data=values, track_times=False, **checked(values))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import buffers_on
+from rnndyn_fast.ops.forward_mode import constant_when_compiled
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)  # of maps, on CUDA devices
 
@@ -32,7 +33,7 @@ def on_its_device(example: Tensor) -> Iterator[None]:
             raise
 
 
-@torch.compiler.assume_constant_result  # (as with_precision)
+@constant_when_compiled  # (as with_precision)
 def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 

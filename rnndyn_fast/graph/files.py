@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.graph.encoding import from_plain, to_plain
 from rnndyn_fast.graph.spec import Area, Connection, Input, Network, Readout, Unroll
 from rnndyn_fast.names import nearest
@@ -120,6 +121,7 @@ def is_network_file(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
 
 
+@reads("spec of a network (YAML or JSON)")
 def read_network(path: str | os.PathLike[str]) -> Network:
     """The spec in a YAML or JSON file.
 

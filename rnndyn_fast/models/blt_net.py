@@ -170,6 +170,9 @@ def blt_net_64(
 ) -> BLTNet:
     """The published network for 64-pixel images, 3 x 3 kernels.
 
+    The defaults are those of the published constructor. ``rnndyn train`` has those of the published training instead: the network
+    with ``topdown_connections=False, timesteps=10, classifier_bias=False``.
+
     Args:
         lateral_connections, topdown_connections: recurrent terms of V2, V4, IT and GAP (lateral), V2 and V4 (top-down).
         LT_interaction: "additive" (b + l + d) or "multiplicative" (b (1 + l + d)).

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, kernel, load_mapped, same
 from rnndyn_fast.names import check_choice
@@ -103,6 +104,7 @@ def keras_entry(name: str) -> Entry | None:
     return Entry(name, (f"{owner}/kernel",), dense if owner == "ReadoutDense" else kernel)
 
 
+@reads("Keras weights file")
 def read_keras_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a Keras weights file by ``<layer>/<variable>``, found by name."""
     require("h5py")
@@ -110,6 +112,7 @@ def read_keras_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file {path}")
+
     arrays: dict[str, np.ndarray] = {}
 
     def visit(name: str, node: Any) -> None:

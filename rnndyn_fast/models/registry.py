@@ -71,3 +71,12 @@ def build_for(config: Mapping[str, Any], *, num_classes: int, image_size: int) -
     known = options_of(str(config.get("model")))
     of_data = {"num_classes": num_classes, "image_size": image_size, "in_channels": 3}
     return build({**config, **{name: value for name, value in of_data.items() if name in known}})
+
+
+def image_size_of(config: Mapping[str, Any]) -> int:
+    """Height and width in pixels that a model takes unless it is told another size."""
+    spec = config.get("network")
+    if isinstance(spec, Mapping):
+        return int(spec["inputs"][0]["height"])
+    parameters = inspect.signature(MODELS[str(config["model"])]).parameters
+    return int(config.get("image_size", parameters["image_size"].default))

@@ -15,6 +15,7 @@ import torch
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap
+from rnndyn_fast.ops.forward_mode import constant_when_compiled
 from rnndyn_fast.ops.fused_conv import PASSES
 from rnndyn_fast.ops.winograd_conv import EXPOSED, FEW_READS, WinogradForm, WinogradMap
 
@@ -97,7 +98,7 @@ class EngineChoice:
         return f"amx {self.map}" if self.map else "direct"
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the question; it guards on autocast and on precision itself
+@constant_when_compiled  # torch.compile cannot trace the question; it guards on autocast and on precision itself
 def with_precision(engine: str) -> str:
     """The engine with the precision that is asked for now, as :func:`choose_engine` takes it: "auto", "auto:2", ...
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@torch.compiler.assume_constant_result  # torch.compile guards on these transforms itself, but cannot trace the question
+
+def constant_when_compiled(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without what that imports, the whole compiler, which takes longer than torch itself.
+
+    The mark is the same attribute in torch 2.6 to 2.13 (a test compares them).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled  # torch.compile guards on these transforms itself, but cannot trace the question
 def _inside_jvp() -> bool:
     return any(i.key() == TransformType.Jvp for i in get_interpreter_stack() or ())
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, written_whole
 from rnndyn_fast.phase.automaton import Extraction, agreement, extract_automaton
 from rnndyn_fast.phase.classify import classify, relative_phases
 from rnndyn_fast.phase.fixed_points import FixedPoints, find_end_states, find_fixed_points
@@ -51,11 +51,12 @@ class PhaseAnalysis:
         if path.suffix != ".npz":
             raise ValueError(f"path: expected a name that ends in .npz, got {path.name}")
         header = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "facts": self.facts})
-        with replaced_atomically(path) as temporary:
-            np.savez_compressed(temporary, **{"header": np.asarray(header), **self.arrays})  # type: ignore[arg-type]
+        with written_whole(path) as file:
+            np.savez_compressed(file, **{"header": np.asarray(header), **self.arrays})  # type: ignore[arg-type]
         return path
 
     @classmethod
+    @reads("file of rnndyn phase analyse", 1)
     def load(cls, path: str | os.PathLike[str]) -> PhaseAnalysis:
         """Read a file of ``save``. Raises FileNotFoundError, or ValueError where it is not such a file."""
         if not Path(path).is_file():

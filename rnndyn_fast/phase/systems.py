@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.nn import CTRNN
 
 
@@ -194,6 +195,7 @@ class CTRNNSystem(DynamicalSystem):
         return (rates @ self.net.w_out[0] + self.net.b_out[0])[..., 0]
 
 
+@reads("file of networks")
 def load_npz(path: str | os.PathLike[str], prefix: str = "", name: str | None = None) -> CTRNNSystem:
     """A network from a file with the published names W_rec, b_rec, W_in, W_out, b_out and alpha under ``prefix``.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rnndyn_fast.analysis.outputs import Row, write_csv
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, replaced_atomically
 from rnndyn_fast.names import others
 from rnndyn_fast.optional import require
 from rnndyn_fast.predictivity.predictivity import predictivity
@@ -33,6 +33,7 @@ class Features(NamedTuple):
     first_step: int
 
 
+@reads("file of trajectories")
 def load_features(path: str | os.PathLike[str], areas: Sequence[str] = ()) -> dict[str, Features]:
     """Activations of the areas (all there are if none is named) of a file.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.names import others
 from rnndyn_fast.optional import require
 
@@ -123,6 +124,7 @@ def _rows(value: Any, stimuli: int) -> np.ndarray:
     return rows.astype(np.int64)
 
 
+@reads("file of recordings")
 def load_recordings(
     path: str | os.PathLike[str],
     *,

@@ -17,7 +17,7 @@ from torch import Tensor
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
-from rnndyn_fast.ops.forward_mode import in_transform
+from rnndyn_fast.ops.forward_mode import constant_when_compiled, in_transform
 from rnndyn_fast.program.ir import Value
 from rnndyn_fast.program.passes import Forward, as_states, no_gradient, run_backward, run_forward
 from rnndyn_fast.program.plan import Plan, plan_of
@@ -181,7 +181,7 @@ def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -
     ctx.save_for_backward(*tensors, *parameters, *_states_and_kept(ctx.key, output))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _num_moments(key: Key) -> int:
     return 2 * len(_batch_norms(key)) if key[4] else 0
 
@@ -291,7 +291,7 @@ def run_rollout(
     return as_states(plan, run)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _batch_norms(key: Key) -> list[str]:
     """Names of the batch norms of a rollout, in the order of its results."""
     return compile_schedule(Network.from_json(key[0]), key[1], key[2]).batch_norms()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rnndyn_fast.files import reads
 from rnndyn_fast.names import nearest
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import CELLS, MEANT, Architecture
@@ -195,6 +196,7 @@ SPACES: dict[str, dict[str, Any]] = {
 }
 
 
+@reads("search space (YAML)")
 def load_space(space: str | os.PathLike[str]) -> Space:
     """The space of that name (see SPACES), or in that YAML file.
 

@@ -91,6 +91,9 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        late = [epoch for epoch in self.keep if epoch > self.epochs]
+        if late and self.epochs >= 1 and self.keep != type(self).keep:  # (of the default, those of the epochs there are)
+            raise ValueError(f"keep: expected epochs from 1 to {self.epochs}, got {late[0]}")
         if self.size < 8 or self.size % 8:
             raise ValueError(f"size: expected a multiple of 8, got {self.size}")
         unknown = [name for name in self.networks if name not in NETWORKS]
@@ -114,7 +117,7 @@ class StudyConfig:
             patience=self.patience,
             lr=self.lr,
             lr_patience=self.lr_patience,
-            keep=self.keep,
+            keep=tuple(epoch for epoch in self.keep if epoch <= self.epochs),
             batch_size=self.batch_size,
             augment="none",
             seed=self.seed,

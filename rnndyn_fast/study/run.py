@@ -15,6 +15,7 @@ from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
 from rnndyn_fast.data import SPLITS, load_source, make_dataset
 from rnndyn_fast.extract import extract, sha256
 from rnndyn_fast.files import write_text
+from rnndyn_fast.names import flag
 from rnndyn_fast.study.config import NETWORKS, TITLES, StudyConfig
 from rnndyn_fast.train import (
     EpochMetrics,
@@ -256,7 +257,7 @@ def command_line(command: str, options: dict[str, Any], words: list[str]) -> str
     for name, value in options.items():
         if value is None or value is False:
             continue
-        parts.append(f"--{name}")
+        parts.append(flag(name))
         if value is not True:
             parts.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return shlex.join(parts)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rnndyn_fast import models
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.files import reads, written_whole
+from rnndyn_fast.models.foreign import find_state_dict, load_tensors
 from rnndyn_fast.nn import RecurrentNetwork
+
+if TYPE_CHECKING:
+    from rnndyn_fast.train.foreign import Foreign
 
 FORMAT = "rnndyn_fast.checkpoint/1"
 _REQUIRED = ("model", "state_dict", "epoch", "data")
@@ -37,11 +42,12 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) ->
     missing = [name for name in _REQUIRED if name not in checkpoint]
     if missing:
         raise ValueError(f"checkpoint: expected the entries {_REQUIRED}, missing are {missing}")
-    with replaced_atomically(path) as unfinished:
-        torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, unfinished)
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, file)
     return Path(path)
 
 
+@reads("checkpoint")
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint, tensors on the CPU. No code from the file is run (``weights_only=True``).
 
@@ -49,25 +55,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: a folder, not a checkpoint of this project, truncated, or entries are missing.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"checkpoint: expected a file, got the folder {path} (did you mean {path / 'last.pt'}?)")
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... by kind of damage
-        # The first sentence: torch goes on with advice, among it to run code from the file.
-        reason = str(error).strip().split(". ")[0].splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint: {path} is truncated or not a PyTorch file: {reason}") from error
+    contents = load_tensors(path)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
-        hint = ""
-        if isinstance(contents, dict) and contents and all(isinstance(v, torch.Tensor) for v in contents.values()):
-            hint = "; it looks like a bare state_dict: load it with net.load_state_dict(torch.load(...))"
-        raise ValueError(f"checkpoint: {path} is not a checkpoint (format {FORMAT!r}, found {found!r}){hint}")
+        try:
+            find_state_dict(contents, path)
+        except ValueError:
+            raise ValueError(f"checkpoint: {path} is not a checkpoint (format {FORMAT!r}, found {found!r})") from None
+        raise ValueError(
+            f"checkpoint: {path} holds weights from elsewhere (a state_dict); say of which network: --model blt_net_64 and its "
+            "--model-options, or rnndyn import once"
+        )
     missing = [name for name in _REQUIRED if name not in contents]
     if missing:
         raise ValueError(f"checkpoint: {path} lacks the entries {missing}")
@@ -80,14 +78,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return contents
 
 
+@reads("checkpoint")
 def load_checkpoint(
-    path: str | os.PathLike[str], *, timesteps: int | None = None, backend: str | None = None, engine: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    timesteps: int | None = None,
+    backend: str | None = None,
+    engine: str = "auto",
+    foreign: Foreign | None = None,
 ) -> tuple[RecurrentNetwork, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode on the CPU, and the checkpoint's contents.
 
     Args:
         path: file written by `save_checkpoint`.
         timesteps: unroll that many steps instead of as many as in training.
+        foreign: the network of weights from elsewhere (:class:`rnndyn_fast.train.foreign.Foreign`); what was done for them is printed to
+            standard error.
         backend, engine: how it runs, see `rnndyn_fast.rollout`; what it was trained with does not matter.
 
     Returns:
@@ -97,7 +103,12 @@ def load_checkpoint(
         FileNotFoundError: no such file.
         ValueError: not a checkpoint, truncated, its weights do not fit its network (lists what does not), or no such backend or engine.
     """
-    checkpoint = read_checkpoint(path)
+    if foreign is None:
+        checkpoint = read_checkpoint(path)
+    else:
+        checkpoint, notes = foreign.read(path)
+        if notes:
+            print(f"{os.fspath(path)}: {'; '.join(notes)}", file=sys.stderr)
     options = {**checkpoint["model"], "backend": backend, "engine": engine}
     if timesteps is not None:
         options["timesteps"] = timesteps

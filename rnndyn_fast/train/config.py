@@ -65,7 +65,7 @@ class TrainConfig:
     1024
     """
 
-    data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
+    data: str = field(metadata={"help": "HDF5 image file (any of the MiniEcoset layout); or image files, as for rnndyn data make --source"})
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
     model: str = option(
         "blt_net_64", "network: blt_net_64, blt_net_128, blt_vs, rcnn_sat, a ConvRNN (rgc_shallow, ...), or a file (YAML) with a spec"
@@ -76,13 +76,17 @@ class TrainConfig:
     )
     network: dict[str, Any] | None = option(None, "the spec itself, in a configuration file (what a file under `model` becomes)")  # noqa: RUF009
     lateral_connections: bool = option(True, "recurrence within areas")
-    topdown_connections: bool = option(False, "recurrence from the area above")
+    topdown_connections: bool = option(False, "recurrence from the area above; blt_net_64() in Python has it, as the published constructor")
     LT_interaction: Literal["additive", "multiplicative"] = option(
         "additive", "how lateral and top-down terms meet the bottom-up one: b + l + d or b * (1 + l + d)"
     )
-    timesteps: int | None = option(None, "time steps T; default: 10 (blt_net, a spec), or as published")
+    timesteps: int | None = option(
+        None, "time steps T; default: 10 (blt_net, as the published training; blt_net_64() in Python: 2; a spec), or as published"
+    )
     LT_position: Literal["all", "last"] = option("all", "areas with recurrence: all, or the last alone")
-    classifier_bias: bool = option(False, "bias of the readout; without it the readout zones are cones")
+    classifier_bias: bool = option(
+        False, "bias of the readout; without it the readout zones are cones; blt_net_64() in Python has it, as the published constructor"
+    )
     norm_type: Literal["LN", "None"] = option("LN", "LayerNorm in every area, or none (then with biases)")
     widths: tuple[int, ...] = option((32, 64, 128, 256, 512), "channels of retina, V1, V2, V4, IT")
     unroll: Literal["engineering", "biological"] = option(
@@ -124,6 +128,7 @@ class TrainConfig:
     augment: Literal["trivialaugmentwide", "none", "flip", "blur_flip_trivialaugmentwide"] = option(
         "trivialaugmentwide", "augmentation of training images; flips are horizontal"
     )
+    image_size: int | None = option(None, "height and width that image files are brought to; default: the model's")
     max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
     keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
@@ -150,12 +155,15 @@ class TrainConfig:
             check_type(item.name, getattr(self, item.name), hints[item.name])
         for name, least in (("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0), ("lr_warmup", 0)):
             check_least(name, getattr(self, name), least)
-        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads"):
+        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads", "image_size"):
             if getattr(self, name) is not None:
                 check_least(name, getattr(self, name), 1)
         for name in ("keep", "lr_steps"):
             if any(epoch < 1 for epoch in getattr(self, name)):
                 raise ValueError(f"{name}: expected epochs of at least 1, got {getattr(self, name)}")
+        late = [epoch for epoch in self.keep if epoch > self.epochs]
+        if late:
+            raise ValueError(f"keep: expected epochs from 1 to {self.epochs}, got {late[0]}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
         for name in ("lr", "adam_eps", "clip"):

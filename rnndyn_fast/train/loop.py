@@ -16,6 +16,7 @@ from torch import nn
 
 from rnndyn_fast import models
 from rnndyn_fast.data import BatchLoader, ImageFile, ImageSplit, augmentation, normalise
+from rnndyn_fast.data.own_images import images_for_training
 from rnndyn_fast.devices import check_precision, choose_device, to_device
 from rnndyn_fast.files import write_text
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -24,8 +25,8 @@ from rnndyn_fast.optional import require
 from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
-from rnndyn_fast.train.objective import clip_gradients, inverse_frequencies, kernels, loss_over_time, squared_norm
-from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent
+from rnndyn_fast.train.objective import clamped, clip_gradients, inverse_frequencies, kernels, loss_over_time, squared_norm
+from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent, split_progress
 from rnndyn_fast.train.rates import epochs_since_best, learning_rate, validation_accuracy
 from rnndyn_fast.train.steps import Outcome, Steps, adam, load_adam
 
@@ -104,7 +105,8 @@ def train(
     if device.type == "cpu":
         check_runs_on_cpu(config.engine)
     resume_from = _resume_from(config, out)
-    with ImageFile(config.data, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
+    images = _images(config, out, reporter or choose_reporter())
+    with ImageFile(images, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
         description = describe_data(data, config.normalise or "data")
         run = _Run(config, data, description, device)
         if resume_from is not None:
@@ -118,6 +120,18 @@ def train(
         with reporter or choose_reporter() as shown:
             run.go(shown, on_epoch)
     return out / LAST
+
+
+def _images(config: TrainConfig, out: Path, reporter: Reporter) -> Path:
+    """The image file to train on, made of image files where the configuration names those."""
+    size = config.image_size or models.image_size_of(config.build_options())
+    with reporter as shown:
+        images, note = images_for_training(config.data, out, size, config.overwrite, split_progress(shown))
+        if note:
+            shown.line(note)
+    if images == Path(config.data) and config.image_size is not None:
+        raise ValueError(f"image_size: expected only with a folder or table of image files, {images} has a size of its own")
+    return images
 
 
 class _Run:
@@ -214,6 +228,12 @@ class _Run:
                 self.save(kept_name(row.epoch))
             self.save(LAST)
             reporter.line(epoch_line(row, self.config.epochs))
+            steps = len(row.train_accuracy) if self.config.loss == "sum" else 1
+            if clamped(row.train_loss / steps, len(self.description["categories"])):
+                reporter.line(
+                    f"warning: the training loss of epoch {row.epoch} is that of answers that are sure and wrong (log-probabilities at "
+                    f"their clamp): training has diverged; a smaller --lr than {self.config.lr:g} may help"
+                )
             if on_epoch is not None:
                 on_epoch(tuple(self.rows))
 
@@ -308,24 +328,27 @@ class _Totals:
 
 
 def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
-    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by.
-
-    The latter are "mean" and "std" (scale 0-255): the statistics themselves ("data"), those that take 0-255 to -1..1 ("signed"), or
-    ImageNet's.
-    """
+    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by."""
     statistics = {"mean": [float(value) for value in data.mean], "std": [float(value) for value in data.std]}
-    of_input = {
-        "data": statistics,
-        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
-        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
-    }
     return {
         "path": str(data.path),
         "image_size": data.image_size,
         "categories": list(data.categories),
-        **of_input[normalise],
-        "statistics": statistics,
+        **describe_input(normalise, statistics),
     }
+
+
+def describe_input(normalise: str, statistics: dict[str, list[float]] | None) -> dict[str, Any]:
+    """What the input is normalised by, "mean" and "std" on the scale 0-255, and the data's own statistics, where they are known.
+
+    "data": those statistics; "signed": what takes 0-255 to -1..1; "imagenet": ImageNet's.
+    """
+    of_input = {
+        "data": statistics or {},
+        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
+        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
+    }
+    return {**of_input[normalise], **({} if statistics is None else {"statistics": statistics})}
 
 
 def config_yaml(config: TrainConfig) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnndyn_fast.files import write_text
+from rnndyn_fast.files import reads, write_text
 
 CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
 
@@ -74,6 +74,7 @@ def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) 
     write_text(folder / CSV_NAME, table.getvalue())
 
 
+@reads("folder of a run with metrics")
 def read_metrics(folder: str | os.PathLike[str]) -> list[EpochMetrics]:
     """The rows of the run in `folder`. Raises FileNotFoundError or ValueError (naming file and line)."""
     path = Path(folder) / JSONL_NAME

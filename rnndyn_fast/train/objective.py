@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+LEAST_PROBABILITY = 1e-10  # of the published networks
 CLIP_FLOOR = 1e-3  # added to norms, so that tensors near zero can move
 
 
@@ -67,3 +69,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], share: float) -> None:
             most = share * (parameter.detach().norm() + CLIP_FLOOR)
             norm = parameter.grad.norm()
             parameter.grad.mul_(torch.where(norm > most, most / (norm + CLIP_FLOOR), torch.ones_like(norm)))
+
+
+def clamped(loss: float, classes: int) -> bool:
+    """Whether a loss per time step, in nats, is that of a network that is sure and wrong: 95% of what answers at the clamp of
+    log-probabilities, log 1e-10, cost where one in `classes` is right by chance."""
+    return loss >= 0.95 * (1 - 1 / classes) * -math.log(LEAST_PROBABILITY)

@@ -36,7 +36,7 @@ class Job:
 class _PhaseConfig(ABC):
     out: str = field(metadata={"help": "folder of the run: networks.npz, results, progress, checkpoint"})
     epochs: int = option(1000, "epochs at most, those before a resume included")
-    stop_loss: float | None = option(0.001, "stop a network after the epoch whose validation error is at most this; null: never")
+    stop_loss: float | None = option(0.001, "stop a network after the epoch whose validation error is at most this; none: never")
     hidden: int = option(100, "units")
     modulus: int = option(3, "m: symbols are 0 .. m - 1, accepted where their sum is 0 modulo m")
     pulses: int = option(3, "symbols per trial")
@@ -75,7 +75,7 @@ class _PhaseConfig(ABC):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         if self.stop_loss is not None and not self.stop_loss > 0:
-            raise ValueError(f"stop_loss: expected a positive number or null, got {self.stop_loss}")
+            raise ValueError(f"stop_loss: expected a positive number or none, got {self.stop_loss}")
         if self.batch_size > self.train_trials:
             raise ValueError(f"batch_size: expected at most train_trials = {self.train_trials}, got {self.batch_size}")
         if self.loss_steps > self.timesteps:

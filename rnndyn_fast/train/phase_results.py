@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import replaced_atomically, write_text
+from rnndyn_fast.files import reads, write_text, written_whole
 from rnndyn_fast.nn.ctrnn import CTRNN, PUBLISHED_NAMES
 from rnndyn_fast.optional import require
 from rnndyn_fast.train.checkpoint import versions
@@ -55,11 +55,12 @@ def save_networks(path: str | os.PathLike[str], net: CTRNN, rows: Sequence[Netwo
     arrays["activation"] = np.array([a.value for a in net.activations])
     arrays["job_id"] = np.array([row.job_id for row in rows])
     arrays["results"] = np.array(json.dumps([dataclasses.asdict(row) for row in rows]))
-    with replaced_atomically(path) as unfinished:
-        np.savez(unfinished, format=np.array(NETWORKS_FORMAT), **arrays)
+    with written_whole(path) as file:
+        np.savez(file, format=np.array(NETWORKS_FORMAT), **arrays)
     return Path(path)
 
 
+@reads("file of networks")
 def load_networks(path: str | os.PathLike[str], *, backend: str | None = None) -> tuple[CTRNN, list[NetworkResult]]:
     """The networks of ``rnndyn phase train`` or ``rnndyn phase sweep``, and a row for each.
 
@@ -126,6 +127,7 @@ def write_results(folder: Path, rows: Sequence[NetworkResult], config: Mapping[s
         write_text(folder / COMPARISON, json.dumps(compare(rows, read_published(published)), indent=1) + "\n")
 
 
+@reads("table of results")
 def read_published(path: str | os.PathLike[str]) -> list[NetworkResult]:
     """The rows of a published table of results; networks without metrics are left out.
 

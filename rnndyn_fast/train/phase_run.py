@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import replaced_atomically, write_text
+from rnndyn_fast.files import reads, write_text, written_whole
 from rnndyn_fast.nn import CTRNN
 from rnndyn_fast.ops.ctrnn_train import ctrnn_train
 from rnndyn_fast.optional import require
@@ -87,6 +87,7 @@ def train_phase(config: PhaseConfig, *, reporter: Reporter | None = None) -> Pat
     return out / NETWORKS
 
 
+@reads("checkpoint of phase train")
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of ``checkpoint.pt``. No code from the file is run (``weights_only=True``).
 
@@ -229,8 +230,8 @@ class _Run:
         state = {name: getattr(self.training, name) for name in ("parameters", "first_moment", "second_moment", "epoch")}
         own = {name: getattr(self, name) for name in ("best_loss", "best_accuracy", "best_epoch", "best", "reached", "diverged", "history")}
         contents = {"config": self.config.to_dict(), "training": state, "run": own, "seconds": self.seconds, "versions": versions()}
-        with replaced_atomically(self.out / CHECKPOINT) as unfinished:
-            torch.save({"format": FORMAT, **contents}, unfinished)
+        with written_whole(self.out / CHECKPOINT) as file:
+            torch.save({"format": FORMAT, **contents}, file)
 
     def restore(self, contents: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

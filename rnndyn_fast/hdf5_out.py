@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rnndyn_fast.optional import require
 
@@ -15,12 +17,17 @@ if TYPE_CHECKING:
     import h5py
 
 
-class _Patient(io.RawIOBase):
+class Patient(io.RawIOBase):
     """A file that never tells HDF5 of an error: it keeps the first one, and forgets what is written from then on."""
 
     def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
         self._file = path.open("w+b", buffering=0)
+
+    def check(self) -> None:
+        """Raise the error that was kept, if there is one; for those who write for long."""
+        if self.error is not None:
+            raise self.error
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
@@ -60,8 +67,13 @@ class _Patient(io.RawIOBase):
         super().close()
 
 
+def checked(value: Any) -> dict[str, Any]:
+    """Options of ``create_dataset`` by which HDF5 refuses an array whose bytes have changed (it stores a sum of each chunk)."""
+    return {"fletcher32": True} if np.ndim(value) and np.size(value) and np.asarray(value).dtype.kind in "iufb" else {}
+
+
 @contextmanager
-def hdf5_out(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, _Patient]]:
+def hdf5_out(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Patient]]:
     """A new HDF5 file to write into, and below it the file whose ``error`` long writers look at.
 
     Raises:
@@ -70,11 +82,10 @@ def hdf5_out(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, _Patient
     require("h5py")
     import h5py
 
-    patient = _Patient(Path(path))
+    patient = Patient(Path(path))
     try:
         with h5py.File(patient, "w") as file:
             yield file, patient
-        if patient.error is not None:
-            raise patient.error
+        patient.check()
     finally:
         patient.close()
