@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,25 +12,49 @@ from torch import Tensor
 from rnndyn_fast.ops._launch_cuda import check_device
 
 # Of maps; parameters, statistics and sums are float32.
+OTHER_MAKERS = {"mps": "Apple's GPUs", "xpu": "Intel's GPUs"}  # the reference runs there
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def named_device(name: str) -> torch.device:
-    """The device of a name; ``ValueError`` for what is none of cpu, cuda, cuda:1, ..."""
+    """The device of a name; ``ValueError`` for what is none of cpu, cuda, cuda:1, ..., mps, xpu, xpu:1, ..."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or cuda:1, ..., got {name!r}")
+    if device is None or device.type not in ("cpu", "cuda", *OTHER_MAKERS):
+        raise ValueError(f"device: expected cpu, cuda or cuda:1, ..., mps, or xpu or xpu:1, ..., got {name!r}")
     return device
 
 
+def backend_on(device: torch.device, backend: str | None) -> str | None:
+    """The backend that networks run on there: as asked for, but on GPUs that we have no kernels for the reference, with a warning.
+
+    Raises: ``ValueError``: another backend was asked for there.
+    """
+    if device.type not in OTHER_MAKERS or backend == "reference":
+        return backend
+    if backend is not None:
+        raise ValueError(f"backend: on {device} expected reference, got {backend!r}: there are no kernels for {OTHER_MAKERS[device.type]}")
+    warnings.warn(f"there are no kernels for {OTHER_MAKERS[device.type]}: networks run on the reference backend there", stacklevel=2)
+    return "reference"
+
+
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name; None: this process's GPU where there is one, else the CPU. ``ValueError``: it is not there, and why."""
+    """The device of that name, where "cuda" is this process's GPU; None: that GPU where there is one, else the CPU.
+
+    Raises: ``ValueError``: it is not there, and why.
+    """
     if name is not None:
         device = named_device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            return choose_device()
         check_device(device)
+        if device.type in OTHER_MAKERS:
+            count = torch.xpu.device_count() if device.type == "xpu" else int(torch.backends.mps.is_available())
+            if (device.index or 0) >= count:
+                there = f"{count}" if count else f"none that torch {torch.__version__} can use"
+                raise ValueError(f"device: of {OTHER_MAKERS[device.type]} this machine has {there}, got {device}")
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -21,12 +21,17 @@ OPTIONAL_PACKAGES = {
     "kornia": OptionalPackage("kornia", "augmentation in training"),
     "matplotlib": OptionalPackage("matplotlib", "figures"),
     "networkx": OptionalPackage("networkx", "drawings of automata"),
+    "lightning": OptionalPackage("lightning", "training with Lightning", "lightning"),
     "optuna": OptionalPackage("optuna", "the architecture search", "search"),
     "PIL": OptionalPackage("pillow", "folders of image files"),
     "pynwb": OptionalPackage("pynwb", "recordings in NWB files", "nwb"),
+    "pytorch_optimizer": OptionalPackage("pytorch-optimizer", "optimisers for large batches (--optimizer lars, lamb)", "large-batch"),
     "rich": OptionalPackage("rich", "progress bars"),
     "scipy": OptionalPackage("scipy", "statistics, clustering and interpolation"),
     "sklearn": OptionalPackage("scikit-learn", "the bundled digits, decoders, PLS and multidimensional scaling"),
+    "tensorboard": OptionalPackage("tensorboard", "TensorBoard's files (--tensorboard)", "tensorboard"),
+    "wandb": OptionalPackage("wandb", "Weights & Biases (--wandb)", "wandb"),
+    "webdataset": OptionalPackage("webdataset", "images in tar shards", "webdataset"),
     "yaml": OptionalPackage("PyYAML", "configuration files and network files"),
 }
 

@@ -112,7 +112,7 @@ def bad_values(command: str) -> list[tuple[str, str]]:
         kinds = [hint, *typing.get_args(hint)]
         if int in kinds or float in kinds or hint is bool:
             found.append((name, "many"))
-        if float in kinds:
+        if float in kinds and typing.get_origin(hint) is not dict:
             found.append((name, "nan"))
     return found
 

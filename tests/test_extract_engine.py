@@ -214,7 +214,7 @@ def test_a_process_that_fails_stops_all(tmp_path: Path) -> None:
 
 
 def test_more_processes_than_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnndyn_fast.extract.distributed import Processes
+    from rnndyn_fast.processes import Processes
 
     monkeypatch.setattr(Processes, "__init__", lambda self: self.__dict__.update(rank=0, count=5))
     monkeypatch.setattr(Processes, "all_of", lambda self, value: [value] * 5)
@@ -223,16 +223,16 @@ def test_more_processes_than_shards_are_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_backend_of_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnndyn_fast.extract import distributed
+    from rnndyn_fast import processes
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.choose_backend() == "gloo"
+    assert processes.choose_backend() == "gloo"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(processes.dist, "is_nccl_available", lambda: True)
     for local, backend in (("2", "nccl"), ("3", "gloo")):  # NCCL wants a GPU per process
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        assert distributed.choose_backend() == backend
+        assert processes.choose_backend() == backend
 
 
 # ---------------------------------------------------------------- memory

@@ -235,6 +235,6 @@ def test_imports_of_optional_packages_say_how_to_install_them() -> None:
 def test_require_names_package_purpose_and_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     package = OPTIONAL_PACKAGES[name]
-    expected = rf"{package.distribution} is needed for {package.purpose}.*: pip install \"rnndyn-fast\[{package.extra}\]\""
+    expected = rf"{package.distribution} is needed for {re.escape(package.purpose)}.*: pip install \"rnndyn-fast\[{package.extra}\]\""
     with pytest.raises(ImportError, match=expected):
         require(name)

@@ -30,6 +30,7 @@ from rnndyn_fast.train import (
     train,
 )
 from rnndyn_fast.train import loop as train_loop
+from rnndyn_fast.train import state as train_state
 
 TINY: dict[str, Any] = {
     "widths": (4, 6, 8, 10, 12),
@@ -143,7 +144,7 @@ def test_limited_spreads_over_the_split(images: Path) -> None:
 def test_run_writes_what_it_says(trained: Path, images: Path) -> None:
     folder = trained.parent
     assert trained == folder / "last.pt"
-    names = {"initial.pt", "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "train.yaml"}
+    names = {"initial.pt", "last.pt", "best.pt", "metrics.csv", "metrics.jsonl", "steps.jsonl", "train.yaml"}
     assert {path.name for path in folder.iterdir()} == names
     rows = read_metrics(folder)
     assert [row.epoch for row in rows] == [1, 2]
@@ -191,7 +192,7 @@ def test_resumed_run_equals_an_uninterrupted_one(backend: str, trained: Path, im
     run(images, out, resume=True, backend=backend)
 
     plain, resumed = read_checkpoint(trained), read_checkpoint(out / "last.pt")
-    for name in ("state_dict", "optimizer", "rng", "epoch"):
+    for name in ("state_dict", "optimizer", "schedule", "progress", "epoch"):
         assert states_equal(plain[name], resumed[name]), name
     timed = ("seconds", "images_per_s")
     for one, two in zip(read_metrics(trained.parent), read_metrics(out), strict=True):
@@ -264,7 +265,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(images: Path, tm
         return loss_over_time(log_probs, labels, *over, **options) * (float("nan") if calls == 6 else 1.0)
 
     # 3 training batches and 1 validation batch per epoch: the sixth call is batch 2 of epoch 2.
-    monkeypatch.setattr(train_loop, "loss_over_time", diverging)
+    monkeypatch.setattr(train_state, "loss_over_time", diverging)
     with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 2, batch 2 of 3"):
         run(images, out)
     assert read_checkpoint(out / "last.pt")["epoch"] == 1

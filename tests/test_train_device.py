@@ -25,7 +25,8 @@ from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch_cuda
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_checkpoint, read_metrics, save_checkpoint, train
 from rnndyn_fast.train.loop import _Run
-from rnndyn_fast.train.steps import Outcome, Steps, adam, load_adam
+from rnndyn_fast.train.optimizers import load_optimizer, make_optimizer
+from rnndyn_fast.train.steps import Steps
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY: dict[str, Any] = {"widths": (4, 6, 8, 10, 12), "timesteps": 3, "epochs": 2, "batch_size": 40, "lr": 3e-3, "augment": "none"}
@@ -60,8 +61,9 @@ def run(images: Path, out: Path, **options: Any) -> Path:
         ("13.0", 0, None, "cuda", r"none that torch can use \(CUDA_VISIBLE_DEVICES='' shows none\)"),
         ("13.0", 1, None, "cuda:1", r"this machine's CUDA devices are cuda:0, got cuda:1"),
         ("13.0", 4, None, "cuda:7", r"this machine's CUDA devices are cuda:0 to cuda:3, got cuda:7"),
-        ("13.0", 4, None, "gpu", r"device: expected cpu, cuda or cuda:1, ..., got 'gpu'"),
-        ("13.0", 4, None, "mps", r"device: expected cpu, cuda or cuda:1, ..., got 'mps'"),
+        ("13.0", 4, None, "gpu", r"device: expected cpu, cuda or cuda:1, ..., mps, or xpu or xpu:1, ..., got 'gpu'"),
+        ("13.0", 4, None, "mps", r"device: of Apple's GPUs this machine has none that torch .* can use, got mps"),
+        ("13.0", 4, None, "xpu:1", r"device: of Intel's GPUs this machine has none that torch .* can use, got xpu:1"),
     ],
 )
 def test_a_device_that_is_not_there_says_why(
@@ -91,7 +93,7 @@ def test_the_device_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert choose_device() == torch.device("cuda:1")
+    assert choose_device() == choose_device("cuda") == torch.device("cuda:1")
     assert choose_device("cpu") == CPU
 
 
@@ -278,28 +280,26 @@ def test_bfloat16_on_the_cpu_is_autocast(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_gpu_is_asked_about_a_batch_when_it_has_the_next() -> None:
     order: list[str] = []
+    late = {CUDA: 1, CPU: 0}
 
     class Told:
-        images = 4
-
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def read(self) -> tuple[float, list[int]]:
-            order.append(f"read {self.number}")
-            return float(self.number), [1]
+    def step(batch: int) -> Any:
+        order.append(f"s{batch}")
+        return Told(batch)
 
-    def step(images: Tensor, labels: Tensor) -> Outcome:
-        order.append(f"step {int(images)}")
-        return Told(int(images))  # type: ignore[return-value]
-
-    given = [(torch.tensor(i), torch.tensor(0)) for i in range(3)]
     for device, expected in ((CUDA, "s0 s1 r0 s2 r1 r2"), (CPU, "s0 r0 s1 r1 s2 r2")):
         order.clear()
         outcomes: Any = _Run.outcomes
-        found = list(outcomes(SimpleNamespace(device=device), step, given))
-        assert found == [(0.0, [1], 4), (1.0, [1], 4), (2.0, [1], 4)]
-        assert order == [{"s": "step", "r": "read"}[word[0]] + f" {word[1]}" for word in expected.split()]
+        for told in outcomes(SimpleNamespace(late=late[device]), step, range(3)):
+            order.append(f"r{told.number}")
+        assert order == expected.split()
+    order.clear()  # what was begun is asked about before a checkpoint
+    for told in outcomes(SimpleNamespace(late=1), step, range(3), lambda: order[-2:] == ["s1", "r0"] or order[-1] == "s1"):
+        order.append(f"r{told.number}")
+    assert order == ["s0", "s1", "r0", "r1", "s2", "r2"]
 
 
 # ---------------------------------------------------------------- from device to device
@@ -307,16 +307,20 @@ def test_a_gpu_is_asked_about_a_batch_when_it_has_the_next() -> None:
 
 def test_an_optimiser_goes_from_device_to_device() -> None:
     """What a GPU's is asked for beside, and the CPU's must not have."""
-    net = network()
-    state = adam(net, CPU, lr=1e-3).state_dict()
-    on_gpu = {**state, "param_groups": [{**g, "fused": True, "capturable": True} for g in state["param_groups"]]}
-    optimizer = adam(net, CPU, lr=1e-3)
-    load_adam(optimizer, on_gpu, CPU)
-    assert [(g["fused"], g["capturable"]) for g in optimizer.param_groups] == [(None, False)]
-    loaded: list[dict[str, Any]] = []
-    recorder = SimpleNamespace(load_state_dict=loaded.append)
-    load_adam(recorder, state, CUDA)  # type: ignore[arg-type]
-    assert [(g["fused"], g["capturable"]) for g in loaded[0]["param_groups"]] == [(True, True)]
+    net, config = network(), TrainConfig(data="d", out="o", lr_warmup_steps=3)
+    optimizer = make_optimizer(config, net, {}, CPU)
+    on_gpu = optimizer.state_dict()
+    for group in on_gpu["param_groups"]:
+        group |= {"fused": True, "capturable": True, "lr": torch.tensor(2e-3)}
+    load_optimizer(optimizer, on_gpu)
+    assert [(g["fused"], g["capturable"], g["lr"]) for g in optimizer.param_groups] == [(None, False, pytest.approx(2e-3))]
+    assert not isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    theirs = torch.optim.Adam(net.parameters(), lr=torch.tensor(1e-3), fused=True, capturable=True)
+    rate = theirs.param_groups[0]["lr"]
+    load_optimizer(theirs, {**optimizer.state_dict()})
+    group = theirs.param_groups[0]
+    assert (group["fused"], group["capturable"], float(group["lr"])) == (True, True, pytest.approx(2e-3))
+    assert group["lr"] is rate  # graphs read it
 
 
 def test_a_run_goes_on_on_the_cpu(images: Path, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_flip_and_blur_change_half_of_the_images(images: Path) -> None:
     with pytest.raises(ValueError, match="blur takes images of at least 14 px, got 8"):
         blur(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), generator)
     with pytest.raises(ValueError, match="augment: expected one of"):
-        augmentation("crop", generator)
+        augmentation("crop")
 
 
 def test_single_readout_has_its_weights_in_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

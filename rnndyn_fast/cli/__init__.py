@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from rnndyn_fast.optional import require
 
@@ -15,20 +19,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `rnndyn` with these arguments (None: those of the process) and return its exit code.
 
     0: done; 2: an error that the user can mend, 70: a fault of ours, each told in one line on standard error (with RNNDYN_DEBUG=1 as a
-    traceback); 130: interrupted.
+    traceback); 130: interrupted; 143: ended by SIGTERM.
     """
     told = _Told()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), told)
-    except KeyboardInterrupt:
+        with _terminable():
+            return _run(list(sys.argv[1:] if argv is None else argv), told)
+    except KeyboardInterrupt as stop:
         print("\nrnndyn: interrupted; files that were complete are kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return getattr(stop, "exit_code", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has left (`rnndyn plan ... | head`). Python flushes on exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception as error:
         return told.fail(error)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with messages and cleaning up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        from rnndyn_fast.train.signals import Stopped
+
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _UsageError(ValueError):
@@ -104,7 +128,7 @@ def _run(argv: list[str], told: _Told) -> int:
         raise _UsageError(f"{message}{near}", f" (see rnndyn {command} --help)") from error
     except SystemExit as stop:  # --help and --print-config print and stop
         return stop.code if isinstance(stop.code, int) else EXIT_OK
-    if "out" in given:
+    if given.get("out") is not None:
         given["out"] = place(command, given["out"])
     function(**given)
     return EXIT_OK

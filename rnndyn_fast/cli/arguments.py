@@ -59,6 +59,11 @@ def _train(parser: CommandParser) -> None:
     add_config(parser, TrainConfig, f"YAML file of these options, or a published recipe ({', '.join(RECIPES)})")
 
 
+def _report(parser: CommandParser) -> None:
+    positional(parser, "run", "folder of rnndyn train")
+    add(parser, "out", str | None, "HTML file to write; default: training.html in the folder", None)
+
+
 def _extract(parser: CommandParser) -> None:
     positional(parser, "checkpoint", "checkpoint of rnndyn train (last.pt, best.pt), or with --model weights from elsewhere")
     positional(parser, "data", "HDF5 image file, or a folder of image files with a subfolder per class")
@@ -278,6 +283,7 @@ ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "data make": _data_make,
     "plan": _plan,
     "train": _train,
+    "report": _report,
     "import": _import,
     "extract": _extract,
     "analyse": _analyse,

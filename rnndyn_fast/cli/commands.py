@@ -91,7 +91,29 @@ def train(**options: Any) -> None:
     from rnndyn_fast.train import TrainConfig
     from rnndyn_fast.train import train as run
 
-    _run_resumable(run, TrainConfig(**options), "train", "train.yaml")
+    config = TrainConfig(**options)
+    if config.replay_failure:
+        from rnndyn_fast.train.health import replay
+
+        print(replay(config.out))
+        return
+    _run_resumable(run, config, "train", "train.yaml")
+
+
+def report(run: str, out: str | None) -> None:
+    """`rnndyn report`"""
+    from rnndyn_fast.optional import require
+
+    require("rich")
+    from rich.console import Console
+
+    from rnndyn_fast.report.training_page import write_training_page
+    from rnndyn_fast.train.progress import epoch_table
+
+    path, record = write_training_page(run, out)
+    Console().print(epoch_table([(row, record.epochs) for row in record.rows]))
+    print(record.status)
+    print(path)
 
 
 def import_weights(weights: str, out: str, overwrite: bool, **options: Any) -> None:
@@ -207,12 +229,15 @@ def phase_sweep(**options: Any) -> None:
 
 def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: str) -> None:
     """Run and print where the results are; stopped, how to go on."""
+    speaks = int(os.environ.get("RANK", "0")) == 0  # of the processes of torchrun the first
     try:
         path = run(config)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume")
+        if speaks:
+            print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume", flush=True)
         raise
-    print(path)
+    if speaks:
+        print(path)
 
 
 def react(out: str, unreached: str, **options: Any) -> None:

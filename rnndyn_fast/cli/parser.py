@@ -67,8 +67,8 @@ class CommandParser:
 def normalise(argv: list[str], parser: CommandParser) -> list[str]:
     """The words of a command as its parser takes them.
 
-    Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8), switches without a
-    value, whatever follows them (--overwrite), and "none" for an optional number (--stop-loss none).
+    Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8),
+    switches without a value, whatever follows them (--overwrite), and optional numbers as none (--stop-loss none).
     """
     lists = [flag(name) for name, hint in parser.hints.items() if _is_list(hint)]
     switches = [flag(name) for name, hint in parser.hints.items() if hint is bool]

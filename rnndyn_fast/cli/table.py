@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "data make": "Write an HDF5 image file from images of your own or of a bundled set.",
     "plan": "Print what a network computes: once, per component, per time step.",
     "train": "Train a network.",
+    "report": "Write a page about a run of train, finished or not.",
     "import": "Turn weights from elsewhere (a state_dict) into a checkpoint.",
     "extract": "Stream images through a trained network into the analyses.",
     "analyse": "Write report, tables and figures of an extraction, or of anybody's trajectories.",
@@ -31,7 +32,13 @@ ABOUT = "Fast convolutional recurrent networks: train them, run images through t
 # Commands without options, which run without optional packages.
 WITHOUT_OPTIONS = ("doctor",)
 # Commands that write one file, and its name in a folder.
-FILES = {"data make": "images.h5", "import": "imported.pt", "extract": "extraction.h5", "phase report": "report.html"}
+FILES = {
+    "data make": "images.h5",
+    "import": "imported.pt",
+    "extract": "extraction.h5",
+    "phase report": "report.html",
+    "report": "training.html",
+}
 _FILE_SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npz", ".html", ".csv", ".json", ".yaml", ".png")
 _HELP = ("-h", "--help")
 
@@ -50,7 +57,7 @@ def overview(group: str = "") -> str:
             *([] if group else ["  --version       show the version"]),
             "",
             "--out names a folder in every command, made where it is missing; commands that write one file (data make, import, extract,",
-            "phase report) take the name of a file too. RNNDYN_DEBUG=1 shows tracebacks.",
+            "report, phase report) take the name of a file too. RNNDYN_DEBUG=1 shows tracebacks.",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,20 @@ OPERATIONS: tuple[str, ...] = (
     "sharpness",
     *_GEOMETRIC,
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of a batch some images are. Random numbers are drawn for all ``total`` images of the batch, so that an image gets the
+    same ones however the batch is cut."""
+
+    rows: slice
+    total: int
+
+    @classmethod
+    def whole(cls, images: torch.Tensor) -> Part:
+        """All of a batch."""
+        return cls(slice(None), len(images))
 
 
 class TrivialAugmentWide:
@@ -78,8 +93,19 @@ class TrivialAugmentWide:
             raise TypeError(f"images: expected a uint8 tensor [N, 3, H, W], got {got}")
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"images: expected shape [N, 3, H, W], got {list(images.shape)}")
-        count = images.shape[0]
-        operation, bins, negative = (torch.randint(high, (count,), generator=self.generator) for high in (len(OPERATIONS), NUM_BINS, 2))
+        return self.drawn(images, self.generator, None)
+
+    def drawn(
+        self,
+        images: torch.Tensor,  # uint8 [N, 3, H, W]
+        generator: torch.Generator | None,
+        part: Part | None,
+    ) -> torch.Tensor:
+        """Augment with draws of another generator, as part of a batch."""
+        part = part or Part.whole(images)
+        operation, bins, negative = (
+            torch.randint(high, (part.total,), generator=generator)[part.rows] for high in (len(OPERATIONS), NUM_BINS, 2)
+        )
         strength = bins.to(torch.float32) / (NUM_BINS - 1)
         return self.apply(images, operation, strength, 1.0 - 2.0 * negative)
 

@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.data.augment import TrivialAugmentWide
+from rnndyn_fast.data.augment import Part, TrivialAugmentWide
 
 BLUR_TAPS = 27
 BLUR_SIGMAS = (0.1, 13.5)  # uniform
 
-Augment = Callable[[Tensor], Tensor]
+Augment = Callable[[Tensor, torch.Generator, Part | None], Tensor]
 
 
 def flip(
     images: Tensor,  # [N, 3, H, W]
     generator: torch.Generator,
+    part: Part | None = None,
 ) -> Tensor:
-    """Mirror each image left to right with probability 0.5."""
-    chosen = torch.rand(len(images), generator=generator) < 0.5
+    """Mirror each image left to right with probability 0.5. ``part``: see :class:`rnndyn_fast.data.augment.Part`."""
+    part = part or Part.whole(images)
+    chosen = (torch.rand(part.total, generator=generator) < 0.5)[part.rows]
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
 def blur(
     images: Tensor,  # uint8 [N, 3, H, W]
     generator: torch.Generator,
+    part: Part | None = None,
 ) -> Tensor:
     """Blur each image with probability 0.5 by a Gaussian of a random width over its rows: one axis only, as published (27 taps, reflected).
 
@@ -36,8 +39,9 @@ def blur(
     reach = BLUR_TAPS // 2
     if images.shape[2] <= reach:
         raise ValueError(f"augment: the blur takes images of at least {reach + 1} px, got {images.shape[2]}")
-    chosen = torch.rand(len(images), generator=generator) < 0.5
-    sigma = torch.empty(len(images)).uniform_(*BLUR_SIGMAS, generator=generator)[chosen]
+    part = part or Part.whole(images)
+    chosen = (torch.rand(part.total, generator=generator) < 0.5)[part.rows]
+    sigma = torch.empty(part.total).uniform_(*BLUR_SIGMAS, generator=generator)[part.rows][chosen]
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1.0) / sigma[:, None]) ** 2)  # [M, taps]
     weights /= weights.sum(1, keepdim=True)
     padded = functional.pad(images[chosen].float(), (0, 0, reach, reach), mode="reflect")
@@ -47,8 +51,8 @@ def blur(
     return result
 
 
-def augmentation(name: str, generator: torch.Generator) -> Augment | None:
-    """The augmentation of that name, uint8 [N, 3, H, W] -> the same or float 0-1; None for "none".
+def augmentation(name: str) -> Augment | None:
+    """The augmentation of that name, (uint8 [N, 3, H, W], generator, part) -> the same or float 0-1; None for "none".
 
     "flip"; "trivialaugmentwide"; "blur_flip_trivialaugmentwide": one after another, the recipe of KietzmannLab/BLT-VS (2024), whose random
     crop does not move in image files of the network's size.
@@ -58,10 +62,10 @@ def augmentation(name: str, generator: torch.Generator) -> Augment | None:
     if name == "none":
         return None
     if name == "flip":
-        return lambda images: flip(images, generator)
+        return flip
     if name not in ("trivialaugmentwide", "blur_flip_trivialaugmentwide"):
         raise ValueError(f"augment: expected one of none, flip, trivialaugmentwide, blur_flip_trivialaugmentwide, got {name!r}")
-    trivial = TrivialAugmentWide(generator)
+    trivial = TrivialAugmentWide()
     if name == "trivialaugmentwide":
-        return trivial
-    return lambda images: trivial(flip(blur(images, generator), generator))
+        return trivial.drawn
+    return lambda images, generator, part: trivial.drawn(flip(blur(images, generator, part), generator, part), generator, part)

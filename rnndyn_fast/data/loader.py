@@ -1,14 +1,18 @@
-"""Batches of a split, read ahead in a background thread, and their normalisation."""
+"""Batches of a split, read ahead in a thread or by worker processes, and their normalisation."""
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+
+from rnndyn_fast.data.augment import Part
 
 
 class BatchSource(Protocol):
@@ -19,27 +23,56 @@ class BatchSource(Protocol):
     def read(self, indices: np.ndarray, /) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+class Batch(NamedTuple):
+    """A batch, or a process's part of it."""
+
+    images: torch.Tensor  # [N, 3, H, W]
+    labels: torch.Tensor  # int64 [N], or float32 [N, classes]: shares of classes
+    total: int  # images of the batch in all processes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a batch is read by: its images, and which part of which batch of which epoch they are."""
+
+    indices: np.ndarray
+    epoch: int
+    number: int
+    part: Part
+
+
+# From a request and its uint8 images and labels to the batch's images and labels. Pickled where there are workers.
+Transform = Callable[[Request, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 class BatchLoader:
     """Iterates over batches (images uint8 [N, 3, H, W], labels int64 [N]) of `split`.
 
     Order: ascending, or with `shuffle` a permutation drawn from (seed, epoch); call `set_epoch(e)` before each epoch.
-    A thread reads `prefetch` batches ahead; what it raises is raised in the consumer, and it ends when the consumer
-    stops early. Several iterations of one loader may run side by side.
+    A thread reads `prefetch` batches ahead, or `workers` processes do, each with a file handle of its own; what they raise is raised in the
+    consumer. Batches do not depend on who reads them. A thread ends when the consumer stops early, workers with the loader. Several
+    iterations of one loader may run side by side, but with workers a new one ends the one before.
+
+    Of several processes each takes its part of every batch: the parts of a batch are disjoint, of equal size or one image apart, the first
+    process's part is never empty, and all together they are the batch.
 
     Args:
         split: the images.
-        batch_size: N >= 1; the last batch may be smaller.
+        batch_size: N >= 1 of all processes together; the last batch may be smaller.
         shuffle: permute the images.
         seed: int >= 0, with the epoch it determines the permutation.
         drop_last: leave out a last batch of fewer than `batch_size` images.
-        prefetch: batches read ahead; 0 reads in the caller's thread.
+        prefetch: batches read ahead (by each worker); 0 reads in the caller's thread.
+        workers: processes that read and transform; 0: none.
+        transform: what becomes of images and labels, see `Transform`.
+        rank, count: which of how many processes this one is.
 
     Raises:
-        TypeError: `batch_size`, `seed` or `prefetch` is not an int.
+        TypeError: `batch_size`, `seed`, `prefetch` or `workers` is not an int.
         ValueError: one of them is too small, or no batch would come out.
 
     Deterministic: yes.
-    Memory: `prefetch` + 2 batches.
+    Memory: `prefetch` + 2 batches; with workers `workers` * max(2, `prefetch`) batches.
     """
 
     def __init__(
@@ -51,8 +84,14 @@ class BatchLoader:
         seed: int = 0,
         drop_last: bool = False,
         prefetch: int = 2,
+        workers: int = 0,
+        transform: Transform | None = None,
+        rank: int = 0,
+        count: int = 1,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("seed", seed, 0), ("prefetch", prefetch, 0), ("workers", workers, 0),
+        ):  # fmt: skip
             _check_int(name, value, least)
         self.split = split
         self.batch_size = batch_size
@@ -60,7 +99,11 @@ class BatchLoader:
         self.seed = seed
         self.drop_last = drop_last
         self.prefetch = prefetch
-        self.epoch = 0
+        self.workers = workers
+        self.transform = transform
+        self.rank, self.count = rank, count
+        self.epoch = self.first = 0
+        self._workers: Any = None  # they stay for all epochs
         if len(self) == 0:
             raise ValueError(f"split: {len(split)} image(s) make no batch of batch_size = {batch_size} with drop_last = {drop_last}")
 
@@ -69,25 +112,86 @@ class BatchLoader:
         full, rest = divmod(len(self.split), self.batch_size)
         return full if self.drop_last or rest == 0 else full + 1
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the iterations that begin from now on; `epoch` >= 0."""
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the permutation of the iterations that begin from now on, `epoch` >= 0, and the batch they begin with."""
         _check_int("epoch", epoch, 0)
-        self.epoch = epoch
+        _check_int("first", first, 0)
+        self.epoch, self.first = epoch, first
+
+    def requests(self) -> list[Request]:
+        """What this process reads in an epoch."""
+        images = len(self.split)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(images) if self.shuffle else np.arange(images)
+        found = []
+        for number in range(self.first, len(self)):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            cuts = [0, *np.cumsum([len(piece) for piece in np.array_split(batch, self.count)])]
+            rows = slice(int(cuts[self.rank]), int(cuts[self.rank + 1]))
+            found.append(Request(batch[rows], self.epoch, number, Part(rows, len(batch))))
+        return found
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        count = len(self.split)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
-        batches = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(len(self))]
-        if self.prefetch == 0:
-            return (self.split.read(indices) for indices in batches)
-        return read_ahead(self.split.read, batches, self.prefetch)
+        return ((batch.images, batch.labels) for batch in self.batches())
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, each with the number of images it has in all processes."""
+        read = _Reading(self.split, self.transform)
+        if self.workers:
+            if self._workers is None:
+                self._workers = _worker_loader(read, _Requests(self), self.workers, max(2, self.prefetch))
+            return iter(self._workers)
+        requests = self.requests()
+        # Images are transformed in the caller's thread: two threads that compute would both use all processors.
+        images = map(read.read, requests) if self.prefetch == 0 else read_ahead(read.read, requests, self.prefetch)
+        return (read.transformed(request, *found) for request, found in zip(requests, images, strict=True))
 
 
-Request = TypeVar("Request")
+class _Reading(torch.utils.data.Dataset[Batch]):
+    """Reads and transforms what is requested; goes to worker processes, where the split opens its file anew."""
+
+    def __init__(self, split: BatchSource, transform: Transform | None) -> None:
+        self.split, self.transform = split, transform
+
+    def __getitem__(self, request: Request) -> Batch:
+        return self.transformed(request, *self.read(request))
+
+    def read(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split.read(request.indices)
+
+    def transformed(self, request: Request, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+        if self.transform is not None and len(images):
+            images, labels = self.transform(request, images, labels)
+        return Batch(images, labels, request.part.total)
+
+
+class _Requests(torch.utils.data.Sampler[Request]):
+    """The requests of the epoch that a loader is at."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.loader.requests())
+
+    def __len__(self) -> int:
+        return len(self.loader) - self.loader.first
+
+
+def _worker_loader(read: _Reading, requests: _Requests, workers: int, prefetch: int) -> Any:
+    # Workers are forked from a server process that has imported what they need, but has no threads and no open files.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rnndyn_fast.data", "kornia"])
+    return torch.utils.data.DataLoader(
+        read, batch_size=None, sampler=requests, num_workers=workers, prefetch_factor=prefetch,
+        multiprocessing_context=context, generator=torch.Generator(), persistent_workers=True,
+    )  # fmt: skip
+
+
 Item = TypeVar("Item")
+Wanted = TypeVar("Wanted")
 
 
-def read_ahead(read: Callable[[Request], Item], requests: Sequence[Request], prefetch: int) -> Iterator[Item]:
+def read_ahead(read: Callable[[Wanted], Item], requests: Sequence[Wanted], prefetch: int) -> Iterator[Item]:
     """`read(request)` for every request in order, computed up to `prefetch` ahead by a thread.
 
     What it raises is raised in the consumer; the thread ends when the consumer stops early.

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rnndyn_fast.analysis import Batch, Reducer
 from rnndyn_fast.data.loader import read_ahead
-from rnndyn_fast.extract.distributed import Processes, processes
 from rnndyn_fast.extract.journal import Journal
 from rnndyn_fast.extract.plan import Piece, Plan, Rows
 from rnndyn_fast.extract.results import save_results
 from rnndyn_fast.extract.sources import Source, read_rows, refuse_rows
 from rnndyn_fast.extract.trajectories import Layout, PartWriter, assemble
+from rnndyn_fast.processes import Processes, processes
 from rnndyn_fast.train.progress import QuietReporter, Reporter, choose_reporter
 
 READ_AHEAD, WRITE_BEHIND = 2, 2  # batches

@@ -23,7 +23,7 @@ from rnndyn_fast.analysis import (
     RepresentationChangeReducer,
 )
 from rnndyn_fast.data import SPLITS, check_unit_range, normalise
-from rnndyn_fast.devices import check_precision, choose_device, in_precision, to_device
+from rnndyn_fast.devices import backend_on, check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
 from rnndyn_fast.extract.sources import Source, open_source
 from rnndyn_fast.extract.trajectories import DTYPES
@@ -161,6 +161,7 @@ def extract(
     patterns = [makers[name]() for name in dict.fromkeys(reducers)]
     needed = tuple(dict.fromkeys((*(area for reducer in patterns for area in reducer.requires), *chosen["save"])))
     where = choose_device(device)
+    net.backend = backend_on(where, net.backend)
     check_precision(precision, where)
     first_step = {name: net.schedule(needed).first_step[name] for name in (*needed, representations)}
     first_step[representations] = begins

@@ -22,8 +22,8 @@ from rnndyn_fast.names import others
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import CELLS, FEEDFORWARD, Architecture, build_network, count_parameters
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_metrics, train
-from rnndyn_fast.train.config import check_least, check_type, option
 from rnndyn_fast.train.loop import BEST, INITIAL, LAST
+from rnndyn_fast.train.options import check_least, check_type, option
 
 TOLERANCE = 0.05  # of the parameters
 GROWTHS = tuple(round(1.5 + sign * k / 50, 2) for k in range(26) for sign in ((1, -1) if k else (1,)))  # nearest to 1.5 first, 1 to 2

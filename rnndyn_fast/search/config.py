@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rnndyn_fast.search.space import Space, load_space
-from rnndyn_fast.train.config import TrainConfig, check_least, check_type, option
+from rnndyn_fast.train.config import TrainConfig
+from rnndyn_fast.train.options import check_least, check_type, option
 
 # What a search that goes on may change: how long and how it runs, not what a trial computes.
 FREE_ON_RESUME = (

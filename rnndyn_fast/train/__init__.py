@@ -9,7 +9,7 @@ from rnndyn_fast.train.checkpoint import (
     versions,
 )
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.loop import config_yaml, initialise, kept_name, limited, train
+from rnndyn_fast.train.loop import kept_name, train
 from rnndyn_fast.train.metrics import EpochMetrics, read_metrics, write_metrics
 from rnndyn_fast.train.objective import loss_over_time
 from rnndyn_fast.train.phase_config import PhaseSweepConfig, PhaseTrainConfig
@@ -17,6 +17,8 @@ from rnndyn_fast.train.phase_results import NetworkResult, compare, load_network
 from rnndyn_fast.train.phase_run import train_phase
 from rnndyn_fast.train.progress import PlainReporter, QuietReporter, Reporter, RichReporter, choose_reporter
 from rnndyn_fast.train.rates import learning_rate
+from rnndyn_fast.train.setup import config_yaml, initialise, limited
+from rnndyn_fast.train.signals import Stopped
 
 __all__ = [
     "FORMAT",
@@ -28,6 +30,7 @@ __all__ = [
     "QuietReporter",
     "Reporter",
     "RichReporter",
+    "Stopped",
     "TrainConfig",
     "choose_reporter",
     "compare",

@@ -8,8 +8,9 @@ import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, Union
+from typing import Any, Literal
+
+from rnndyn_fast.train.options import check_least, check_range, check_type, option
 
 # Options of blt_net that are fields here; every other network takes its own from `model_options`.
 BLT_NET_OPTIONS = (
@@ -25,7 +26,8 @@ BLT_NET_OPTIONS = (
 COMMON_OPTIONS = ("timesteps", "backend", "engine")  # of every network
 NETWORK_OPTIONS = (*BLT_NET_OPTIONS, *COMMON_OPTIONS)
 DEFAULT_TIMESTEPS = 10  # of blt_net and of a spec, which have no published number of their own
-LR_RULES = ("lr_patience", "lr_steps", "lr_trend")
+LR_RULES = ("lr_schedule", "lr_patience", "lr_steps", "lr_trend")
+TUPLES = ("widths", "keep", "lr_steps", "time_weights")
 # What a resumed run may change: how and how long it runs, not what it computes.
 FREE_ON_RESUME = (
     "data",
@@ -38,14 +40,16 @@ FREE_ON_RESUME = (
     "cuda_graphs",
     "backend",
     "engine",
+    "workers",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+    "wandb",
+    "profile",
     "resume",
     "overwrite",
+    "replay_failure",
 )
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of a configuration, with its help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,38 @@ class TrainConfig:
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
     epochs: int = option(60, "epochs in all, those before a resume included")
-    batch_size: int = option(1024, "images per training step")
-    val_batch_size: int = option(250, "images per validation batch")
+    batch_size: int = option(1024, "images per training step, of all processes together")
+    accumulate: int = option(1, "parts in which a process takes its images of a training step, for less memory: gradients are summed")
+    val_batch_size: int = option(250, "images per validation batch, of all processes together")
     patience: int | None = option(None, "stop after that many epochs without a better validation accuracy; default: train all epochs")
     loss: Literal["sum", "mean", "last"] = option("sum", "cross-entropy over time steps: the sum, the mean, or the last step's")
+    time_weights: tuple[float, ...] = option((), "weights of the time steps in the loss, one for each answer of the network: 0,0.5,1")
     label_smoothing: float = option(0.0, "share of the label's probability that is spread over all classes, in 0..1")
     class_weights: Literal["none", "inverse_frequency"] = option("none", "weights of classes in the loss, scaled to sum 1")
-    weight_decay: float = option(0.0, "times the sum of squares of all kernels (convolutions, dense layers) is added to the loss")
+    optimizer: Literal["adam", "adamw", "sgd", "lars", "lamb"] = option(
+        "adam", "optimiser; lars and lamb, for large batches, need the extra large-batch"
+    )
+    momentum: float = option(0.9, "momentum of sgd and lars")
+    weight_decay: float = option(
+        0.0,
+        "of kernels (convolutions, dense layers): with adam, times their sum of squares is added to the loss; else the optimiser's own",
+    )
+    weight_decay_of: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": 'weight decay of parameters by pattern of their name; the last that fits counts: \'{"readout.*": 0, "*.bias": 1e-5}\''
+        },
+    )
     clip: float | None = option(None, "gradients of a tensor longer than that share of the tensor are scaled back to it")
-    lr: float = option(1e-3, "learning rate of Adam")
-    adam_eps: float = option(1e-8, "epsilon of Adam")
-    lr_warmup: int = option(0, "epochs in which the learning rate rises linearly, from a hundredth of it")
+    clip_norm: float | None = option(None, "gradients of all parameters together longer than that are scaled back to it")
+    lr: float = option(1e-3, "learning rate; of one_cycle the highest")
+    adam_eps: float = option(1e-8, "epsilon of adam, adamw and lamb")
+    ema: float | None = option(None, "decay of an exponential average of the weights, as 0.999; it is what is validated and used")
+    lr_schedule: Literal["constant", "cosine", "one_cycle"] = option(
+        "constant", "learning rate over all training steps: constant, a half cosine down to lr_least, or up and down once"
+    )
+    lr_warmup_steps: int = option(0, "training steps in which the learning rate rises linearly, from a hundredth of it")
+    lr_warmup: int = option(0, "epochs in which the learning rate rises linearly, from a hundredth of it, once an epoch")
     lr_patience: int | None = option(
         None, "divide the learning rate by 4 after that many epochs without a better validation accuracy; default: it is constant"
     )
@@ -118,7 +143,7 @@ class TrainConfig:
         False,
         "halve the learning rate when a line through the last 5 validation losses has fallen less than 1% for the third epoch in a row",
     )
-    lr_least: float = option(0.0, "training ends when the learning rate has fallen to that")
+    lr_least: float = option(0.0, "training ends when the learning rate has fallen to that; of cosine the last one")
     init: Literal["xavier", "default"] | None = option(
         None, "Xavier-uniform weights of convolutions and dense layers (default of blt_net), or the network's own"
     )
@@ -129,21 +154,33 @@ class TrainConfig:
         "trivialaugmentwide", "augmentation of training images; flips are horizontal"
     )
     image_size: int | None = option(None, "height and width that image files are brought to; default: the model's")
+    mixup: float = option(0.0, "images are mixed with others of their batch by shares from Beta(m, m)")
+    cutmix: float = option(0.0, "rectangles come from other images of the batch, of areas from Beta(c, c); with mixup, either by chance")
     max_train_images: int | None = option(None, "train on that many images, evenly spaced over the split")
     max_val_images: int | None = option(None, "validate on that many images, evenly spaced over the split")
     keep: tuple[int, ...] = option((), "epochs whose checkpoints are kept, as epoch_1.pt: 1,2,4,8")
     seed: int = option(0, "of initial weights, order of images and augmentation")
     threads: int | None = option(None, "CPU threads; default: PyTorch's")
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    workers: int = option(0, "processes that read and augment images; 0: a thread reads")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ..., mps, xpu; default: an NVIDIA GPU where there is one")
     precision: Literal["float32", "float16", "bfloat16"] = option(
         "float32", "of maps, by autocast; parameters stay float32; float16, on a GPU, with a gradient scaler"
     )
     cuda_graphs: bool = option(True, "on a GPU, replay training steps and validation as CUDA graphs")
+    sync_batch_norm: bool = option(False, "statistics of batch norms over all processes; runs on the reference backend")
+    checkpoint_every: int | None = option(None, "training steps between checkpoints within an epoch; default: one at an epoch's end")
+    log_every: int = option(50, "training steps between entries of steps.jsonl, TensorBoard and Weights & Biases")
+    tensorboard: bool = option(False, "write TensorBoard events to the folder tensorboard of the run (extra tensorboard)")
+    wandb: str | None = option(None, "project of Weights & Biases to report to (extra wandb; with WANDB_MODE=offline to files)")
+    profile: int = option(0, "training steps to profile, after three others; trace.json opens in Perfetto")
     resume: bool = option(False, "go on from the last checkpoint in `out`")
     overwrite: bool = option(False, "replace a run that is in `out`")
+    replay_failure: bool = option(
+        False, "compute the step again at which the run in `out` found NaN or infinity, and say where; writes nothing"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("widths", "keep", "lr_steps"):  # YAML and JSON have lists only
+        for name in TUPLES:  # YAML and JSON have lists only
             if isinstance(getattr(self, name), Sequence) and not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("data", "out"):
@@ -153,9 +190,20 @@ class TrainConfig:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             check_type(item.name, getattr(self, item.name), hints[item.name])
-        for name, least in (("epochs", 1), ("batch_size", 1), ("val_batch_size", 1), ("seed", 0), ("lr_warmup", 0)):
-            check_least(name, getattr(self, name), least)
-        for name in ("timesteps", "patience", "lr_patience", "max_train_images", "max_val_images", "threads", "image_size"):
+        for name in ("epochs", "batch_size", "val_batch_size", "accumulate", "log_every"):
+            check_least(name, getattr(self, name), 1)
+        for name in ("seed", "lr_warmup", "lr_warmup_steps", "workers", "profile"):
+            check_least(name, getattr(self, name), 0)
+        for name in (
+            "checkpoint_every",
+            "timesteps",
+            "patience",
+            "lr_patience",
+            "max_train_images",
+            "max_val_images",
+            "threads",
+            "image_size",
+        ):
             if getattr(self, name) is not None:
                 check_least(name, getattr(self, name), 1)
         for name in ("keep", "lr_steps"):
@@ -166,19 +214,40 @@ class TrainConfig:
             raise ValueError(f"keep: expected epochs from 1 to {self.epochs}, got {late[0]}")
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths: expected 5 positive numbers (retina, V1, V2, V4, IT), got {self.widths}")
-        for name in ("lr", "adam_eps", "clip"):
+        for name in ("lr", "adam_eps", "clip", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a positive finite number, got {value}")
-        for name, most in (("label_smoothing", 1.0), ("weight_decay", math.inf), ("lr_least", math.inf)):
-            if not 0 <= getattr(self, name) < most:
-                raise ValueError(f"{name}: expected at least 0 and below {most:g}, got {getattr(self, name)}")
-        rules = [name for name in LR_RULES if getattr(self, name)]
-        if len(rules) > 1:
-            raise ValueError(f"{', '.join(rules)}: expected at most one of them")
+        for name in ("label_smoothing", "momentum"):
+            check_range(name, getattr(self, name), 0, 1)
+        for name in ("weight_decay", "lr_least", "mixup", "cutmix"):
+            check_range(name, getattr(self, name), 0)
+        if self.ema is not None:
+            check_range("ema", self.ema, 0, 1)
+        self._check_objective()
         self._check_model()
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of them, got both")
+
+    def _check_objective(self) -> None:
+        """What must fit together in loss, optimiser and learning rate."""
+        for pattern, value in self.weight_decay_of.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"weight_decay_of: expected a number for {pattern!r}, got {value!r} ({type(value).__name__})")
+            check_range(f"weight_decay_of[{pattern!r}]", value, 0)
+        if any(not (math.isfinite(w) and w >= 0) for w in self.time_weights) or (self.time_weights and not any(self.time_weights)):
+            raise ValueError(f"time_weights: expected finite numbers of at least 0, not all 0, got {self.time_weights}")
+        if self.time_weights and self.loss == "last":
+            raise ValueError("time_weights: expected loss sum or mean; loss last takes the last time step alone")
+        rules = [name for name in LR_RULES if getattr(self, name) not in ("constant", None, (), False)]
+        if len(rules) > 1:
+            raise ValueError(f"{', '.join(rules)}: expected at most one of them")
+        if self.lr_warmup and (self.lr_warmup_steps or self.lr_schedule != "constant"):
+            raise ValueError("lr_warmup: expected lr_warmup_steps with lr_schedule, and one of lr_warmup and lr_warmup_steps")
+        if self.sync_batch_norm:
+            if self.backend not in (None, "reference"):
+                raise ValueError(f"sync_batch_norm: runs with backend reference alone, got backend {self.backend!r}")
+            object.__setattr__(self, "backend", "reference")
 
     def _take_model(self) -> None:
         """Put what a name or file stands for in its place, and the defaults of the network, so that the configuration stands for itself."""
@@ -243,11 +312,11 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON, YAML and checkpoints."""
-        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in ("widths", "keep", "lr_steps")}}
+        return {**dataclasses.asdict(self), **{name: list(getattr(self, name)) for name in TUPLES}}
 
     def as_new(self) -> TrainConfig:
-        """The same run without `resume` and `overwrite`: goes on record, so that using it again replaces nothing."""
-        return dataclasses.replace(self, resume=False, overwrite=False)
+        """The same run without `resume`, `overwrite` and `replay_failure`: goes on record, so that using it again replaces nothing."""
+        return dataclasses.replace(self, resume=False, overwrite=False, replay_failure=False)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -264,48 +333,8 @@ class TrainConfig:
         pairs = [
             (item.name, getattr(earlier, item.name), getattr(self, item.name))
             for item in dataclasses.fields(self)
-            if item.name not in FREE_ON_RESUME
+            if item.name not in FREE_ON_RESUME or (item.name == "epochs" and self.lr_schedule != "constant")
         ]
         different = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
         if different:
             raise ValueError(f"resume: the run in {self.out} was started with other options: {'; '.join(different)}")
-
-
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise unless `value` is of the declared type."""
-    if not _matches(value, hint):
-        if typing.get_origin(hint) is Literal or any(typing.get_origin(h) is Literal for h in typing.get_args(hint)):
-            raise ValueError(f"{name}: expected one of {_choices(hint)}, got {value!r}")
-        wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} ({type(value).__name__})")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_matches(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float) if hint is float else isinstance(value, hint)
-
-
-def _choices(hint: Any) -> list[Any]:
-    found: list[Any] = []
-    for argument in typing.get_args(hint):
-        if argument is type(None):
-            found.append(None)
-        else:
-            found += _choices(argument) if typing.get_origin(argument) is Literal else [argument]
-    return found
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise unless `value` is at least `least`."""
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -16,7 +16,7 @@ from rnndyn_fast.models.foreign import blt_net_options, find_state_dict, fitted,
 from rnndyn_fast.names import check_choice
 from rnndyn_fast.train.checkpoint import FORMAT, load_weights, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
-from rnndyn_fast.train.loop import describe_data, describe_input
+from rnndyn_fast.train.setup import describe_data, describe_input
 
 NORMALISE = ("data", "signed", "imagenet")
 

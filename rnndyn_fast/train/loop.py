@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from rnndyn_fast import models
-from rnndyn_fast.data import BatchLoader, ImageFile, ImageSplit, augmentation, normalise
-from rnndyn_fast.data.own_images import images_for_training
-from rnndyn_fast.devices import check_precision, choose_device, to_device
+from rnndyn_fast.data import Batch, ImageFile
+from rnndyn_fast.devices import check_precision, choose_device
 from rnndyn_fast.files import write_text
-from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.ops.engines import check_runs_on_cpu
-from rnndyn_fast.optional import require
-from rnndyn_fast.train.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from rnndyn_fast.processes import Processes, processes
+from rnndyn_fast.train.checkpoint import read_checkpoint
 from rnndyn_fast.train.config import TrainConfig
+from rnndyn_fast.train.health import FAILURE, MEASURED_IMAGES, activity, gradient_norms, keep_failure
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
-from rnndyn_fast.train.objective import clamped, clip_gradients, inverse_frequencies, kernels, loss_over_time, squared_norm
-from rnndyn_fast.train.progress import Reporter, choose_reporter, epoch_line, percent, split_progress
-from rnndyn_fast.train.rates import epochs_since_best, learning_rate, validation_accuracy
-from rnndyn_fast.train.steps import Outcome, Steps, adam, load_adam
+from rnndyn_fast.train.objective import clamped
+from rnndyn_fast.train.progress import QuietReporter, Reporter, choose_reporter, percent, split_progress
+from rnndyn_fast.train.rates import epochs_since_best, validation_accuracy
+from rnndyn_fast.train.setup import config_yaml, describe_data, threads, training_images
+from rnndyn_fast.train.signals import StopRequest
+from rnndyn_fast.train.state import Progress, State
+from rnndyn_fast.train.steps import Outcome
+from rnndyn_fast.train.watch import STEPS, TENSORBOARD, WANDB_ID, Watchers, profiled
 
 INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
-_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME)
-
-
-class SpacedSubset:
-    """`count` images of a split, evenly spaced over it, so that a split sorted by class still yields all classes."""
-
-    def __init__(self, split: ImageSplit, count: int) -> None:
-        self._split = split
-        self._rows = np.arange(count) * len(split) // count
-        self.labels = split.labels[self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: np.ndarray, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels at `indices` of the subset."""
-        return self._split.read(self._rows[indices])
-
-
-def limited(split: ImageSplit, count: int | None) -> ImageSplit | SpacedSubset:
-    """The split, or `count` of its images, evenly spaced, if it holds more than that."""
-    return split if count is None or count >= len(split) else SpacedSubset(split, count)
-
-
-def initialise(net: nn.Module) -> None:
-    """Xavier-uniform weights of every Conv2d and Linear, in place; transposed convolutions and biases stay as they are.
-
-    Source: the published training script of arXiv 2308.12435.
-    """
-    for module in net.modules():
-        # ConvTranspose2d is no subclass of Conv2d.
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+_OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME, STEPS, FAILURE, WANDB_ID)
 
 
 def kept_name(epoch: int | str) -> str:
@@ -74,12 +44,12 @@ def kept_name(epoch: int | str) -> str:
 def train(
     config: TrainConfig, *, reporter: Reporter | None = None, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None = None
 ) -> Path:
-    """Train a network.
+    """Train a network, in one process or in those that `torchrun` started.
 
-    In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch), ``best.pt`` (highest
-    validation accuracy, see :func:`validation_accuracy`), ``epoch_<n>.pt`` (those in ``config.keep``), ``metrics.csv``,
-    ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an uninterrupted one would
-    have, bit for bit with the same number of threads on a CPU.
+    In the folder ``config.out``: ``initial.pt`` (before training), ``last.pt`` (every epoch, every ``checkpoint_every`` steps, and when the
+    run is stopped), ``best.pt`` (highest validation accuracy, see :func:`validation_accuracy`), ``epoch_<n>.pt`` (those in
+    ``config.keep``), ``metrics.csv``, ``metrics.jsonl`` and ``train.yaml`` (this configuration). A resumed run computes what an
+    uninterrupted one would have, bit for bit with the same number of threads and processes on a CPU, wherever it was killed.
 
     Args:
         config: what to do.
@@ -93,271 +63,266 @@ def train(
     Raises:
         FileNotFoundError: no data file, or nothing to resume.
         FileExistsError: ``config.out`` is not empty and neither `resume` nor `overwrite` is set.
-        ValueError: the data is not of the layout; the run to resume has other options or other data; no such device, and why.
-        FloatingPointError: the loss is not finite; names epoch and batch. The last checkpoint stays.
+        ValueError: the data is not of the layout; the run to resume has other options or other data; no such device, and why; more
+            processes than images, or processes with other options.
+        FloatingPointError: the loss or a gradient is not finite; names epoch and batch. The last checkpoint stays.
+        Stopped: (a ``KeyboardInterrupt``) SIGTERM or Ctrl-C came; ``last.pt`` holds the step it came in.
+        RuntimeError: another process failed; names it and its error.
 
-    Deterministic: on a CPU, for a fixed number of threads; a run may go on on another device.
+    Deterministic: on a CPU, for a fixed number of threads and processes; a run may go on on another device.
     Memory: batches are read from disk as they are needed.
     """
+    if config.replay_failure:
+        raise ValueError("replay_failure: expected False; rnndyn_fast.train.health.replay(out) computes the step again")
     out = Path(config.out)
     device = choose_device(config.device)
     check_precision(config.precision, device)
     if device.type == "cpu":
         check_runs_on_cpu(config.engine)
-    resume_from = _resume_from(config, out)
-    images = _images(config, out, reporter or choose_reporter())
-    with ImageFile(images, required_splits=("train", "val"), argument="data") as data, _threads(config.threads):
-        description = describe_data(data, config.normalise or "data")
-        run = _Run(config, data, description, device)
+    with ExitStack() as stack:
+        group = stack.enter_context(processes(device))
+        stack.enter_context(group.failing_together())
+        _check_same(config, group)
+        resume_from = group.together(lambda: _resume_from(config, out), only_first=True)
+        shown = stack.enter_context((reporter or choose_reporter()) if group.rank == 0 else QuietReporter())
+        images = group.together(lambda: training_images(config, shown.line, split_progress(shown)), only_first=True)
+        data = stack.enter_context(ImageFile(images, required_splits=("train", "val"), argument="data"))
+        stack.enter_context(threads(config.threads))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        state = State(config, data, describe_data(data, config.normalise or "data"), device, group)
         if resume_from is not None:
-            run.restore(resume_from)
-        else:
-            if config.overwrite:
-                for path in (*(out / name for name in _OWN_FILES), *out.glob(kept_name("*"))):
-                    path.unlink(missing_ok=True)
-            run.save(INITIAL)
-        write_text(out / CONFIG, config_yaml(config.as_new()))
-        with reporter or choose_reporter() as shown:
-            run.go(shown, on_epoch)
+            state.restore(resume_from, group.together(lambda: read_checkpoint(resume_from), only_first=True))
+        if group.rank == 0:
+            _clear(config, out, resume_from is None)
+            if resume_from is None:
+                state.save(INITIAL)
+            write_text(out / CONFIG, config_yaml(config.as_new()))
+        request = stack.enter_context(StopRequest())
+        watchers = stack.enter_context(Watchers(config, state.steps_done, active=group.rank == 0))
+        profile = stack.enter_context(profiled(config.profile if group.rank == 0 else 0, out, device))
+        _Run(state, shown, request, watchers, profile).go(on_epoch)
     return out / LAST
 
 
-def _images(config: TrainConfig, out: Path, reporter: Reporter) -> Path:
-    """The image file to train on, made of image files where the configuration names those."""
-    size = config.image_size or models.image_size_of(config.build_options())
-    with reporter as shown:
-        images, note = images_for_training(config.data, out, size, config.overwrite, split_progress(shown))
-        if note:
-            shown.line(note)
-    if images == Path(config.data) and config.image_size is not None:
-        raise ValueError(f"image_size: expected only with a folder or table of image files, {images} has a size of its own")
-    return images
-
-
 class _Run:
-    """A run's state: network, optimiser, generator of augmentations, metrics so far."""
+    """Takes a state from epoch to epoch."""
 
-    def __init__(self, config: TrainConfig, data: ImageFile, description: dict[str, Any], device: torch.device) -> None:
-        self.config, self.description, self.device = config, description, device
-        self.out = Path(config.out)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            try:
-                self.net = models.build_for(config.build_options(), num_classes=data.num_classes, image_size=data.image_size)
-            except ValueError as error:
-                what = "" if str(error).startswith("model ") else f"model {config.model}: "
-                images = f"{config.data} has {data.image_size} px and {data.num_classes} categories"
-                raise ValueError(f"{what}{error} ({images})") from error
-            if config.init == "xavier":
-                initialise(self.net)
-        self.net.to(device)
-        self.optimizer = adam(self.net, device, lr=config.lr, eps=config.adam_eps)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.augment = augmentation(config.augment, self.generator)
-        self.rows: list[EpochMetrics] = []
-        train_images = limited(data.split("train"), config.max_train_images)
-        val_images = limited(data.split("val"), config.max_val_images)
-        self.class_weights = None
-        if config.class_weights == "inverse_frequency":
-            self.class_weights = inverse_frequencies(train_images.labels, data.num_classes).to(device)
-        self.train_loader = BatchLoader(train_images, config.batch_size, shuffle=True, seed=config.seed)
-        self.val_loader = BatchLoader(val_images, config.val_batch_size)
-        self.steps = Steps(
-            self.net, self.optimizer, self.loss, device, config.precision,
-            penalty=(lambda: config.weight_decay * squared_norm(kernels(self.net))) if config.weight_decay else None,
-            before_update=None if (clip := config.clip) is None else lambda: clip_gradients(self.net.parameters(), clip),
-            graphed=config.cuda_graphs,
-        )  # fmt: skip
+    def __init__(
+        self, state: State, reporter: Reporter, request: StopRequest, watchers: Watchers, profile: Callable[[], None] = lambda: None
+    ) -> None:
+        self.state, self.config, self.reporter, self.request = state, state.config, reporter, request
+        self.watchers, self.profile = watchers, profile
+        self.batch: tuple[torch.Tensor, torch.Tensor] | None = None  # the last one, prepared
+        self.norms: deque[torch.Tensor] = deque()  # of gradients of steps that are to be logged
+        self.issued, self.stopping = 0, False
+        state.steps.stop_asked = request.asked
 
-    def save(self, name: str) -> None:
-        save_checkpoint(
-            self.out / name,
-            {
-                "config": self.config.as_new().to_dict(),
-                "model": self.net.config,
-                "state_dict": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                **({} if self.steps.scaler is None else {"scaler": self.steps.scaler.state_dict()}),
-                "epoch": len(self.rows),
-                "rng": self.generator.get_state(),
-                "data": self.description,
-                "metrics": [row.to_dict() for row in self.rows],
-            },
-        )
-
-    def restore(self, path: Path) -> None:
-        """Take up the state in `path`, after checking that it belongs to this run."""
-        checkpoint = read_checkpoint(path)
-        missing = [name for name in ("config", "optimizer", "rng", "metrics") if name not in checkpoint]
-        if missing:
-            raise ValueError(f"resume: {path} lacks {missing}; it cannot be resumed")
-        self.config.check_resumes(TrainConfig.from_dict(checkpoint["config"]))
-        for name in ("categories", "image_size", "mean", "std", "statistics"):
-            if checkpoint["data"].get(name, self.description[name]) != self.description[name]:  # (older runs have no statistics)
-                raise ValueError(
-                    f"resume: {name} of {self.config.data} differs from that of the data the run was started with, "
-                    f"{checkpoint['data']['path']}"
-                )
-        load_weights(self.net, checkpoint["state_dict"], path)
-        load_adam(self.optimizer, checkpoint["optimizer"], self.device)
-        if self.steps.scaler is not None and "scaler" in checkpoint:
-            self.steps.scaler.load_state_dict(checkpoint["scaler"])
-        self.generator.set_state(checkpoint["rng"])
-        self.rows = [EpochMetrics.from_dict(row) for row in checkpoint["metrics"]]
-
-    def go(self, reporter: Reporter, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None) -> None:
+    def go(self, on_epoch: Callable[[Sequence[EpochMetrics]], None] | None) -> None:
         """Train until `config.epochs` are done, or validation accuracy has stopped improving."""
-        while len(self.rows) < self.config.epochs:
-            if self.config.patience is not None and epochs_since_best(self.config, self.rows) >= self.config.patience:
-                reporter.line(f"validation accuracy has not improved for {self.config.patience} epochs: done")
+        state, config, rows = self.state, self.config, self.state.rows
+        while len(rows) < config.epochs:
+            if config.patience is not None and epochs_since_best(config, rows) >= config.patience:
+                self.reporter.line(f"validation accuracy has not improved for {config.patience} epochs: done")
                 break
-            rate = learning_rate(self.config, self.rows)
-            if len(self.rows) >= self.config.lr_warmup and rate <= self.config.lr_least:
-                reporter.line(f"the learning rate has fallen to {rate:.3g}: done")
-                break
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            row = self.epoch(len(self.rows) + 1, reporter)
-            best = max((validation_accuracy(self.config, earlier) for earlier in self.rows), default=-1.0)
-            self.rows.append(row)
-            # last.pt comes last: a run killed between these lines takes up the epoch before and writes them again.
-            write_metrics(self.out, self.rows)
-            if validation_accuracy(self.config, row) > best:
-                self.save(BEST)
-            if row.epoch in self.config.keep:
-                self.save(kept_name(row.epoch))
-            self.save(LAST)
-            reporter.line(epoch_line(row, self.config.epochs))
-            steps = len(row.train_accuracy) if self.config.loss == "sum" else 1
-            if clamped(row.train_loss / steps, len(self.description["categories"])):
-                reporter.line(
+            if state.progress.step == 0:
+                rate = state.schedule.begin_epoch(rows)
+                if len(rows) >= config.lr_warmup and rate <= config.lr_least:
+                    self.reporter.line(f"the learning rate has fallen to {rate:.3g}: done")
+                    break
+            row = self.epoch(len(rows) + 1)
+            best = max((validation_accuracy(config, earlier) for earlier in rows), default=-1.0)
+            rows.append(row)
+            state.progress = Progress()
+            # last.pt comes last: a run killed between these lines takes up what was before and writes them again.
+            if state.group.rank == 0:
+                write_metrics(state.out, rows)
+            if validation_accuracy(config, row) > best:
+                state.save(BEST)
+            if row.epoch in config.keep:
+                state.save(kept_name(row.epoch))
+            state.save(LAST)
+            self.watchers.epoch(row, state.steps_done)
+            self.reporter.epoch(row, config.epochs)
+            steps = len(row.train_accuracy) if config.loss == "sum" else 1
+            if clamped(row.train_loss / steps, len(state.description["categories"])):
+                self.reporter.line(
                     f"warning: the training loss of epoch {row.epoch} is that of answers that are sure and wrong (log-probabilities at "
-                    f"their clamp): training has diverged; a smaller --lr than {self.config.lr:g} may help"
+                    f"their clamp): training has diverged; a smaller --lr than {config.lr:g} may help"
                 )
             if on_epoch is not None:
-                on_epoch(tuple(self.rows))
+                on_epoch(tuple(rows))
 
-    def epoch(self, number: int, reporter: Reporter) -> EpochMetrics:
-        """One pass over the training images and one over the validation images."""
-        start = time.perf_counter()
-        self.train_loader.set_epoch(number - 1)
-        self.net.train()
-        total = _Totals()
-        reporter.start(f"epoch {number}/{self.config.epochs}", len(self.train_loader.split))
-        batches = (self.prepared(images if self.augment is None else self.augment(images), labels) for images, labels in self.train_loader)
-        for batch, (loss, correct, count) in enumerate(self.outcomes(self.steps.train, batches), start=1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss} in epoch {number}, batch {batch} of {len(self.train_loader)}; a smaller "
-                    "lr than "
-                    f"{self.config.lr} may help. The checkpoint of epoch {number - 1} is kept in {self.out}"
-                )
-            total.add(loss, correct, count)
-            speed = total.images / (time.perf_counter() - start)
-            text = f"loss {total.loss():.3f}  % {percent(total.accuracy())}  {speed:.0f} images/s"
-            reporter.advance(count, text)
-        train_seconds = time.perf_counter() - start
-        val = self.validate(reporter, number)
+    def epoch(self, number: int) -> EpochMetrics:
+        """What is left of one pass over the training images, and one over the validation images."""
+        state, config, progress = self.state, self.config, self.state.progress
+        start, before = time.perf_counter(), progress.seconds
+        state.train_loader.set_epoch(number - 1, progress.step)
+        state.net.train()
+        self.reporter.start(f"epoch {number}/{config.epochs}", len(state.train_loader.split))
+        if progress.images:
+            self.reporter.advance(progress.images, "")
+        self.issued, self.stopping = progress.step, False
+        for outcome in self.outcomes(self.train_step, state.train_loader.batches(), self.due):
+            loss, correct = outcome.read()
+            if not outcome.finite:
+                self.fail(number, loss)
+            progress.add(loss, correct, outcome.images)
+            progress.step += 1
+            logged = self.logged(progress.step)
+            if logged:
+                progress.add_norms(gradient_norms(state.net, self.norms.popleft()))
+            progress.seconds = before + time.perf_counter() - start
+            progress.lr = state.schedule.current
+            if self.late == 0:
+                state.advance()
+            speed = progress.images / progress.seconds
+            text = f"loss {progress.mean_loss:.3f}  % {percent(progress.accuracy)}  {speed:.0f} images/s"
+            self.reporter.advance(outcome.images, text)
+            self.profile()
+            if logged:
+                self.log(number, loss, [count / outcome.images for count in correct], speed)
+            self.stopping |= outcome.stop
+            if self.due() and progress.step == self.issued:
+                state.save(LAST)
+                if self.stopping:
+                    raise self.request.stopped()
+        val = self.validate(number)
+        averaged = None if state.average is None else self.validate(number, averaged=True)
         return EpochMetrics(
             epoch=number,
-            train_loss=total.loss(),
-            train_accuracy=total.accuracy(),
-            val_loss=val.loss(),
-            val_accuracy=val.accuracy(),
-            images_per_s=total.images / train_seconds,
-            seconds=time.perf_counter() - start,
+            train_loss=progress.mean_loss,
+            train_accuracy=progress.accuracy,
+            val_loss=val.mean_loss,
+            val_accuracy=val.accuracy,
+            images_per_s=progress.images / progress.seconds,
+            seconds=before + time.perf_counter() - start,
+            lr=progress.lr,
+            ema_val_loss=None if averaged is None else averaged.mean_loss,
+            ema_val_accuracy=() if averaged is None else averaged.accuracy,
+            grad_norm={name: total / progress.logged for name, total in progress.grad_norms.items()},
+            **self.activity(),
         )
 
-    def validate(self, reporter: Reporter, number: int) -> _Totals:
-        """Loss and accuracy over the validation images."""
-        self.net.eval()
-        total = _Totals()
-        reporter.start(f"validation {number}/{self.config.epochs}", len(self.val_loader.split))
+    def activity(self) -> dict[str, Any]:
+        """Norms and dead units by area and time step, of some validation images; the first process computes them."""
+        state = self.state
+        if state.group.rank != 0:
+            return {}
+        images = state.val_loader.split.read(np.arange(min(MEASURED_IMAGES, len(state.val_loader.split))))
+        return dict(activity(state.net, state.prepared(*images)[0]))
+
+    def log(self, epoch: int, loss: float, accuracy: list[float], speed: float) -> None:
+        """Hand the numbers of a step to who watches."""
+        progress = self.state.progress
+        entry = {"step": self.state.steps_done, "epoch": epoch, "loss": loss, "accuracy": accuracy, "lr": progress.lr}
+        left = (self.config.epochs * len(self.state.train_loader) - self.state.steps_done) / max(1, progress.step)
+        entry |= {"images_per_s": speed, "eta_s": left * progress.seconds, "grad_norm": progress.last_norms}
+        self.watchers.step(entry)
+
+    def validate(self, number: int, averaged: bool = False) -> Progress:
+        """Loss and accuracy over the validation images, of the network or of its average."""
+        state, total = self.state, Progress()
+        state.net.eval()
+        state.steps.share_buffers()
+        self.reporter.start(f"validation {number}/{self.config.epochs}", len(state.val_loader.split))
         with torch.inference_mode():
-            batches = (self.prepared(images, labels) for images, labels in self.val_loader)
-            for loss, correct, count in self.outcomes(self.steps.evaluate, batches):
-                total.add(loss, correct, count)
-                reporter.advance(count, f"loss {total.loss():.3f}  % {percent(total.accuracy())}")
+            step = self.val_step_averaged if averaged else self.val_step
+            for outcome in self.outcomes(step, state.val_loader.batches()):
+                total.add(*outcome.read(), outcome.images)
+                self.reporter.advance(outcome.images, f"loss {total.mean_loss:.3f}  % {percent(total.accuracy)}")
+                if outcome.stop:  # the epoch's training is done; going on validates anew
+                    state.save(LAST)
+                    raise self.request.stopped()
         return total
 
-    def prepared(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw or augmented images, normalised, and labels, on the device."""
-        mean, std = np.asarray(self.description["mean"]), np.asarray(self.description["std"])
-        return normalise(to_device(images, self.device), mean, std), to_device(labels, self.device)
+    # ---------------------------------------------------------------- steps
+
+    @property
+    def late(self) -> int:
+        """Batches that have been begun when one is asked about: a GPU never waits for work."""
+        return 1 if self.state.device.type == "cuda" else 0
+
+    def due(self) -> bool:
+        """Whether what has been begun is to be finished and saved."""
+        every = self.config.checkpoint_every
+        within = self.issued < len(self.state.train_loader)
+        return self.stopping or bool(every and within and self.issued % every == 0)
+
+    def logged(self, step: int) -> bool:
+        """Whether this step of the epoch, counted from 1, is logged."""
+        return step == 1 or step % self.config.log_every == 0
+
+    def train_step(self, batch: Batch) -> Outcome:
+        """Forward, backward, update."""
+        state = self.state
+        state.seed(len(state.rows), self.issued)
+        self.batch = state.prepared(batch.images, batch.labels)
+        outcome = state.steps.train(*self.batch, batch.total)
+        self.issued += 1
+        if self.logged(self.issued):
+            self.norms.append(state.steps.norms.clone())
+        if self.late:
+            state.advance()
+        return outcome
+
+    def val_step(self, batch: Batch) -> Outcome:
+        """Forward alone."""
+        return self.state.steps.evaluate(*self.state.prepared(batch.images, batch.labels), batch.total)
+
+    def val_step_averaged(self, batch: Batch) -> Outcome:
+        """Forward alone, of the average of the network."""
+        return self.state.steps.evaluate(*self.state.prepared(batch.images, batch.labels), batch.total, averaged=True)
 
     def outcomes(
-        self, step: Callable[[torch.Tensor, torch.Tensor], Outcome], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[float, list[int], int]]:
-        """Loss, correct labels per time step, and images of each batch. A GPU is asked when it has been given the next one, so that it
-        never waits for work."""
-        late = 1 if self.device.type == "cuda" else 0
+        self, step: Callable[[Batch], Outcome], batches: Iterable[Batch], due: Callable[[], bool] = lambda: False
+    ) -> Iterator[Outcome]:
+        """What came of each batch. A GPU is asked when it has been given the next one, unless all that was begun is `due`."""
         waiting: deque[Outcome] = deque()
-        for images, labels in batches:
-            waiting.append(step(images, labels))
-            if len(waiting) > late:
-                outcome = waiting.popleft()
-                yield *outcome.read(), outcome.images
-        for outcome in waiting:
-            yield *outcome.read(), outcome.images
+        for batch in batches:
+            waiting.append(step(batch))
+            while waiting and (len(waiting) > self.late or due()):
+                yield waiting.popleft()
+        yield from waiting
 
-    def loss(self, log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of log-probabilities [T, N, classes]."""
-        smoothing = self.config.label_smoothing
-        return loss_over_time(log_probs, labels, self.config.loss, label_smoothing=smoothing, class_weights=self.class_weights)
-
-
-class _Totals:
-    """Loss and accuracy per time step, summed over batches."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self._loss = 0.0
-        self._correct: list[int] = []
-
-    def add(self, loss: float, correct: list[int], count: int) -> None:
-        self.images += count
-        self._loss += loss * count
-        # In a biological unroll the first outputs come after some steps: fewer than `timesteps` of them.
-        self._correct = [before + now for before, now in zip(self._correct or [0] * len(correct), correct, strict=True)]
-
-    def loss(self) -> float:
-        return self._loss / self.images
-
-    def accuracy(self) -> tuple[float, ...]:
-        return tuple((torch.tensor(self._correct) / self.images).tolist())
+    def fail(self, epoch: int, loss: float) -> None:
+        """End the run at a loss or gradient that is not finite; state and batch are kept."""
+        state = self.state
+        place = f"epoch {epoch}, batch {state.progress.step + 1} of {len(state.train_loader)}"
+        assert self.batch is not None
+        if self.late:  # the batch after it has been begun; parameters are those before
+            kept = "the checkpoint before it is kept"
+            raise FloatingPointError(f"loss or gradient is not finite in {place}; {kept} in {state.out}")
+        origin = keep_failure(state, *self.batch)
+        what = f"loss is {loss}" if math.isnan(loss) and origin.what != "gradient" else "a gradient is not finite"
+        raise FloatingPointError(
+            f"{what} in {place}; {origin}. A smaller lr than {self.config.lr} may help. State and batch are kept: "
+            f"rnndyn train --config {state.out / CONFIG} --replay-failure"
+        )
 
 
-def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
-    """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by."""
-    statistics = {"mean": [float(value) for value in data.mean], "std": [float(value) for value in data.std]}
-    return {
-        "path": str(data.path),
-        "image_size": data.image_size,
-        "categories": list(data.categories),
-        **describe_input(normalise, statistics),
-    }
+def _check_same(config: TrainConfig, group: Processes) -> None:
+    """Raise in all processes unless they have the same options."""
+    mine = {name: value for name, value in config.to_dict().items() if name not in ("device", "data", "out")}
+    for rank, other in enumerate(group.all_of(mine)):
+        different = [name for name in mine if other[name] != mine[name]]
+        if different:
+            raise ValueError(f"options: expected the same in every process, process {rank} has another {', '.join(different)}")
 
 
-def describe_input(normalise: str, statistics: dict[str, list[float]] | None) -> dict[str, Any]:
-    """What the input is normalised by, "mean" and "std" on the scale 0-255, and the data's own statistics, where they are known.
-
-    "data": those statistics; "signed": what takes 0-255 to -1..1; "imagenet": ImageNet's.
-    """
-    of_input = {
-        "data": statistics or {},
-        "signed": {"mean": [127.5] * 3, "std": [127.5] * 3},
-        "imagenet": {"mean": [255 * value for value in IMAGENET_MEAN], "std": [255 * value for value in IMAGENET_STD]},
-    }
-    return {**of_input[normalise], **({} if statistics is None else {"statistics": statistics})}
+def _leftovers(out: Path) -> list[Path]:
+    """What a killed run was about to write: temporary files of :func:`rnndyn_fast.files.replaced_atomically`."""
+    own = [name.partition(".")[0] for name in _OWN_FILES]
+    return [path for stem in (*own, "epoch_*") for path in out.glob(f".{stem}.*") if path.suffix in (".pt", ".csv", ".jsonl", ".yaml")]
 
 
-def config_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``rnndyn train --config`` reads."""
-    require("yaml")
-
-    import yaml
-
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+def _clear(config: TrainConfig, out: Path, anew: bool) -> None:
+    """Remove what a killed run has left half-written, and to begin anew with `overwrite` the files of the run before."""
+    for path in _leftovers(out):
+        path.unlink(missing_ok=True)
+    if anew and config.overwrite:
+        for path in (*(out / name for name in _OWN_FILES), *out.glob(kept_name("*"))):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _resume_from(config: TrainConfig, out: Path) -> Path | None:
@@ -367,19 +332,8 @@ def _resume_from(config: TrainConfig, out: Path) -> Path | None:
     if config.resume:
         found = [out / name for name in (LAST, INITIAL) if (out / name).exists()]
         if not found:
-            raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}")
+            raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}; without resume the run begins")
         return found[0]
-    if out.exists() and any(out.iterdir()) and not config.overwrite:
+    if out.exists() and set(out.iterdir()) - set(_leftovers(out)) and not config.overwrite:
         raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the run")
     return None
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,13 +7,14 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rnndyn_fast.files import reads, write_text
 
 CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
+_TUPLES = ("train_accuracy", "val_accuracy", "ema_val_accuracy")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class EpochMetrics:
     val_accuracy: tuple[float, ...]
     images_per_s: float
     seconds: float
+    lr: float | None = None  # of the epoch's last step
+    ema_val_loss: float | None = None  # of the average of the weights
+    ema_val_accuracy: tuple[float, ...] = ()
+    grad_norm: dict[str, float] = field(default_factory=dict)  # by area and of "all", the mean over logged steps
+    norm: dict[str, list[float]] = field(default_factory=dict)  # of states by area, [T], the mean over some validation images
+    dead: dict[str, list[float]] = field(default_factory=dict)  # share of channels that are 0 in all of them, by area, [T]
 
     @property
     def mean_val_accuracy(self) -> float:
@@ -35,12 +42,12 @@ class EpochMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types; accuracies as lists."""
-        return {**vars(self), "train_accuracy": list(self.train_accuracy), "val_accuracy": list(self.val_accuracy)}
+        return {**vars(self), **{name: list(getattr(self, name)) for name in _TUPLES}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochMetrics:
         """The inverse of `to_dict`."""
-        lists = {name: tuple(values[name]) for name in ("train_accuracy", "val_accuracy")}
+        lists = {name: tuple(values[name]) for name in _TUPLES if name in values or name != "ema_val_accuracy"}
         return cls(**{**values, **lists})
 
 
@@ -55,23 +62,24 @@ def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) 
     write_text(folder / JSONL_NAME, text)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    for number, row in enumerate(rows):
-        steps = range(len(row.train_accuracy))
-        if number == 0:
-            names = [f"{kind}_accuracy_t{t}" for kind in ("train", "val") for t in steps]
-            writer.writerow(["epoch", "train_loss", "val_loss", "images_per_s", "seconds", *names])
-        writer.writerow(
-            [
-                row.epoch,
-                row.train_loss,
-                row.val_loss,
-                row.images_per_s,
-                row.seconds,
-                *row.train_accuracy,
-                *row.val_accuracy,
-            ]
-        )
+    kinds = {"train": "train_accuracy", "val": "val_accuracy"}
+    if rows and rows[0].ema_val_accuracy:
+        kinds["ema_val"] = "ema_val_accuracy"
+    scalars = ["epoch", "train_loss", "val_loss", "images_per_s", "seconds", "lr"] + (["ema_val_loss"] if len(kinds) == 3 else [])
+    if rows:
+        head = [f"{kind}_accuracy_t{t}" for kind, name in kinds.items() for t in range(len(getattr(rows[0], name)))]
+        writer.writerow([*scalars, *head, *_activity(rows[0])])
+    for row in rows:
+        accuracies = [value for name in kinds.values() for value in getattr(row, name)]
+        writer.writerow([*(getattr(row, name) for name in scalars), *accuracies, *_activity(row).values()])
     write_text(folder / CSV_NAME, table.getvalue())
+
+
+def _activity(row: EpochMetrics) -> dict[str, float]:
+    found = {f"grad_norm_{area}": value for area, value in row.grad_norm.items()}
+    for name in ("norm", "dead"):
+        found |= {f"{name}_{area}_t{t}": value for area, values in getattr(row, name).items() for t, value in enumerate(values)}
+    return found
 
 
 @reads("folder of a run with metrics")

@@ -15,7 +15,7 @@ import numpy as np
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn_train import AdamW
 from rnndyn_fast.tasks import ModuloArithmetic
-from rnndyn_fast.train.config import check_least, check_type, option
+from rnndyn_fast.train.options import check_least, check_type, option
 
 # What a resumed run may change: how and how long it runs, not what it computes.
 _FREE_ON_RESUME = ("out", "epochs", "threads", "backend", "save_every_s", "published", "resume", "overwrite")

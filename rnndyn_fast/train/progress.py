@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from rnndyn_fast.optional import require
 from rnndyn_fast.train.metrics import EpochMetrics
 
+TABLE_ROWS = 12  # epochs
+
 
 class Reporter(Protocol):
     """Shows the progress of a run; a context manager."""
@@ -27,6 +29,9 @@ class Reporter(Protocol):
 
     def line(self, text: str) -> None:
         """A line that stays."""
+
+    def epoch(self, row: EpochMetrics, epochs: int) -> None:
+        """An epoch of that many is done."""
 
 
 class QuietReporter:
@@ -46,6 +51,10 @@ class QuietReporter:
 
     def line(self, text: str) -> None:
         """Shows nothing."""
+
+    def epoch(self, row: EpochMetrics, epochs: int) -> None:
+        """As a line."""
+        self.line(epoch_line(row, epochs))
 
 
 class PlainReporter(QuietReporter):
@@ -73,11 +82,12 @@ class PlainReporter(QuietReporter):
 
 
 class RichReporter(QuietReporter):
-    """A progress bar with images/s and the time left."""
+    """A progress bar with images/s and the time left, and a table of the last epochs: loss, accuracy by time step, images/s, time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Any = None) -> None:
         require("rich")
-
+        from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
@@ -88,16 +98,18 @@ class RichReporter(QuietReporter):
             TextColumn("{task.fields[text]}"),
         )
         self._task: Any = None
+        self._rows: list[tuple[EpochMetrics, int]] = []
+        self._live = Live(get_renderable=self._shown, console=console or Console(), refresh_per_second=4)
 
     def __enter__(self) -> RichReporter:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        self._progress.stop()
+        self._live.stop()
 
     def start(self, text: str, total: int) -> None:
         """A bar for `total` images takes the place of the one before."""
@@ -111,7 +123,38 @@ class RichReporter(QuietReporter):
 
     def line(self, text: str) -> None:
         """Prints `text` above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def epoch(self, row: EpochMetrics, epochs: int) -> None:
+        """A row of the table."""
+        self._rows = [*self._rows, (row, epochs)][-TABLE_ROWS:]
+        self._live.refresh()
+
+    def _shown(self) -> Any:
+        require("rich")
+        from rich.console import Group
+
+        return Group(epoch_table(self._rows), self._progress) if self._rows else self._progress
+
+
+def epoch_table(rows: Sequence[tuple[EpochMetrics, int]]) -> Any:
+    """A rich table of epochs, each with the number of all epochs: losses, accuracy by time step in percent, images/s, time left."""
+    require("rich")
+    from rich.table import Table
+
+    table = Table("epoch", "loss", "val loss", "train % by time step", "val % by time step", "images/s", "left")
+    for row, epochs in rows:
+        accuracies = (percent(row.train_accuracy), percent(row.ema_val_accuracy or row.val_accuracy))
+        loss = row.val_loss if row.ema_val_loss is None else row.ema_val_loss
+        left = duration((epochs - row.epoch) * row.seconds)
+        table.add_row(f"{row.epoch}/{epochs}", f"{row.train_loss:.3f}", f"{loss:.3f}", *accuracies, f"{row.images_per_s:.0f}", left)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """As hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def choose_reporter(quiet: bool = False) -> Reporter:
@@ -136,7 +179,7 @@ def epoch_line(row: EpochMetrics, epochs: int) -> str:
     return (
         f"epoch {row.epoch}/{epochs}  loss {row.train_loss:.3f}  val {row.val_loss:.3f}  "
         f"train % {percent(row.train_accuracy)}  val % {percent(row.val_accuracy)}  "
-        f"{row.images_per_s:.0f} images/s  {row.seconds:.0f} s"
+        f"{row.images_per_s:.0f} images/s  {row.seconds:.0f} s  left {duration((epochs - row.epoch) * row.seconds)}"
     )
 
 
