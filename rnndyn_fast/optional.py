@@ -27,6 +27,7 @@ OPTIONAL_PACKAGES = {
     "pynwb": OptionalPackage("pynwb", "recordings in NWB files", "nwb"),
     "pytorch_optimizer": OptionalPackage("pytorch-optimizer", "optimisers for large batches (--optimizer lars, lamb)", "large-batch"),
     "rich": OptionalPackage("rich", "progress bars"),
+    "rsatoolbox": OptionalPackage("rsatoolbox", "comparing RDMs with those of subjects", "rsa"),
     "scipy": OptionalPackage("scipy", "statistics, clustering and interpolation"),
     "sklearn": OptionalPackage("scikit-learn", "the bundled digits, decoders, PLS and multidimensional scaling"),
     "tensorboard": OptionalPackage("tensorboard", "TensorBoard's files (--tensorboard)", "tensorboard"),

@@ -15,7 +15,6 @@ from test_analysis_cases import assert_same_result, make
 from rnndyn_fast.analysis import (
     ReadoutZoneReducer,
     ReadoutZoneResult,
-    check_claims,
     readout_zones,
     tables,
     write_tables,
@@ -26,18 +25,6 @@ from rnndyn_fast.analysis.results import MEASURES
 from rnndyn_fast.report.analysis_page import analyse
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
-
-
-def drifting(norm_gain: float, seed: int = 0, n: int = 600, t: int = 6) -> ReadoutZoneResult:
-    """Two classes; samples cross into their own zone at a random step, which multiplies their norm by norm_gain."""
-    rng = np.random.default_rng(seed)
-    labels, cross = rng.integers(0, 2, n), rng.integers(0, t - 1, n)
-    inside = np.arange(t)[:, None] >= cross
-    sign = np.where(inside, 1.0, -0.3) * np.where(labels == 0, 1.0, -1.0)
-    r = np.stack([sign, rng.standard_normal((t, n)) * 0.2], axis=-1)
-    r /= np.linalg.norm(r, axis=-1, keepdims=True)
-    r *= np.where(inside, norm_gain, 1.0)[..., None] * rng.uniform(0.9, 1.1, (t, n, 1))
-    return readout_zones(r, np.array([[1.0, 0.0], [-1.0, 0.0]]), labels)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -91,7 +78,9 @@ def test_load_refuses_what_is_no_result(tmp_path: Path) -> None:
             ReadoutZoneResult.load(path)
     path.write_bytes(content)
     with pytest.raises(ValueError, match="compare: expected a result of T = 6"):
-        analyse(path, tmp_path / "out", compare=drifting(1.0, t=5).save(tmp_path / "five.h5"))
+        analyse(path, tmp_path / "out", compare=readout_zones(**make(t=5)).save(tmp_path / "five.h5"))
+    with pytest.raises(ValueError, match="compare: expected a result of the same 60 images in the same order"):
+        analyse(path, tmp_path / "out", compare=readout_zones(**make(seed=1)).save(tmp_path / "others.h5"))
     assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +98,7 @@ def test_failed_writes_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(h5py.Group, "create_dataset", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="no space left"):
         result.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["result.h5"]
@@ -142,53 +131,18 @@ def test_tables(tmp_path: Path) -> None:
         result.summary("acc")
 
 
-def test_claims_hold_where_they_are_built_in() -> None:
-    change, edge = check_claims(drifting(norm_gain=1.5))
-    assert change.holds is True
-    assert edge.holds is True
-    assert edge.verdict == "holds"
-    assert edge.evidence["norm, difference, 95% low"] > 0.3
-    assert edge.n == drifting(norm_gain=1.5).counts["stable_correct"]
-    assert "holds" in str(edge)
-    assert f"n = {edge.n}" in str(edge)
-
-
-def test_claims_fail_where_the_opposite_is_built_in() -> None:
-    _, edge = check_claims(drifting(norm_gain=0.5))
-    assert edge.holds is False
-    assert edge.verdict == "does not hold"
-    still = readout_zones(np.ones((5, 40, 3)) * [2.0, 1.0, 0.0], np.eye(3), np.zeros(40, int))
-    change, edge = check_claims(still)
-    assert change.holds is False  # the representations stand still
-    assert edge.holds is None  # nobody is not yet stable
-
-
-def test_claims_are_undecided_without_an_effect_or_data() -> None:
-    undecided = [check_claims(drifting(norm_gain=1.0, seed=seed, n=120))[1].holds for seed in range(10)]
-    assert undecided.count(None) >= 8  # the interval of the norm's difference holds 0
-    for claim in check_claims(ReadoutZoneReducer(np.eye(3), timesteps=4).result()):
-        assert claim.holds is None
-        assert claim.n == 0
-        assert claim.verdict == "not decided by these data"
-
-
-def test_interval_of_the_difference_covers_the_truth() -> None:
-    """Conservative by design: over repetitions the 95% interval holds the true difference at least that often."""
-    truth = 0.2
-    covered = 0
-    for seed in range(40):
-        evidence = check_claims(drifting(norm_gain=1 + truth, seed=seed, n=150))[1].evidence
-        covered += evidence["norm, difference, 95% low"] <= truth <= evidence["norm, difference, 95% high"]
-    assert covered >= 37
-
-
 def test_analyse_writes_everything(tmp_path: Path) -> None:
     data = make(n=120)
     path = readout_zones(**data).save(tmp_path / "trained.h5")
     other = readout_zones(**(data | {"trajectories": data["trajectories"] * 0.3})).save(tmp_path / "untrained.h5")
-    _, paths = analyse(path, tmp_path / "out", compare=other)
+    result, claims, paths = analyse(path, tmp_path / "out", compare=other)
+    assert [claim.n for claim in claims] == [result.counts["stable_correct"]] * 2
     assert sorted(paths) == sorted((tmp_path / "out").iterdir())
-    assert {p.name for p in paths} >= {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg", "pdf", "csv")} | {"report.html"}
+    assert {p.name for p in paths} >= {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg", "pdf", "csv")} | {
+        "report.html",
+        "claims.csv",
+        "estimates.csv",
+    }
     for p in paths:
         assert p.stat().st_size > (5000 if p.suffix in (".png", ".svg") else 20)
         if p.suffix == ".png":
@@ -205,8 +159,10 @@ def test_figures_show_the_numbers() -> None:
     result = readout_zones(**make(n=200))
     axes = FIGURES["norm_now_vs_later"](result).axes[0]
     table = result.norm_now_vs_later
+    count = result.summary("norm_now_vs_later").n
+    assert (count < 10).any()  # too few for a point
     for column, line in enumerate(axes.lines):
-        shown = np.isfinite(table[:, column])
+        shown = count[:, column] >= 10
         np.testing.assert_array_equal(line.get_xdata(), np.flatnonzero(shown))
         np.testing.assert_array_equal(line.get_ydata(), table[shown, column])
     assert len(axes.collections) == 2  # the two bands

@@ -55,7 +55,7 @@ def test_every_command_of_the_main_job(tmp_path: Path, capfd: pytest.CaptureFixt
     assert main(["train", "--data", str(data), "--out", str(runs), "--epochs", "1", *QUICK]) == 0
     assert "epoch 1/1" in capfd.readouterr().out
     checkpoint = str(runs / "last.pt")
-    words = ["extract", checkpoint, str(data), "--split", "testplus", "--backend", "reference"]
+    words = ["extract", checkpoint, str(data), "--split", "testplus", "--backend", "reference", "--keep-samples"]
     assert main([*words, "--out", str(result), "--save", "gap,it"]) == 0
     told = capfd.readouterr().out
     assert "40 trajectories" in told

@@ -88,7 +88,7 @@ def test_page_shows_every_system(tmp_path: Path, records: list[PhaseAnalysis]) -
         assert kind in page
     assert re.search(r"http|src=\"(?!data:)", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)) is None  # needs nothing else
     # Numbers in the tables are those of the analyses.
-    gap = f"{records[0].facts['solution.phase_gap']:.4g}"
+    gap = f"{records[0].facts['solution.phase_gap']:.3g}"
     assert gap in page
     only = phase_page(records, featured=["line attractor"]).html()
     assert only.count("<svg") < page.count("<svg")

@@ -20,6 +20,7 @@ from rnndyn_fast.analysis import (
     load_reaction_times,
     reaction_times,
 )
+from rnndyn_fast.analysis.human_times import fisher_mean
 from rnndyn_fast.cli import main
 from rnndyn_fast.data import make_dataset
 from rnndyn_fast.extract.reactions import costs
@@ -210,10 +211,9 @@ def test_model_that_made_the_times_reaches_the_ceiling_at_its_threshold(entropy:
     grid = np.linspace(0.05, 1.3, 26)
     comparison = compare_reaction_times(entropy, people(entropy, 0.6), grid)
     assert comparison.threshold == pytest.approx(np.full(8, 0.6), abs=0.11)
-    mean, half = comparison.mean()
-    low, high = comparison.mean("ceiling_low")[0], comparison.mean("ceiling_high")[0]
+    low, high = comparison.estimate("ceiling_low")[0], comparison.estimate("ceiling_high")[0]
     assert low < high
-    assert mean + half > low  # it predicts at least as well as the other people do
+    assert comparison.estimate()[2] > low  # it predicts at least as well as the other people do
     assert comparison.share_of_ceiling > 0.95
     assert comparison.by_threshold.max() > comparison.by_threshold[0] + 0.05
     assert grid[comparison.by_threshold.argmax()] == pytest.approx(0.6, abs=0.06)
@@ -234,8 +234,29 @@ def test_ceiling_and_scores_by_hand(entropy: np.ndarray) -> None:
 
 def test_unrelated_people_are_not_predicted(entropy: np.ndarray) -> None:
     human = np.random.default_rng(0).uniform(300, 600, size=(6, 600))
-    mean, half = compare_reaction_times(entropy, human, [0.3, 0.6, 0.9]).mean()
-    assert abs(mean) < half + 0.05
+    _, low, high = compare_reaction_times(entropy, human, [0.3, 0.6, 0.9]).estimate()
+    assert low - 0.05 < 0 < high + 0.05
+
+
+def test_intervals_of_correlations_stay_within_bounds(entropy: np.ndarray) -> None:
+    """Three people of whom one is unlike the others: a normal interval would reach beyond 1."""
+    rng = np.random.default_rng(1)
+    human = people(entropy, 0.6, subjects=3)
+    human[2] = rng.uniform(300, 600, human.shape[1])
+    comparison = compare_reaction_times(entropy, human, [0.6])
+    for name in ("correlation", "ceiling_low", "ceiling_high"):
+        value, low, high = comparison.estimate(name)
+        assert -1 <= low < value < high <= 1
+    plain = comparison.correlation.mean() + 4.303 * comparison.correlation.std(ddof=1) / np.sqrt(3)
+    assert plain > 1
+    assert fisher_mean([1.0, 1.0, 1.0]) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_intervals_of_correlations_cover() -> None:
+    """Subjects whose z is normal about the true one."""
+    z = np.random.default_rng(2).normal(0.8, 0.5, size=(500, 5))
+    found = [fisher_mean(np.tanh(row)) for row in z]
+    assert 0.92 <= np.mean([low <= np.tanh(0.8) <= high for _, low, high in found]) <= 0.98
 
 
 def test_missing_times_are_left_out(entropy: np.ndarray) -> None:
@@ -246,7 +267,7 @@ def test_missing_times_are_left_out(entropy: np.ndarray) -> None:
     gaps[:, 5] = np.nan
     partial = compare_reaction_times(entropy, gaps, [0.3, 0.6])
     assert partial.images == 599
-    assert partial.mean()[0] == pytest.approx(whole.mean()[0], abs=0.05)
+    assert partial.estimate()[0] == pytest.approx(whole.estimate()[0], abs=0.05)
     excluded = compare_reaction_times(entropy, gaps, [0.3, 0.6], unreached="exclude")
     assert np.isfinite(excluded.correlation).all()
 
@@ -256,10 +277,10 @@ def test_bad_people(entropy: np.ndarray) -> None:
     lonely = human.copy()
     lonely[0, 2:] = np.nan
     for values, grid, message in (
-        (human[:1], [0.5], "at least 2 subjects"),
+        (human[:2], [0.5], "at least 3 subjects, got 2"),
         (human[:, :5], [0.5], r"\[any, 600\]"),
         (-human, [0.5], "expected reaction times >= 0"),
-        (lonely, [0.5], "subject 0 has no three images"),
+        (lonely, [0.5], "at least 10 images, .* that subject 0 shares with another, got 2 of them"),
         (human, [50.0], "at no threshold do reaction times differ"),
         (human, [], "thresholds: expected numbers"),
     ):

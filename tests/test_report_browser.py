@@ -33,7 +33,13 @@ LAYOUT = """
     named: Array.prototype.every.call(svg, function (s) { return s.getAttribute('aria-label').length > 20; }),
     loaded: window.performance.getEntriesByType('resource').map(function (e) { return e.name; })
       .filter(function (n) { return n.indexOf('data:') !== 0; }),
-    tables: document.querySelectorAll('table').length, buttons: document.querySelectorAll('th button').length,
+    tables: document.querySelectorAll('table').length,
+    marked: Array.prototype.every.call(document.querySelectorAll('.table'), function (box) {
+      var told = window.getComputedStyle(box, '::before').content;
+      return (box.scrollWidth > box.clientWidth + 1) === (told.indexOf('scroll') >= 0);
+    }),
+    cut: Array.prototype.some.call(document.querySelectorAll('.table'), function (box) { return box.scrollWidth > box.clientWidth + 1; }),
+    buttons: document.querySelectorAll('th button').length,
     downloads: document.querySelectorAll('a[download]').length
   };
 """
@@ -65,7 +71,9 @@ def test_console_errors_are_seen(tmp_path: Path) -> None:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = readout_zones(**make(n=200))
     result.descriptors["class_names"] = [f"a class with a rather long name {c}" for c in range(5)]
-    page = analysis_page(result, untrained=readout_zones(**make(n=200, seed=1)), replicates=20)
+    data = make(n=200)
+    untrained = readout_zones(**(data | {"trajectories": data["trajectories"][::-1].copy()}))
+    page = analysis_page(result, untrained=untrained, replicates=20)
     return page.save(tmp_path_factory.mktemp("r") / "report.html")
 
 
@@ -77,9 +85,11 @@ def test_report_renders(report: Path, tmp_path: Path, width: int) -> None:
     assert found["wide"] <= width  # wide tables scroll within their boxes
     assert found["drawn"]
     assert found["named"]
+    assert found["marked"]  # tables that are cut off say so, and no others
+    assert found["cut"] or width > 400
     assert found["figures"] >= 14
     assert found["downloads"] >= 13
-    assert found["buttons"] > found["tables"] > 5
+    assert found["buttons"] > found["tables"] > 4
 
 
 @pytest.mark.parametrize("case", [{"t": 1}, {"c": 1}, {"n": 1}, {"n": 4, "t": 2}], ids=str)

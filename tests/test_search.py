@@ -390,7 +390,7 @@ def test_command_tells_errors_in_one_line(images: Path, tmp_path: Path, capfd: p
     for more, message in (
         (["--space", "cels"], "did you mean 'cells'"),
         (["--storage", "nonsense"], "storage: expected a database URL"),
-        (["--trials", "many"], "trials: expected int"),
+        (["--trials", "many"], "--trials: expected a whole number, got many"),
         (["--resume"], "resume: no study.db"),
     ):
         assert main([*common, *more]) == 2

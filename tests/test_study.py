@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from report_numbers import unknown_numbers
 
-from rnndyn_fast.analysis import ReadoutZoneResult, check_claims
+from rnndyn_fast.analysis import ReadoutZoneResult, bootstrap, check_claims, pool
 from rnndyn_fast.cli import main
 from rnndyn_fast.study import StudyConfig, run_study
 from rnndyn_fast.train import QuietReporter, TrainConfig, learning_rate, read_checkpoint, read_metrics
@@ -31,8 +33,9 @@ def test_report_has_every_network_and_number(study: Path) -> None:
     for name in NETWORKS:
         result = ReadoutZoneResult.load(out / name / "testplus.h5")
         assert result.samples is not None
-        for claim in check_claims(result):
-            heading = text.index(f"{claim.statement} — lateral{' + top-down, multiplicative' if 'topdown' in name else ', additive'}")
+        title = f"lateral{' + top-down, multiplicative' if 'topdown' in name else ', additive'}"
+        for claim in check_claims(result, ReadoutZoneResult.load(out / name / "untrained.h5"), replicates=50):
+            heading = text.index(f"{claim.statement} — {title}")
             assert claim.verdict.lower() in text[heading : heading + 600].lower()
         for count in result.counts.values():
             assert f"{count:,}" in text
@@ -46,10 +49,16 @@ def test_report_has_every_network_and_number(study: Path) -> None:
     for row in rows:
         result = ReadoutZoneResult.load(out / NETWORKS["top-down" in row["network"]] / "testplus.h5")
         if row["measure"] == "norm":
-            shown = [float(row[f"value_{k}"] or "nan") for k in (1, 2)]
-            np.testing.assert_allclose(shown, result.published_summary("norm_now_vs_later"))
+            shown = [float(row[f"value_{k}_value"] or "nan") for k in (1, 2)]
+            table, steps = result.norm_now_vs_later, result.analysed_steps("norm_now_vs_later")
+            np.testing.assert_allclose(shown, table[steps].mean(0) if steps.any() else [np.nan, np.nan])
     for name in ("comparison", "along_training"):
         assert {path.suffix for path in (out / "comparison").glob(f"{name}.*")} == {".csv", ".png", ".svg", ".pdf"}
+
+
+def test_every_number_of_the_report_is_in_a_csv(study: Path) -> None:
+    folders = [study.parent / "comparison", *(study.parent / name / "analysis" for name in NETWORKS)]
+    assert unknown_numbers(study.read_text(encoding="utf-8"), *folders) == []
 
 
 def test_study_goes_on_where_it_was(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +92,37 @@ def test_checkpoints_take_the_place_of_training(study: Path, tmp_path: Path, mon
     assert list(json.loads((tmp_path / "s" / "study.json").read_text())["keep"]) == [1]
 
 
+def test_several_seeds_of_a_kind(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnndyn_fast.report.analysis_page.write_report", lambda *_, **__: [])
+    kind = NETWORKS[:1]
+    options = OPTIONS | {"networks": kind, "data": str(study.parent / "images.h5"), "seeds": 2}
+    path = run_study(StudyConfig(out=str(tmp_path / "s"), **options), reporter=QuietReporter())
+    names = [kind[0], f"{kind[0]}_seed1"]
+    weights = [read_checkpoint(tmp_path / "s" / name / "initial.pt")["state_dict"] for name in names]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    text = path.read_text(encoding="utf-8")
+    assert text.index("n = 2 networks (seeds) of a kind") < text.index("Do representations")
+    results = [ReadoutZoneResult.load(tmp_path / "s" / name / "testplus.h5") for name in names]
+    with (tmp_path / "s" / "comparison" / "claims.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["networks"] for row in rows if row["n"] != "0"} <= {"2"}
+    with (tmp_path / "s" / "comparison" / "along_training.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    accuracy = [result.accuracy[-1] for result in results]
+    assert float(last["accuracy_last_value"]) == pytest.approx(np.mean(accuracy))
+    assert last["accuracy_last_networks"] == "2"
+    boots = [bootstrap(result, 50, pairs=False) for result in results]  # as many replicates as the quick study has
+    estimate = pool(boots).estimate("accuracy", -1)
+    assert float(last["accuracy_last_low"]) == pytest.approx(estimate.low)
+    assert "lateral, additive: 0, 1" in text  # which seeds
+    # The same two, as checkpoints of one kind.
+    given = [str(tmp_path / "s" / name / "best.pt") for name in names]
+    config = StudyConfig(out=str(tmp_path / "t"), checkpoints=tuple(given), data=options["data"], bootstrap=20, keep=(1,))
+    assert "n = 2 networks" in run_study(config, reporter=QuietReporter()).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="hold the same network"):
+        run_study(StudyConfig(out=str(tmp_path / "u"), checkpoints=(given[0],) * 2, data=options["data"]), reporter=QuietReporter())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -90,7 +130,8 @@ def test_checkpoints_take_the_place_of_training(study: Path, tmp_path: Path, mon
         ({"networks": ("lateral_additive",) * 2}, "networks: expected different ones"),
         ({"checkpoints": ("a.pt",)}, "data: expected the image file"),
         ({"widths": (8, 16, 32, 48, 64)}, "widths: with top-down connections"),
-        ({"bootstrap": 0}, "bootstrap: expected at least 1"),
+        ({"bootstrap": 1}, "bootstrap: expected at least 2"),
+        ({"seeds": 0}, "seeds: expected at least 1"),
         ({"patience": 0}, "patience: expected at least 1"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, divide
 from rnndyn_fast.analysis.figures import BAND, GREY, GROUP_COLOURS, _line, _new, _time_axis, _title
-from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.analysis.results import MIN_GROUP, ReadoutZoneResult
 from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _t_stable_shown(result: ReadoutZoneResult, first: int = 0) -> list[tuple[int
 
     from matplotlib import colormaps
 
-    shown = [s for s in range(first, result.max_t_analysed) if result.counts_t_stable_correct[s] > 0]
+    shown = [s for s in range(first, result.max_t_analysed) if result.counts_t_stable_correct[s] >= MIN_GROUP]
     return list(zip(shown, map(tuple, colormaps["viridis"](np.linspace(0, 0.88, max(len(shown), 1)))), strict=False))
 
 
@@ -40,12 +40,12 @@ def figure_norm_by_t_stable(result: ReadoutZoneResult) -> Figure:
         label = f"{s} (n = {result.counts_t_stable_correct[s]:,})"
         _line(axes, summary, s, colour, _MARKERS[s % 8], "-", label)
     if shown:
-        axes.legend(title="t_stable", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        axes.legend(title="stable from step", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     else:
-        _nothing(axes, "no stable-correct samples")
-    axes.set_ylabel("‖r[t]‖")
+        _nothing(axes, f"fewer than {MIN_GROUP} samples")
+    axes.set_ylabel("norm (activation units)")
     r = result.norm_t_stable_correlation
-    told = f"; correlation of t_stable with ‖r[0]‖: {r:.2f}" if np.isfinite(r) else ""
+    told = f"; correlation of the time of stabilisation with the norm at t = 0: {r:.2f}" if np.isfinite(r) else ""
     _title(axes, "Norm by time of stabilisation", f"stable-correct, n = {result.counts['stable_correct']:,}; {BAND}{told}")
     _time_axis(axes, result.timesteps)
     return figure
@@ -55,7 +55,7 @@ def figure_plane(result: ReadoutZoneResult) -> Figure:
     """Mean trajectories in the plane of two readout vectors: the class before stabilisation, and the final one."""
     figure, (axes,) = _new(width=7.2)
     across, along = result.summary("plane_across"), result.summary("plane_along")
-    shown = [(s, colour) for s, colour in _t_stable_shown(result, first=1) if across.n[s].any() and along.n[s].any()]
+    shown = [(s, colour) for s, colour in _t_stable_shown(result, first=1) if min(across.n[s].min(), along.n[s].min()) >= MIN_GROUP]
     for s, colour in shown:
         x, y = across.mean[s], along.mean[s]
         axes.plot(x, y, color=colour, marker=".", label=f"{s} (n = {across.n[s].max():,})")
@@ -63,13 +63,13 @@ def figure_plane(result: ReadoutZoneResult) -> Figure:
         axes.plot(x[s : s + 1], y[s : s + 1], color=colour, marker="*", markersize=12)
         axes.errorbar(x, y, np.nan_to_num(along.ci95[s]), np.nan_to_num(across.ci95[s]), ecolor=colour, elinewidth=0.6, fmt="none")
     if shown:
-        axes.legend(title="t_stable", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        axes.legend(title="stable from step", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     else:
-        _nothing(axes, "no stable-correct samples that changed class")
+        _nothing(axes, f"fewer than {MIN_GROUP} samples that changed class")
     axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
-    axes.set_xlabel("distance to the boundary (final class to the right)")
-    axes.set_ylabel("along the boundary")
-    _title(axes, "Plane of the two readout vectors concerned", "○ t = 0; ★ t_stable; dotted: boundary; bars: 95% interval")
+    axes.set_xlabel("distance to the boundary (activation units; final class right)")
+    axes.set_ylabel("along the boundary (activation units)")
+    _title(axes, "Plane of the two readout vectors concerned", "○ t = 0; ★ first stable step; dotted: boundary; bars: 95% interval")
     return figure
 
 

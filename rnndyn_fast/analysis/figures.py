@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Summary
-from rnndyn_fast.analysis.results import ReadoutZoneResult
+from rnndyn_fast.analysis.results import MIN_GROUP, ReadoutZoneResult
 from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart; markers and line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
-GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
+AMBER, SKY, INK = "#E69F00", "#56B4E9", "#333333"
+# A colour means one thing in all figures of a report.
+STABLE, NOT_YET, OWN, OTHERS = BLUE, ORANGE, GREEN, PURPLE
+GROUP_COLOURS = dict(zip(GROUPS, (BLUE, AMBER, SKY, GREY), strict=True))  # stable-correct samples are those that are stable elsewhere
+NETWORKS = (("#332288", "o"), ("#882255", "s"), ("#117733", "D"), ("#999933", "^"))  # Tol's muted colours, and markers
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -51,10 +55,10 @@ def _time_axis(axes: Axes, steps: int, label: str = "time step t") -> None:
 
 
 def _line(axes: Axes, summary: Summary, index: Any, colour: str, marker: str, style: str, label: str) -> None:
+    """A mean over time with its interval, where it rests on MIN_GROUP samples; else nothing is drawn."""
     mean, _, count, half = (np.asarray(part[index]) for part in summary)
-    shown = count > 0
+    shown = count >= MIN_GROUP
     if not shown.any():
-        axes.plot([], [], color=colour, marker=marker, linestyle=style, label=label)
         return
     t = np.arange(len(mean))[shown]
     axes.plot(t, mean[shown], color=colour, marker=marker, linestyle=style, markersize=5, label=label)
@@ -67,7 +71,15 @@ def _shade_beyond(axes: Axes, result: ReadoutZoneResult) -> str:
     if result.max_t_analysed >= result.timesteps:
         return ""
     axes.axvspan(result.max_t_analysed - 0.5, result.timesteps - 0.5, color="#000000", alpha=0.05, linewidth=0)
-    return "; grey: beyond max_t_analysed"
+    return "; grey: steps that few late samples reach (under 1%)"
+
+
+def _legend(axes: Axes) -> None:
+    """The lines that there are, or that there are none."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=8.5)
+    else:
+        axes.text(0.5, 0.5, f"fewer than {MIN_GROUP} samples", transform=axes.transAxes, ha="center")
 
 
 def _range_text(count: np.ndarray) -> str:
@@ -82,7 +94,7 @@ def figure_accuracy(result: ReadoutZoneResult) -> Figure:
         axes,
         Summary(*(100 * p if p.dtype.kind == "f" else p for p in summary)),
         slice(None),
-        BLUE,
+        INK,
         "o",
         "-",
         "accuracy",
@@ -160,7 +172,7 @@ def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZo
     figure, all_axes = _new(1, len(panels), width=4.6 * len(panels) + 1.8)
     for axes, (name, one) in zip(all_axes, panels, strict=True):
         summary = one.summary("representation_change_by_t_stable")
-        shown = [s for s in range(one.max_t_analysed) if one.counts_t_stable_correct[s] > 0]
+        shown = [s for s in range(one.max_t_analysed) if one.counts_t_stable_correct[s] >= MIN_GROUP]
         colours = colormaps["viridis"](np.linspace(0, 0.88, max(len(shown), 1)))
         for colour, s in zip(colours, shown, strict=False):
             label = f"{s} (n = {one.counts_t_stable_correct[s]:,})"
@@ -170,10 +182,10 @@ def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZo
         _title(axes, title, f"stable-correct, n = {n:,}; {BAND}")
         _time_axis(axes, max(one.timesteps - 1, 1), "transition t → t + 1")
         if shown and one.timesteps > 1:
-            axes.legend(title="t_stable", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+            axes.legend(title="stable from step", fontsize=8, title_fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
         else:
-            axes.text(0.5, 0.5, "no transitions of stable-correct samples", transform=axes.transAxes, ha="center")
-    all_axes[0].set_ylabel("‖r[t+1] - r[t]‖")
+            axes.text(0.5, 0.5, f"fewer than {MIN_GROUP} samples", transform=axes.transAxes, ha="center")
+    all_axes[0].set_ylabel("change per step (activation units)")
     if all(len(axes.lines) for axes in all_axes):
         all_axes[0].set_ylim(bottom=0)
     return figure
@@ -182,13 +194,13 @@ def figure_representation_change(result: ReadoutZoneResult, untrained: ReadoutZo
 def _now_vs_later(result: ReadoutZoneResult, measure: str, title: str, label: str) -> Figure:
     figure, (axes,) = _new()
     summary = result.summary(measure)
-    names = ("already stable (t_stable ≤ t)", "not yet stable (t_stable > t)")
-    for column, (name, colour, marker, style) in enumerate(zip(names, (BLUE, ORANGE), "os", ("-", "--"), strict=True)):
+    names = ("already stable", "not yet stable")
+    for column, (name, colour, marker, style) in enumerate(zip(names, (STABLE, NOT_YET), "os", ("-", "--"), strict=True)):
         count = summary.n[:, column]
         _line(axes, summary, (slice(None), column), colour, marker, style, f"{name}, n = {_range_text(count)}")
     grey = _shade_beyond(axes, result)
     axes.set_ylabel(label)
-    axes.legend(loc="best", fontsize=8.5)
+    _legend(axes)
     _title(axes, title, f"stable-correct, n = {result.counts['stable_correct']:,}; {BAND}{grey}")
     _time_axis(axes, result.timesteps)
     return figure
@@ -196,23 +208,25 @@ def _now_vs_later(result: ReadoutZoneResult, measure: str, title: str, label: st
 
 def figure_norm(result: ReadoutZoneResult) -> Figure:
     """Norm of samples already stable and not yet."""
-    return _now_vs_later(result, "norm_now_vs_later", "Norm of representations", "‖r[t]‖")
+    return _now_vs_later(result, "norm_now_vs_later", "Norm of representations", "norm (activation units)")
 
 
 def figure_cos_current(result: ReadoutZoneResult) -> Figure:
     """Cosine to the readout vector of the current class, samples already stable and not yet."""
     title = "Alignment with the readout vector of the current class"
-    return _now_vs_later(result, "cos_current_now_vs_later", title, "cosine")
+    return _now_vs_later(result, "cos_current_now_vs_later", title, "cosine to readout vector")
 
 
 def figure_margin(result: ReadoutZoneResult) -> Figure:
     """Logit margin of samples already stable and not yet."""
-    return _now_vs_later(result, "margin_now_vs_later", "Logit margin", "current class - best other")
+    return _now_vs_later(result, "margin_now_vs_later", "Logit margin", "margin to next class (logits)")
 
 
 def figure_boundary_distance(result: ReadoutZoneResult) -> Figure:
     """Distance to the nearest zone boundary of samples already stable and not yet."""
-    return _now_vs_later(result, "boundary_distance_now_vs_later", "Distance to the edge of the readout zone", "distance")
+    return _now_vs_later(
+        result, "boundary_distance_now_vs_later", "Distance to the edge of the readout zone", "distance (activation units)"
+    )
 
 
 def figure_cos_final(result: ReadoutZoneResult) -> Figure:
@@ -223,12 +237,12 @@ def figure_cos_final(result: ReadoutZoneResult) -> Figure:
         f"own final class, n = {_range_text(summary.n[:, 0])} samples",
         f"others' final classes, n = {_range_text(summary.n[:, 1])} pairs",
     )
-    for column, (name, colour, marker, style) in enumerate(zip(names, (GREEN, PURPLE), "os", ("-", "--"), strict=True)):
+    for column, (name, colour, marker, style) in enumerate(zip(names, (OWN, OTHERS), "os", ("-", "--"), strict=True)):
         _line(axes, summary, (slice(None), column), colour, marker, style, name)
     grey = _shade_beyond(axes, result)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_ylabel("cosine of r[t] to readout vector")
-    axes.legend(loc="best", fontsize=8.5)
+    axes.set_ylabel("cosine to readout vector")
+    _legend(axes)
     _title(axes, "Not yet stable: drawn to the own final class", f"{BAND} (pairs: on the wide side){grey}")
     _time_axis(axes, result.timesteps)
     return figure
@@ -264,7 +278,7 @@ def figure_dendrogram(result: ReadoutZoneResult) -> Figure:
         "Similarity of readout vectors",
         f"{classes} class{'' if classes == 1 else 'es'}; Ward linkage under (1 - cosine) / 2",
     )
-    axes.set_ylabel("distance")
+    axes.set_ylabel("linkage distance (1 - cosine) / 2")
     if classes < 2:
         axes.text(0.5, 0.5, "one class", transform=axes.transAxes, ha="center")
         return figure

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rnndyn_fast.analysis.intervals import student
 from rnndyn_fast.analysis.reaction_times import reaction_times
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED
 from rnndyn_fast.files import reads
@@ -18,6 +19,10 @@ from rnndyn_fast.names import check_choice, others
 from rnndyn_fast.optional import require
 
 COLUMNS = ("subject", "image", "reaction_time")
+# With fewer, an interval over subjects, or a rank correlation over images, says next to nothing.
+MIN_SUBJECTS, MIN_IMAGES = 3, 10
+CEILINGS = ("correlation", "ceiling_low", "ceiling_high")
+_MOST_Z = 8.0  # of Fisher's transform: a correlation of 1 has an infinite one
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,32 @@ class ReactionTimeComparison:
     by_entropy: np.ndarray
     images: int
 
-    def mean(self, name: str = "correlation") -> tuple[float, float]:
-        """Mean over subjects and half-width of its 95% interval (t) of "correlation", "ceiling_low" or "ceiling_high"."""
-        require("scipy")
+    def estimate(self, name: str = "correlation") -> tuple[float, float, float]:
+        """Mean over subjects of "correlation", "ceiling_low" or "ceiling_high", and the ends of its 95% interval, within [-1, 1].
 
-        from scipy.stats import t
-
-        check_choice("name", name, ("correlation", "ceiling_low", "ceiling_high"))
-        values = np.asarray(getattr(self, name))
-        subjects = len(values)
-        return float(values.mean()), float(t.ppf(0.975, subjects - 1) * values.std(ddof=1) / np.sqrt(subjects))
+        Correlations are averaged, and the interval (t, over subjects) is taken, as Fisher's ``z = artanh(r)``; both are turned back.
+        """
+        check_choice("name", name, CEILINGS)
+        return fisher_mean(getattr(self, name))
 
     @property
     def share_of_ceiling(self) -> float:
-        """Mean correlation divided by the mean lower noise ceiling."""
-        return float(self.correlation.mean() / self.ceiling_low.mean())
+        """Mean correlation divided by the mean lower noise ceiling; NaN where that is not positive."""
+        ceiling = self.estimate("ceiling_low")[0]
+        return self.estimate()[0] / ceiling if ceiling > 0 else float("nan")
+
+
+def fisher_mean(correlations: Any) -> tuple[float, float, float]:  # [J]
+    """Mean of correlations and its 95% interval by Fisher's transform (t over J >= 2 of them).
+
+    >>> value, low, high = fisher_mean([0.9, 0.99, 0.2])
+    >>> -1 < low < value < high < 1
+    True
+    """
+    z = np.clip(np.arctanh(np.clip(np.asarray(correlations, np.float64), -1 + 1e-15, 1 - 1e-15)), -_MOST_Z, _MOST_Z)
+    half = float(student(0.975, np.asarray(len(z) - 1))) * z.std(ddof=1) / np.sqrt(len(z))
+    low, high = (float(np.tanh(z.mean() + end)) for end in (-half, half))
+    return float(np.tanh(z.mean())), low, high
 
 
 def compare_reaction_times(
@@ -87,10 +103,10 @@ def compare_reaction_times(
 
     Deterministic: yes. Memory: a few tables [K, N].
 
-    >>> entropy = np.array([[2.0, 2.0, 0.1, 0.1], [1.0, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]])
-    >>> human = np.array([[500.0, 450, 400, 390], [520, 480, 380, 390], [610, 530, 410, 400]])
-    >>> compare_reaction_times(entropy, human, [0.5]).correlation.round(2).tolist()
-    [0.95, 0.95, 0.95]
+    >>> entropy = np.linspace([2.0] * 12, np.linspace(0.1, 1.9, 12), 5)  # steps by images
+    >>> human = 400 + 10 * np.arange(12) + np.array([[0.0], [5.0], [9.0]])
+    >>> compare_reaction_times(entropy, human, [1.0]).correlation.round(1).tolist()
+    [0.8, 0.8, 0.8]
     """
     check_choice("unreached", unreached, UNREACHED)
     entropy, human = np.asarray(entropy, dtype=np.float64), np.asarray(human, dtype=np.float64)
@@ -130,14 +146,18 @@ def compare_reaction_times(
 def _check_human(human: np.ndarray, images: int) -> None:
     if human.ndim != 2 or human.shape[1] != images:
         raise ValueError(f"human: expected shape [subjects, images] = [any, {images}], got {list(human.shape)}")
-    if len(human) < 2:
-        raise ValueError(f"human: expected at least 2 subjects, to leave one out, got {len(human)}")
+    if len(human) < MIN_SUBJECTS:
+        raise ValueError(f"human: expected at least {MIN_SUBJECTS} subjects, got {len(human)}: no interval over fewer means anything")
     if np.isinf(human).any() or (human < 0).any():
         raise ValueError("human: expected reaction times >= 0 (NaN where there is none), got negative or infinite ones")
     shared = (~np.isnan(human)).sum(0) >= 2
-    few = [j for j in range(len(human)) if (shared & ~np.isnan(human[j])).sum() < 3 or np.nanstd(human[j]) == 0]
-    if few:
-        raise ValueError(f"human: subject {few[0]} has no three images, with different times, that another subject has too")
+    for j, row in enumerate(human):
+        count = int((shared & ~np.isnan(row)).sum())
+        if count < MIN_IMAGES or np.nanstd(row) == 0:
+            told = f"{count} of them" if count < MIN_IMAGES else "the same time for all"
+            raise ValueError(
+                f"human: expected at least {MIN_IMAGES} images, with different times, that subject {j} shares with another, got {told}"
+            )
 
 
 def _mean(table: np.ndarray) -> np.ndarray:  # [J, ...]

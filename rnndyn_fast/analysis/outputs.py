@@ -11,9 +11,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS
+from rnndyn_fast.analysis.bootstrap import PAIRED, Bootstrap
 from rnndyn_fast.analysis.breakdown_figures import class_rows
-from rnndyn_fast.analysis.claims import check_claims
+from rnndyn_fast.analysis.claims import Claim
 from rnndyn_fast.analysis.figures import readout_tree
+from rnndyn_fast.analysis.intervals import Estimate
 from rnndyn_fast.analysis.results import ReadoutZoneResult
 from rnndyn_fast.files import replaced_atomically
 
@@ -75,6 +77,7 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
     out["plane"] = [
         {"t_stable": s, "t": t} | _cell("across_", across, (s, t)) | _cell("along_", along, (s, t)) for s in steps[1:] for t in steps
     ]
+    out["correlations"] = [{"measure": "norm at t = 0 with time of stabilisation", "value": result.norm_t_stable_correlation}]
     out["classes"] = class_rows(result)
     labels, predicted = np.nonzero(result.sums.confusion.any(0))
     out["confusion"] = [
@@ -93,12 +96,43 @@ def tables(result: ReadoutZoneResult) -> dict[str, list[Row]]:
         }
         for m, names in _PAIRED.items()
     ]
-    out["claims"] = [
-        {"claim": c.name, "statement": c.statement, "verdict": c.verdict, "n": c.n, "number": name, "value": value}
-        for c in check_claims(result)
-        for name, value in c.evidence.items()
-    ]
     return out
+
+
+def spread(prefix: str, estimate: Estimate) -> Row:
+    """An estimate as columns."""
+    names = ("value", "low", "high", "n", "networks")
+    return {f"{prefix}{name}": getattr(estimate, name) for name in names}
+
+
+def claim_rows(claims: Sequence[Claim], network: str = "") -> list[Row]:
+    """Every number that claims rest on, with its interval, bound and p, and those that are shown beside them."""
+    rows: list[Row] = []
+    for claim in claims:
+        head: Row = {"network": network, "claim": claim.name, "verdict": claim.verdict, "reason": claim.reason}
+        head |= {"stable_correct": claim.n, "p_for": claim.p_for, "p_against": claim.p_against, "family": claim.family}
+        for part in (*claim.parts, *claim.other):
+            row = head | {"measure": part.name, "label": part.label} | spread("", part.estimate)
+            rows.append(row | {"bound": part.bound, "p_above": part.above, "p_below": part.below, "speaks": part.status(len(claim.parts))})
+    return rows
+
+
+def estimate_rows(boot: Bootstrap, network: str = "") -> list[Row]:
+    """Averages over time steps, differences and effects, and change by step after stabilisation, with their intervals."""
+    rows: list[Row] = []
+    for measure in PAIRED:
+        if f"{measure}.average" not in boot.values:
+            continue
+        for name, index in ((".average", 0), (".average", 1), (".difference", ()), (".effect", ())):
+            if f"{measure}{name}" in boot.values:
+                which = ["first", "second"][index] if isinstance(index, int) else ""
+                row = {"network": network, "measure": f"{measure}{name}", "which": which}
+                rows.append(row | spread("", boot.estimate(f"{measure}{name}", index)))
+    for name in ("change_by_lag", "change_untrained_by_lag"):
+        for k in range(len(boot.lag_counts) if name in boot.values else 0):
+            row = {"network": network, "measure": name, "which": str(k)} | spread("", boot.estimate(name, k))
+            rows.append(row | {"n": int(boot.lag_counts[k])})
+    return rows
 
 
 def _text(value: Any) -> str:

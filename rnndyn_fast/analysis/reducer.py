@@ -27,12 +27,18 @@ _SCALARS = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "bounda
 
 
 class _PendingBatch:
-    """What is kept of a batch that comes step by step: scalars, cosines, and the step before."""
+    """What is kept of a batch that comes step by step: scalars, cosines, and the steps before."""
 
     def __init__(self, labels: Tensor) -> None:  # [N]
         self.labels = labels
-        self.previous: Tensor | None = None  # [N, D], our own copy: the caller may reuse the buffer
+        self.previous: list[Tensor] = []  # [N, D] each, our own copies: the caller may reuse the buffer; where samples are kept, all steps
+        self.distances: list[Tensor] = []  # t tables [N] of step t
         self.measures: list[ReadoutZoneMeasures] = []  # one per step, tables [1, N] and cosine [1, N, C]
+
+
+def _distances(earlier: Tensor, current: Tensor) -> Tensor:  # [t, N, D], [N, D] -> [t, N]
+    """Distances of a step to every earlier one, float64."""
+    return torch.linalg.vector_norm(current - earlier, dim=-1, dtype=torch.float64)
 
 
 class ReadoutZoneReducer(Reducer):
@@ -56,7 +62,7 @@ class ReadoutZoneReducer(Reducer):
         timesteps: T, the length of every trajectory.
         area: whose representations ``add`` takes from a batch.
         keep_samples: also keep every sample's scalars over time, so that the result has index sets and per-sample
-            tables; memory then grows by about 60 T bytes per sample,
+            tables; memory then grows by about 60 T + 4 T^2 bytes per sample,
             and 4 C per sample and step of those not yet stable.
         backend: "native", "reference" or None (native where it can run; see ``ops.can_run_readout_zones``).
 
@@ -157,7 +163,10 @@ class ReadoutZoneReducer(Reducer):
             require_log_probs("log_probs", log_probs)
         measures = self._measure(representations, labels, log_probs, None)
         require_finite_norms("representations", representations, measures.norm)
-        self._take_in(labels, [measures])
+        distances: list[Tensor] = []
+        if self.keep_samples:
+            distances = [_distances(representations[:t], representations[t]) for t in range(1, self.timesteps)]
+        self._take_in(labels, [measures], distances)
 
     @torch.no_grad()
     def step(
@@ -187,18 +196,20 @@ class ReadoutZoneReducer(Reducer):
             pending = _PendingBatch(labels.clone())
         elif labels.shape != pending.labels.shape or not torch.equal(labels.cpu(), pending.labels.cpu()):
             raise ValueError(f"labels: expected the labels [N] = [{len(pending.labels)}] given at t = 0, got others at t = {t}")
-        previous = pending.previous
-        if previous is not None:
-            previous = previous.to(representations.device, representations.dtype)
+        place: dict[str, Any] = {"device": representations.device, "dtype": representations.dtype}
+        previous = pending.previous[-1].to(**place) if pending.previous else None
         measures = self._measure(representations.unsqueeze(0), labels, log_probs_t, previous)
         require_finite_norms("representations_t", representations, measures.norm[0])
         pending.measures.append(measures)
+        if self.keep_samples and t > 0:
+            pending.distances.append(_distances(torch.stack([step.to(**place) for step in pending.previous]), representations))
         if len(pending.measures) < self.timesteps:
-            pending.previous = representations.clone()
+            kept = pending.previous if self.keep_samples else []
+            pending.previous = [*kept, representations.clone()]
             self._pending = pending
             return
         self._pending = None
-        self._take_in(pending.labels, pending.measures)
+        self._take_in(pending.labels, pending.measures, pending.distances)
 
     def discard_batch(self) -> None:
         """Drop a batch whose steps are not complete, if there is one."""
@@ -261,7 +272,7 @@ class ReadoutZoneReducer(Reducer):
             backend=self.backend,
         )
 
-    def _take_in(self, labels: Tensor, measures: list[ReadoutZoneMeasures]) -> None:  # [N]
+    def _take_in(self, labels: Tensor, measures: list[ReadoutZoneMeasures], distances: list[Tensor]) -> None:  # [N]
         def table(name: str) -> np.ndarray:  # -> [T, N]
             values = torch.cat([getattr(m, name) for m in measures]).cpu()
             return values.numpy() if name == "predicted" else values.double().numpy()
@@ -279,6 +290,8 @@ class ReadoutZoneReducer(Reducer):
             for name, values in batch._asdict().items():
                 if name in SAMPLE_TABLES:
                     self._samples[name].append(values.T)
+            between = np.concatenate([np.zeros((0, len(group))), *(steps.cpu().numpy() for steps in distances)])
+            self._samples["distance"].append(between.T)
             self._samples["group"].append(group)
             self._samples["time"].append(time)
 
@@ -333,7 +346,7 @@ def readout_zones(
     Forward-mode: no.
     Double backward: no.
     Deterministic: yes on the CPU.
-    Memory: 40 T C^2 bytes, about 60 T bytes per sample, and one block.
+    Memory: 40 T C^2 bytes, about 60 T + 4 T^2 bytes per sample, and one block.
 
     Source: Thorat, Doerig & Kietzmann (2023), arXiv 2308.12435.
 

@@ -15,8 +15,10 @@ from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
 from rnndyn_fast.files import reads, replaced_atomically
 from rnndyn_fast.optional import require
 
+# A mean over fewer samples is neither drawn nor compared: its interval would not deserve the name.
+MIN_GROUP = 10
 FORMAT = "rnndyn_fast.readout_zones"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _per_step(dtype: type, fewer: int = 0) -> Callable[[int], np.ndarray]:
@@ -39,6 +41,8 @@ SAMPLE_TABLES: dict[str, Callable[[int], np.ndarray]] = {
     "margin": _per_step(np.float64),  # [N, T]
     "boundary_distance": _per_step(np.float64),  # [N, T]
     "change": _per_step(np.float64, fewer=1),  # [N, T - 1]
+    # [N, T (T - 1) / 2] ||r[t] - r[s]||, s < t, in the order of np.tril_indices(T, -1)
+    "distance": lambda timesteps: np.zeros((0, timesteps * (timesteps - 1) // 2)),
 }
 
 # Kept with them, one row per not-yet-stable sample and step (see `later_cosines`).
@@ -219,6 +223,11 @@ class ReadoutZoneResult:
         table = self.summary(name).mean[: self.max_t_analysed]
         kept = table[np.isfinite(table).all(1)]
         return kept.mean(0) if len(kept) else np.full(2, np.nan)
+
+    def analysed_steps(self, name: str) -> np.ndarray:  # -> bool [T]
+        """Steps at which the two columns of a [T, 2] measure are compared: below ``max_t_analysed``, ``MIN_GROUP`` samples in both."""
+        enough = (self.summary(name).n >= MIN_GROUP).all(1)
+        return enough & (np.arange(self.timesteps) < self.max_t_analysed)
 
     def _members(self, group: str) -> np.ndarray | None:
         return None if self.samples is None else np.flatnonzero(self.samples["group"] == GROUPS.index(group))

@@ -159,7 +159,8 @@ def _analyse(parser: CommandParser) -> None:
         "file of rnndyn extract; NPZ or HDF5 file of trajectories [T, N, D] and their readout; or with --data a checkpoint",
     )
     add(parser, "out", str, "folder for report, tables and figures; files of the same names are replaced")
-    add(parser, "compare", str | None, "a second file: that of the untrained network", None)
+    add(parser, "compare", str | None, "a second file: that of the untrained network on the same images", None)
+    add(parser, "pdf", bool, "print the report to report.pdf too; needs Chromium or Chrome", False)
     for name, known in NAMES.items():
         add(parser, name, str | None, f"name of this array in a file of trajectories; default: {' or '.join(known)}", None)
     _add_extraction(parser)

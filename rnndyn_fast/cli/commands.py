@@ -192,17 +192,18 @@ def _extracted(given: str, out: str, options: dict[str, Any], **of_extract: Any)
     return run(given, data, split, out=Path(out) / "extraction.h5", foreign=foreign, overwrite=True, **of_extract)
 
 
-def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
+def analyse(result: str, out: str, compare: str | None, pdf: bool = False, **names: Any) -> None:
     """`rnndyn analyse`"""
     result = str(_extracted(result, out, names, reducers=("readout_zones",), keep_samples=True))
-    from rnndyn_fast.analysis import check_claims
     from rnndyn_fast.report.analysis_page import REPORT
     from rnndyn_fast.report.analysis_page import analyse as run
 
-    loaded, paths = run(result, out, compare=compare, names=names)
+    loaded, claims, paths = run(result, out, compare=compare, names=names, pdf=pdf)
     print(summary_lines(loaded))
-    for claim in check_claims(loaded):
-        print(f"{claim.statement}: {claim.verdict} (n = {claim.n:,})")
+    for claim in claims:
+        print(claim)
+    if not claims:
+        print("claims: inconclusive, the result holds sums only; run the extraction with --keep-samples")
     print(f"{len(paths)} files in {out}, among them {REPORT}")
 
 
@@ -242,6 +243,8 @@ def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: s
 
 def react(out: str, unreached: str, **options: Any) -> None:
     """`rnndyn react`"""
+
+    from rnndyn_fast.analysis.human_times import CEILINGS
     from rnndyn_fast.extract import react as run
     from rnndyn_fast.report.speed_accuracy import write_reaction_times
 
@@ -252,8 +255,9 @@ def react(out: str, unreached: str, **options: Any) -> None:
     print(f"{result.n:,} images; accuracy in % at t = 0..{result.timesteps - 1}: {' '.join(f'{100 * a:.1f}' for a in result.accuracy)}")
     print(f"best by threshold: {100 * best.accuracy:.1f}% at {best.threshold:.3g} nats, {best.mean_step + 1:.2f} steps on average")
     if comparison is not None:
-        (mean, half), (low, _), (high, _) = (comparison.mean(name) for name in ("correlation", "ceiling_low", "ceiling_high"))
-        print(f"rank correlation with people {mean:.3f} (+- {half:.3f}), noise ceiling {low:.3f} to {high:.3f}")
+        told = [f"{value:.3f} (95% interval {low:.3f} to {high:.3f})" for value, low, high in map(comparison.estimate, CEILINGS)]
+        print(f"rank correlation with {len(comparison.correlation)} people over {comparison.images} images: {told[0]}")
+        print(f"noise ceiling, lower {told[1]}, upper {told[2]}")
     print(out)
 
 

@@ -1,4 +1,4 @@
-"""Sections of a report about the dynamics of one network or several: claims, accuracy, change, zones, breakdown."""
+"""Sections of a report about the dynamics of one network or several: accuracy, change, zones, breakdown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rnndyn_fast.analysis import Claim, ReadoutZoneResult, breakdown_figures, check_claims, figures
+from rnndyn_fast.analysis import ReadoutZoneResult, breakdown_figures, figures
 from rnndyn_fast.analysis.accumulators import GROUPS
 from rnndyn_fast.analysis.outputs import tables, write_rows
-from rnndyn_fast.report.page import Card, Cell, Page, Plot, format_cell, lift_note, table_html
-from rnndyn_fast.study.published import GROUP_COUNTS
+from rnndyn_fast.report.page import Cell, Page, Plot, format_cell, lift_note
 
 
 class View(Protocol):
@@ -28,88 +27,17 @@ class View(Protocol):
     def untrained(self) -> ReadoutZoneResult | None: ...
 
 
-def dynamics_sections(page: Page, views: Sequence[View], published: bool = False) -> None:
+def dynamics_sections(page: Page, views: Sequence[View]) -> None:
     """Everything that the analysis has to show, network beside network."""
     csv = {id(view.trained): tables(view.trained) for view in views}
-    _accuracy(page, views, csv, published)
+    _accuracy(page, views, csv)
     _change(page, views, csv)
     _zones(page, views, csv)
     _stability(page, views, csv)
     _classes(page, views, csv)
 
 
-def claims_section(page: Page, views: Sequence[View]) -> None:
-    """The two published claims, a card per claim and network."""
-    section = page.section("The two published claims, checked here")
-    section.text(
-        "Each card says whether the claim holds for one network on these images, by the criterion below it, with the number "
-        "of samples it rests on and 95% intervals. “Stable-correct” samples reach the right class at some time step and "
-        "never leave it; `t_stable` is that step."
-    )
-    cards = []
-    for claims in zip(*(check_claims(view.trained) for view in views), strict=True):
-        cards += [claim_card(claim, view.title) for claim, view in zip(claims, views, strict=True)]
-    section.cards(cards)
-
-
-def verdict_sentences(views: Sequence[View]) -> str:
-    """One sentence per published claim."""
-    sentences = []
-    for claims in zip(*(check_claims(view.trained) for view in views), strict=True):
-        verdicts = {claim.verdict for claim in claims}
-        if len(verdicts) == 1:
-            told = f"{verdicts.pop()}{f' in all {len(views)} networks' if len(views) > 1 else ''}"
-        else:
-            told = ", ".join(f"{claim.verdict} ({view.title})" for claim, view in zip(claims, views, strict=True))
-        sentences.append(f"“{claims[0].statement}”: {told}.")
-    return " ".join(sentences)
-
-
-def claim_card(claim: Claim, title: str) -> Card:
-    """A claim's verdict and numbers."""
-    header, rows, rest = evidence_table(claim)
-    return Card(
-        f"{claim.statement} — {title}" if title else claim.statement,
-        claim.holds,
-        f"{claim.verdict[0].upper()}{claim.verdict[1:]} (n = {claim.n:,} stable-correct samples)",
-        table=table_html(header, rows, f"What it rests on{rest}."),
-        small=f"Criterion: {claim.criterion}.",
-    )
-
-
-def evidence_table(claim: Claim) -> tuple[list[str], list[list[Cell]], str]:
-    """Header and rows of a claim's numbers, and in words what is left.
-
-    Where the numbers compare ("x, stable", "x, not yet", "x, difference"), each x is a row, and lone numbers are left
-    for words; otherwise each number is a row. "x, 95% low" and "x, 95% high" are the interval of x.
-    """
-    evidence = dict(claim.evidence)
-
-    def interval(name: str) -> str:
-        low, high = (evidence.pop(f"{name}, 95% {end}", np.nan) for end in ("low", "high"))
-        # One word to the line breaker.
-        return f"{format_cell(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{format_cell(high)}" if np.isfinite([low, high]).all() else ""
-
-    compared = [name.removesuffix(", difference") for name in evidence if name.endswith(", difference")]
-    rows: list[list[Cell]] = []
-    if compared:
-        for name in compared:
-            values = [evidence.pop(f"{name}, {part}", np.nan) for part in ("stable", "not yet", "difference")]
-            rows.append([name, *values, interval(f"{name}, difference")])
-        rest = "; ".join(f"{name}: {format_cell(_number(value))}" for name, value in evidence.items())
-        return ["measure", "stable", "not yet", "difference", "95% interval"], rows, f" ({rest})" if rest else ""
-    for name in [name for name in evidence if not name.endswith((", 95% low", ", 95% high"))]:
-        # An interval bears the name of its measure, or that of the measure without its unit.
-        stem = name if f"{name}, 95% low" in evidence else name.removesuffix(" per step")
-        rows.append([name, _number(evidence[name]), interval(stem)])
-    return ["measure", "value", "95% interval"], rows, ""
-
-
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _accuracy(page: Page, views: Sequence[View], csv: dict[int, Any], published: bool) -> None:
+def _accuracy(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
     section = page.section("Accuracy over time, and kinds of trajectories")
     section.plots(
         [
@@ -118,64 +46,50 @@ def _accuracy(page: Page, views: Sequence[View], csv: dict[int, Any], published:
             *_each(views, csv, figures.figure_counts, "counts", "stable samples per time of stabilisation", _counts_alt),
         ]
     )
-    header = ["network", "n", *(name.replace("_", "-") for name in GROUPS)]
+    header = ["network", "n", *(f"{name.replace('_', '-')}{end}" for name in GROUPS for end in ("", " (%)"))]
     rows: list[list[Cell]] = []
     for view in views:
-        rows.append(
-            [
-                f"{view.title}, here" if published else view.title or "trained",
-                view.trained.n,
-                *_shares([view.trained.counts[name] for name in GROUPS]),
-            ]
-        )
-        if view.untrained is not None:
-            untrained = view.untrained
-            rows.append([f"{view.title}, untrained".removeprefix(", "), untrained.n, *_shares([untrained.counts[name] for name in GROUPS])])
-    if published:
-        rows += [[f"{name.replace('_', ', ')}, published", sum(counts), *_shares(counts)] for name, counts in GROUP_COUNTS.items()]
+        for state, result in (("trained", view.trained), ("untrained", view.untrained)):
+            if result is not None:
+                shares = [(result.counts[name], 100 * result.counts[name] / max(result.n, 1)) for name in GROUPS]
+                rows.append([f"{view.title}, {state}".removeprefix(", "), result.n, *(cell for pair in shares for cell in pair)])
     section.table(
         header,
         rows,
-        "Trajectories per group: stable if the final class is predicted from t_stable on and not before; correct if "
-        "that is "
-        "the label (unstable-correct: the label was predicted at some step)."
-        + (" Published: MiniEcoset, 100 classes." if published else ""),
+        "Trajectories per group. Stable: the final class is predicted from some step on and not before; correct: it is the label "
+        "(unstable-correct: the label was predicted at some step).",
     )
 
 
 def _change(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
     section = page.section("Representations after stable correct classification")
     section.text(
-        "The distance between successive representations, averaged over stable-correct samples with the same "
-        "`t_stable`, for "
-        "each network as trained and as it was before training."
+        "The distance between successive representations, averaged over stable-correct samples with the same time of stabilisation, for "
+        "each network as trained and as it was before training, on one scale. The first transition is the onset of recurrence."
     )
+    shown = [(view, state, one) for view in views for state, one in (("trained", view.trained), ("untrained", view.untrained)) if one]
+    drawn = [figures.figure_representation_change(result) for _, _, result in shown]
+    same_scale(drawn)
     plots = []
-    for view in views:
-        for state, result in (("trained", view.trained), ("untrained", view.untrained)):
-            if result is None:
-                continue
-            change = result.summary("change_after_stable")
-            plots.append(
-                _plot(
-                    figures.figure_representation_change(result),
-                    f"{view.title}, {state}: representation change per time step, one line per `t_stable`".removeprefix(", "),
-                    f"Line plot of the representation change per transition in the {state} {view.title} network; after "
-                    f"stabilisation it is {float(change.mean):.3g} per step on average over {int(change.n):,} samples.",
-                    csv=to_csv(tables(result)["representation_change_by_t_stable"]),
-                )
+    for (view, state, result), figure in zip(shown, drawn, strict=True):
+        change = result.summary("change_after_stable")
+        plots.append(
+            _plot(
+                figure,
+                f"{view.title}, {state}: change of the representation per time step, one line per time of stabilisation".removeprefix(", "),
+                f"Line plot of the representation change per transition in the {state} {view.title} network; after "
+                f"stabilisation it is {float(change.mean):.3g} per step on average over {int(change.n):,} samples.",
+                csv=to_csv(tables(result)["representation_change_by_t_stable"]),
             )
+        )
     section.plots(plots)
 
 
 def _zones(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
     section = page.section("Place in the readout zone: already stable against not yet")
     section.text(
-        "Stable-correct samples only. At each step, samples that already are in their final class (t_stable ≤ t) are "
-        "held "
-        "against those that are not there yet (t_stable > t). A readout zone is the region where one class has the "
-        "largest "
-        "logit; its edge is where another takes over."
+        "Stable-correct samples only. At each step, samples that already are in their final class are held against those that are not "
+        "there yet. A readout zone is the region where one class has the largest logit; its edge is where another takes over."
     )
     for name, figure, measure in (
         ("norm of the representation", figures.figure_norm, "norm_now_vs_later"),
@@ -207,8 +121,8 @@ def _zones(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
 def _stability(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
     section = page.section("Time to stability, and the way there")
     section.text(
-        "Norm over time, one line per `t_stable`; and where samples that change class are in the plane of the two readout vectors "
-        "concerned, that of the class before they become stable and that of their final one: to the right is the distance to the "
+        "Norm over time, one line per time of stabilisation; and where samples that change class are in the plane of the two readout "
+        "vectors concerned, that of the class before they become stable and that of their final one: to the right is the distance to the "
         "boundary between the two zones (the final class has the right side), upwards is what both classes share."
     )
     section.plots(
@@ -237,7 +151,16 @@ def _classes(page: Page, views: Sequence[View], csv: dict[int, Any]) -> None:
             ]
             for r in csv[id(view.trained)]["classes"]
         ]
-        header = ["class", "n", "accuracy, t = 0", "last t", "stable-correct", "mean t_stable", "norm, last t", "boundary distance, last t"]
+        header = [
+            "class",
+            "n",
+            "accuracy, t = 0",
+            "last t",
+            "stable-correct",
+            "mean time of stabilisation",
+            "norm, last t",
+            "boundary distance, last t",
+        ]
         section.table(
             header, rows, f"{view.title}: class by class; the last three columns are means over stable-correct samples.".removeprefix(": ")
         )
@@ -261,10 +184,23 @@ def _each(
     """The same figure of every network."""
     # Bars side by side need the width.
     inches = 6.6 if figure is figures.figure_counts else 5.0
+    drawn = [figure(view.trained) for view in views]
+    if figure not in (breakdown_figures.figure_classes, breakdown_figures.figure_confusion):  # (whose axes are classes)
+        same_scale(drawn)
     return [
-        _plot(figure(view.trained), _named(view, what), _named(view, alt(view.trained)), inches, to_csv(csv[id(view.trained)][table]))
-        for view in views
+        _plot(one, _named(view, what), _named(view, alt(view.trained)), inches, to_csv(csv[id(view.trained)][table]))
+        for view, one in zip(views, drawn, strict=True)
     ]
+
+
+def same_scale(drawn: Sequence[Any]) -> None:
+    """Give figures that are held against each other the same vertical axis."""
+    axes = [one for figure in drawn for one in figure.axes if one.lines or one.patches]
+    if axes:
+        limits = [one.get_ylim() for one in axes]
+        low, high = min(min(pair) for pair in limits), max(max(pair) for pair in limits)
+        for one, (first, second) in zip(axes, limits, strict=True):
+            one.set_ylim(*((low, high) if first <= second else (high, low)))
 
 
 def _named(view: View, text: str) -> str:
@@ -282,11 +218,6 @@ def _plot(figure: Any, caption: str, alt: str, inches: float = 5.0, csv: str = "
     """A figure of an analysis; what it says above its axes goes into the caption."""
     note = lift_note(figure)
     return Plot(figure, f"{caption}; {note}." if note else f"{caption}.", alt, inches, csv)
-
-
-def _shares(counts: Sequence[int]) -> list[str]:
-    total = max(sum(counts), 1)
-    return [f"{count:,} ({100 * count / total:.1f}%)" for count in counts]
 
 
 def _accuracy_alt(result: ReadoutZoneResult) -> str:

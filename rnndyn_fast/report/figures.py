@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rnndyn_fast.analysis.figures import BLUE, ORANGE
+from rnndyn_fast.analysis.figures import GREY, INK
 from rnndyn_fast.optional import require
 from rnndyn_fast.train import EpochMetrics
 
@@ -23,14 +23,14 @@ def figure_training(rows: Sequence[EpochMetrics]) -> Figure:
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row.epoch for row in rows]
     for name, colour, style, marker, values in (
-        ("training", BLUE, "-", "o", [row.train_loss for row in rows]),
-        ("validation", ORANGE, "--", "s", [row.val_loss for row in rows]),
+        ("training", INK, "-", "o", [row.train_loss for row in rows]),
+        ("validation", GREY, "--", "s", [row.val_loss for row in rows]),
     ):
         loss.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=name)
     loss.set_ylabel("loss (nats, sum over time)")
     loss.set_ylim(0, 1.08 * max(max(row.train_loss, row.val_loss) for row in rows))
     loss.legend()
-    for name, colour, style, marker, step in (("t = 0", ORANGE, "--", "s", 0), ("last t", BLUE, "-", "o", -1)):
+    for name, colour, style, marker, step in (("t = 0", GREY, "--", "s", 0), ("last t", INK, "-", "o", -1)):
         values = [100 * row.val_accuracy[step] for row in rows]
         accuracy.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=name)
     accuracy.set_ylabel("validation accuracy (%)")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rnndyn_fast.analysis.intervals import UNKNOWN, Estimate
+from rnndyn_fast.analysis.outputs import spread, write_csv
 from rnndyn_fast.files import write_text
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.script import SCRIPT
@@ -23,7 +25,7 @@ from rnndyn_fast.report.style import STYLE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Cell = str | int | float | None
+Cell = str | int | float | Estimate | None
 
 # Wider figures (a dendrogram of a hundred classes) keep their size and scroll.
 _MOST_INCHES = 7.0
@@ -80,11 +82,12 @@ class Section:
         return self
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> Section:
-        """A table. Numbers are right-aligned, floats get four significant digits, None and NaN a dash.
+        """A table under the next number. Numbers are right-aligned, floats get three significant digits, estimates their interval, None
+        and NaN a dash.
 
         Raises ValueError where a row is not as long as the header.
         """
-        self._parts.append(table_html(header, rows, caption))
+        self._parts.append(self._page.table_html(header, rows, caption))
         return self
 
     def plots(self, plots: Sequence[Plot]) -> Section:
@@ -140,7 +143,27 @@ class Page:
     def __init__(self, title: str, lead: str, footer: str = "") -> None:
         self.title, self.lead, self.footer = title, lead, footer
         self.sections: list[Section] = []
+        self.tables: list[tuple[str, Sequence[str], Sequence[Sequence[Cell]]]] = []  # caption, header, rows, by number
         self._figure_numbers = itertools.count(1)
+        self._head = ""
+
+    def answer(self, question: str, answers: Sequence[str], plot: Plot) -> None:
+        """What the page is about, ahead of all sections: the question, the answer in a sentence each, and the main figure."""
+        told = "".join(f"<p>{escape(sentence)}</p>" for sentence in answers)
+        self._head = f'<p class="question">{escape(question)}</p><div class="answer">{told}</div>{self.plot_html(plot)}'
+
+    def table_html(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> str:
+        """A table under the next number."""
+        self.tables.append((caption, header, rows))
+        return table_html(header, rows, caption, len(self.tables))
+
+    def write_tables(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Every table in full precision as ``<folder>/table_<number>.csv``; estimates become columns."""
+        return [
+            write_csv(_csv_rows(header, rows), Path(folder) / f"table_{number}.csv")
+            for number, (_, header, rows) in enumerate(self.tables, start=1)
+            if rows
+        ]
 
     def section(self, title: str) -> Section:
         """A new section at the end."""
@@ -153,14 +176,17 @@ class Page:
 
     def plot_html(self, plot: Plot) -> str:
         """A figure as inline SVG."""
-        svg = figure_svg(plot.figure, prefix=f"f{next(self._figure_numbers)}-", alt=plot.alt, inches=plot.inches)
+        number = next(self._figure_numbers)
+        svg = figure_svg(plot.figure, prefix=f"f{number}-", alt=plot.alt, inches=plot.inches)
         link = ""
         if plot.csv:
             data = base64.b64encode(plot.csv.encode("utf-8")).decode("ascii")
             name = re.sub(r"[^a-z0-9]+", "_", plot.caption.lower()).strip("_")[:60] or "figure"
             label = html.escape(f"Numbers of the figure: {plot.caption}", quote=True)
             link = f' <a download="{name}.csv" aria-label="{label}" href="data:text/csv;base64,{data}">CSV</a>'
-        return f'<figure class="plot"><div>{svg}</div><figcaption>{escape(plot.caption)}{link}</figcaption></figure>'
+        return (
+            f'<figure class="plot"><div>{svg}</div><figcaption><b>Figure {number}.</b> {escape(plot.caption)}{link}</figcaption></figure>'
+        )
 
     def html(self) -> str:
         """The whole page."""
@@ -170,7 +196,7 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head><body>"
             f'<header><h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>'
-            f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+            f'{self._head}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
             f"<main>{''.join(section.html() for section in self.sections)}</main>"
             f"<footer><p>{escape(self.footer)}</p></footer><script>{SCRIPT}</script></body></html>\n"
         )
@@ -180,7 +206,23 @@ class Page:
         return write_text(path, self.html())
 
 
-def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> str:
+def _csv_rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[dict[str, object]]:
+    """Rows in which the columns that hold an estimate have become several, in all rows alike."""
+    wide = [any(isinstance(row[k], Estimate) for row in rows) for k in range(len(header))]
+    out = []
+    for row in rows:
+        cells: dict[str, object] = {}
+        for name, value, several in zip(header, row, wide, strict=True):
+            if several:
+                value = value if isinstance(value, Estimate) else UNKNOWN
+                cells |= spread(f"{name}, ", value)
+            else:
+                cells[name] = "" if value is None else value
+        out.append(cells)
+    return out
+
+
+def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, number: int | None = None) -> str:
     """A table as HTML; see `Section.table`."""
     for row in rows:
         if len(row) != len(header):
@@ -193,9 +235,10 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
     head = "".join(cell("th", escape(name), k, ' scope="col"') for k, name in enumerate(header))
     body = "".join(f"<tr>{''.join(cell('td', escape(format_cell(value)), k) for k, value in enumerate(row))}</tr>" for row in rows)
     label = html.escape(caption, quote=True)
+    numbered = "" if number is None else f"<b>Table {number}.</b> "
     return (
         # A <caption> is as wide as its table and would scroll away with it on a phone.
-        f'<p class="caption">{escape(caption)}</p>'
+        f'<p class="caption">{numbered}{escape(caption)}</p>'
         # Wide tables scroll within their box: it takes the focus, so that arrow keys move it.
         f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table aria-label="{label}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -204,11 +247,18 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
 
 def format_cell(value: Cell) -> str:
     """A value as the tables show it."""
+    if isinstance(value, Estimate):
+        told = format_cell(value.value)
+        if value.known:
+            told += f" ({format_cell(value.low)} to {format_cell(value.high)})"
+        return told.replace(" ", "\N{NO-BREAK SPACE}")  # one word to the line breaker
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return "\N{EN DASH}"
     if isinstance(value, bool | str):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def picture_html(picture: Picture) -> str:

@@ -1,4 +1,4 @@
-"""The script of the reports: tables are sorted by a click, or Enter, on the heading of a column."""
+"""The script of the reports: tables are sorted by a click, or Enter, on the heading of a column, and say so where they are cut off."""
 
 # Without scripts the tables are as they are. Missing values (a dash) stay last in either order.
 SCRIPT = r"""
@@ -12,6 +12,13 @@ SCRIPT = r"""
     if (isFinite(a.number) && isFinite(b.number) && a.number !== b.number) return a.number - b.number;
     return a.text.localeCompare(b.text, undefined, { numeric: true });
   }
+  function mark() {
+    document.querySelectorAll('.table').forEach(function (box) {
+      box.classList.toggle('wide', box.scrollWidth > box.clientWidth + 1);
+    });
+  }
+  mark();
+  window.addEventListener('resize', mark);
   document.querySelectorAll('table').forEach(function (table) {
     var body = table.tBodies[0], heads = Array.prototype.slice.call(table.tHead.rows[0].cells);
     if (body.rows.length < 2) return;

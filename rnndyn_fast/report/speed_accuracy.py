@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, STYLE
-from rnndyn_fast.analysis.human_times import ReactionTimeComparison
+from rnndyn_fast.analysis.human_times import CEILINGS, ReactionTimeComparison
+from rnndyn_fast.analysis.intervals import Estimate
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.analysis.speed_accuracy import ReactionTimeResult
 from rnndyn_fast.files import replaced_atomically
@@ -97,7 +98,7 @@ def figure_comparison(comparison: ReactionTimeComparison) -> Figure:
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-    low, high = comparison.mean("ceiling_low")[0], comparison.mean("ceiling_high")[0]
+    low, high = comparison.estimate("ceiling_low")[0], comparison.estimate("ceiling_high")[0]
     shown = comparison.thresholds > 0
     left.plot(comparison.thresholds[shown], comparison.by_threshold[shown], color=BLUE, label="reaction times")
     left.set_xscale("log")
@@ -159,14 +160,17 @@ def _comparison(page: Page, comparison: ReactionTimeComparison) -> None:
         f"{len(comparison.correlation)} subjects, at the threshold that suits the other subjects best. Noise ceiling: each subject against "
         "the mean of the others (lower) and of all (upper)."
     )
+    subjects = len(comparison.correlation)
     rows: list[list[Cell]] = []
-    for label, name in (("network", "correlation"), ("noise ceiling, lower", "ceiling_low"), ("noise ceiling, upper", "ceiling_high")):
-        mean, half = comparison.mean(name)
-        rows.append([label, mean, f"{mean - half:.3f} to {mean + half:.3f}"])
+    for label, name in zip(("network", "noise ceiling, lower", "noise ceiling, upper"), CEILINGS, strict=True):
+        value, low, high = comparison.estimate(name)
+        rows.append([label, Estimate(value, low, high, float("nan"), subjects - 1.0, subjects), subjects, comparison.images])
     best = int(np.nanargmax(comparison.by_entropy)) if not np.isnan(comparison.by_entropy).all() else 0
-    rows.append([f"entropy at the best single step, t = {best}", float(comparison.by_entropy[best]), ""])
-    section.table(["", "rank correlation", "95% interval"], rows, "Means over subjects.")
-    section.text(f"The network reaches {100 * comparison.share_of_ceiling:.0f}% of the lower noise ceiling.")
+    rows.append([f"entropy at the best single step, t = {best}", float(comparison.by_entropy[best]), subjects, comparison.images])
+    told = "Rank correlations with people: means over subjects with 95% intervals (t over subjects, by Fisher's transform)."
+    section.table(["", "rank correlation", "subjects", "images"], rows, told)
+    if np.isfinite(comparison.share_of_ceiling):
+        section.text(f"The network reaches {100 * comparison.share_of_ceiling:.0f}% of the lower noise ceiling.")
     section.plots(
         [
             Plot(

@@ -8,37 +8,69 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis import figures
+from rnndyn_fast.analysis.accumulators import GROUPS
+from rnndyn_fast.analysis.bootstrap import Bootstrap
+from rnndyn_fast.analysis.claims import claims_of
 from rnndyn_fast.analysis.figure_files import save_figure
-from rnndyn_fast.analysis.outputs import write_csv
+from rnndyn_fast.analysis.outputs import claim_rows, estimate_rows, write_csv
+from rnndyn_fast.analysis.results import MIN_GROUP
 from rnndyn_fast.data import SPLITS, ImageFile
 from rnndyn_fast.optional import require
-from rnndyn_fast.report.comparison import along_rows, comparison_rows, figure_along, figure_comparison, published_rows, verdict_rows
-from rnndyn_fast.report.dynamics import claims_section, dynamics_sections, to_csv, verdict_sentences
+from rnndyn_fast.report.claims import answer, claims_section, networks_line
+from rnndyn_fast.report.comparison import along_rows, comparison_rows, figure_along, figure_comparison, flat, published_rows
+from rnndyn_fast.report.dynamics import dynamics_sections, to_csv
 from rnndyn_fast.report.figures import figure_training
 from rnndyn_fast.report.page import Cell, Page, Picture, Plot, format_cell
-from rnndyn_fast.study.run import StudyRecord
+from rnndyn_fast.report.pdf import print_pdf
+from rnndyn_fast.report.provenance import provenance_section
+from rnndyn_fast.study.config import TITLES
+from rnndyn_fast.study.published import GROUP_COUNTS
+from rnndyn_fast.study.run import REPORT, StudyRecord
 from rnndyn_fast.train import versions
 
 
+def write_study_page(record: StudyRecord) -> Path:
+    """Write the report of a study, the files of its comparison, and where it is asked for the PDF; returns the page's path."""
+    page, out = study_page(record), Path(record.config.out)
+    page.write_tables(_folder(record))
+    path = page.save(out / REPORT)
+    if record.config.pdf:
+        print_pdf(path)
+    return path
+
+
 def study_page(record: StudyRecord) -> Page:
-    """The report of a study: comparison and claims first, then everything they rest on. Also writes the comparison's files."""
+    """The report of a study: answer, claims and comparison first, then everything they rest on. Also writes the comparison's files."""
+    kinds, boots = record.kinds, record.pooled()
+    first = [runs[0] for runs in kinds.values()]
+    count = min(len(runs) for runs in kinds.values())
+    claims = claims_of(boots)
+    page = Page(
+        f"How representations move in {len(kinds)} kind{'s' if len(kinds) > 1 else ''} of recurrent network",
+        f"{networks_line(count)} {first[0].trained.n:,} challenging test images.",
+        f"Made by rnndyn_fast {versions()['rnndyn_fast']} with PyTorch {versions()['torch']} and Python {versions()['python']}.",
+    )
+    write_csv([row for title, both in claims.items() for row in claim_rows(both, title)], _folder(record) / "claims.csv")
+    write_csv([row for title, boot in boots.items() for row in estimate_rows(boot, title)], _folder(record) / "estimates.csv")
     require("matplotlib")
     from matplotlib import rc_context
 
-    runs = record.runs
-    page = Page(
-        f"How representations move in {len(runs)} recurrent network{'s' if len(runs) > 1 else ''}",
-        f"Convolutional recurrent networks analysed over time on {runs[0].trained.n:,} challenging test images. {verdict_sentences(runs)}",
-        f"Made by rnndyn_fast {versions()['rnndyn_fast']} with PyTorch {versions()['torch']} and Python "
-        f"{versions()['python']} in {sum(record.seconds.values()) / 60:.1f} minutes.",
-    )
     with rc_context(figures.STYLE):
-        _comparison(page, record)
-        claims_section(page, runs)
+        answer(page, boots, claims)
+        claims_section(page, claims)
+        _comparison(page, record, boots)
+        _seeds(page, record)
         _what_was_run(page, record)
         _training(page, record)
         _along(page, record)
-        dynamics_sections(page, runs, published=True)
+        if count > 1:
+            page.section("One network of each kind, in detail").text("The figures and tables below are of the first network of each kind.")
+        dynamics_sections(page, first)
+        _published(page)
+        seeds = "; ".join(f"{title}: {', '.join(str(run.seed) for run in runs)}" for title, runs in kinds.items())
+        facts = {"data": record.data_path, "seeds of the weights": seeds, "seed of data and bootstrap": record.config.seed}
+        facts["time taken, s"] = "; ".join(f"{name} {s:.3g}" for name, s in record.seconds.items())
+        provenance_section(page, facts, record.commands, record.config.bootstrap)
     return page
 
 
@@ -46,94 +78,87 @@ def _folder(record: StudyRecord) -> Path:
     return Path(record.config.out) / "comparison"
 
 
-def _with_interval(value: float, low: float, high: float) -> str:
-    if not np.isfinite(value):
-        return "\N{EN DASH}"
-    if not np.isfinite([low, high]).all():
-        return format_cell(value)
-    return f"{format_cell(value)} ({format_cell(low)} to {format_cell(high)})".replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _comparison(page: Page, record: StudyRecord) -> None:
-    rows, verdicts = comparison_rows(record.runs), verdict_rows(record.runs)
-    section = page.section("The networks compared, beside the published numbers")
+def _comparison(page: Page, record: StudyRecord, boots: dict[str, Bootstrap]) -> None:
+    rows = comparison_rows(boots)
+    section = page.section("The kinds of network compared")
     section.text(
-        f"Averages over time steps, with 95% intervals from {record.config.bootstrap:,} bootstrap replicates over images. The effect "
-        "is Cohen's d: the difference of already stable and not yet stable samples over their pooled standard deviation."
-    )
-    table: list[list[Cell]] = [
-        [row["network"], row["claim"], row["verdict"], _with_interval(row["number"], row["low"], row["high"])] for row in verdicts
-    ]
-    section.table(
-        ["network", "claim", "verdict", "number (95% interval)"],
-        table,
-        "The published claims, part by part: holds where the whole interval lies above zero (change / norm: above 0.01), does not hold "
-        "where it lies below.",
+        f"Averages over time steps that have at least {MIN_GROUP} samples in both groups, with the 95% intervals that all of this report "
+        "has. The effect is Cohen's d: the difference of the two groups over their pooled standard deviation."
     )
     for measure in dict.fromkeys(row["measure"] for row in rows):
         mine = [row for row in rows if row["measure"] == measure]
-        table = [
-            [
-                row["network"],
-                *(_with_interval(row[f"value_{k}"], row[f"low_{k}"], row[f"high_{k}"]) for k in (1, 2)),
-                _with_interval(row["difference"], row["difference_low"], row["difference_high"]),
-                _with_interval(row["effect"], row["effect_low"], row["effect_high"]),
-                row["published_1"],
-                row["published_2"],
-            ]
-            for row in mine
-        ]
         columns = [mine[0]["column_1"], mine[0]["column_2"]]
-        header = ["network", *columns, "difference", "effect d", *(f"published, {name}" for name in columns)]
-        section.table(header, table, f"{measure[0].upper()}{measure[1:]}: {columns[0]} against {columns[1]}.")
-    section.text(
-        "Means over time steps below the first t_stable with fewer than 1% of the t_stable = 0 count, without steps at which a group is "
-        "empty. Published: arXiv 2308.12435, MiniEcoset testplus, 25,000 images of 100 classes, T = 10, widths 32 to 512. Sizes depend "
-        "on network, data and number of classes and cannot be compared; what can be is which of two neighbours is the larger."
-    )
+        table: list[list[Cell]] = [
+            [row["network"], row["value_1"].networks, row["value_1"], row["value_2"], row["difference"], row["effect"],
+             row["difference"].n] for row in mine
+        ]  # fmt: skip
+        header = ["kind of network", "networks", *columns, "difference", "effect d", "n late"]
+        told = f"{measure[0].upper()}{measure[1:]} ({mine[0]['unit']}), {columns[0]} against {columns[1]}; n late: images that are not "
+        section.table(header, table, f"{told}stable from the start, the fewest over networks.")
     figure = figure_comparison(rows)
-    _files(record, "comparison", figure, rows)
-    write_csv(verdicts, _folder(record) / "claims.csv")
+    _files(record, "comparison", figure, flat(rows))
     write_csv(published_rows(), _folder(record) / "published.csv")
     alt = "; ".join(f"{r['network']}, {r['measure']}: {format_cell(r['value_1'])} and {format_cell(r['value_2'])}" for r in rows)
-    section.plots([Plot(figure, "Both groups in every network; bars: 95% bootstrap intervals.", f"Dot plots. {alt}.", 6.8, to_csv(rows))])
+    caption = "Averages over time steps of both groups in every kind of network; bars: 95% intervals."
+    section.plots([Plot(figure, caption, f"Dot plots. {alt}.", 6.8, to_csv(flat(rows)))])
+
+
+def _seeds(page: Page, record: StudyRecord) -> None:
+    """Network by network, where there are several of a kind."""
+    if len(record.runs) == len(record.kinds):
+        return
+    names = ("change_last", "norm_now_vs_later.difference", "norm.within", "cos_current_now_vs_later.difference", "cos_current.within")
+    rows: list[list[Cell]] = [
+        [run.title, run.seed, run.trained.counts["stable_correct"], *(run.boot.estimate(name) for name in names)] for run in record.runs
+    ]
+    header = ["kind of network", "seed", "stable-correct images", "change in the last step", "norm, between images", "norm, within images",
+              "cosine, between images", "cosine, within images"]  # fmt: skip
+    section = page.section("Network by network")
+    section.table(header, rows, "What the verdicts rest on in every single network; here intervals are over images only.")
+
+
+def _published(page: Page) -> None:
+    """The published numbers, apart from ours: not a comparison of sizes."""
+    section = page.section("Published numbers, for orientation")
+    section.text(
+        "From arXiv 2308.12435: MiniEcoset testplus, 25,000 images of 100 classes, 10 time steps, widths 32 to 512. Sizes depend on "
+        "network, data and number of classes, so these numbers cannot be compared with those above; which of two neighbours is the larger "
+        "can. Standard deviations and numbers of networks were not published."
+    )
+    rows: list[list[Cell]] = [
+        [row["network"], row["measure"], row["columns"], str(row["first"]), str(row["second"])] for row in published_rows()
+    ]
+    section.table(
+        ["kind of network", "measure", "columns", "first", "second"], rows, "Published averages over time steps, not of this study."
+    )
+    groups: list[list[Cell]] = [[TITLES[name], sum(counts), *counts] for name, counts in GROUP_COUNTS.items()]
+    header = ["kind of network", "n", *(name.replace("_", "-") for name in GROUPS)]
+    section.table(header, groups, "Published numbers of trajectories per group, not of this study.")
 
 
 def _along(page: Page, record: StudyRecord) -> None:
-    rows = along_rows(record.runs)
+    rows = along_rows(record.kinds, record.config.bootstrap, record.config.seed)
     section = page.section("Along training")
     section.text("The same analysis of checkpoints along training; epoch 0 is the untrained network, the last one the best.")
     figure = figure_along(rows)
-    _files(record, "along_training", figure, rows)
+    _files(record, "along_training", figure, flat(rows))
     alt = "Four line plots over epochs; numbers in the table below."
-    section.plots([Plot(figure, "Accuracy, change after stabilisation, and the two differences, by epoch.", alt, 6.8, to_csv(rows))])
-    table: list[list[Cell]] = [
-        [
-            r[k]
-            for k in (
-                "network",
-                "epoch",
-                "accuracy_first",
-                "accuracy_last",
-                "stable_correct",
-                "relative_change",
-                "norm_difference",
-                "cos_current_difference",
-            )
-        ]
-        for r in rows
-    ]
-    header = [
+    caption = "Accuracy, change in the last step, and the two differences between images, by epoch; bars: 95% intervals."
+    section.plots([Plot(figure, caption, alt, 6.8, to_csv(flat(rows)))])
+    keys = (
         "network",
         "epoch",
-        "accuracy, t = 0",
-        "last t",
-        "stable-correct",
-        "change / norm",
-        "norm: stable - not yet",
-        "cosine: stable - not yet",
-    ]
-    section.table(header, table, "Along training, per network and epoch.")
+        "accuracy_first",
+        "accuracy_last",
+        "stable_correct",
+        "change_last",
+        "norm_difference",
+        "cos_current_difference",
+    )
+    table: list[list[Cell]] = [[row[key] for key in keys] for row in rows]
+    header = ["kind of network", "epoch", "accuracy, t = 0", "accuracy, last t", "stable-correct (share)", "change in the last step",
+              "norm: stable - not yet", "cosine: stable - not yet"]  # fmt: skip
+    section.table(header, table, "Along training, per kind of network and epoch.")
 
 
 def _files(record: StudyRecord, name: str, figure: Any, rows: list[dict[str, Any]]) -> None:
@@ -158,12 +183,8 @@ def _what_was_run(page: Page, record: StudyRecord) -> None:
         f"Networks: `{config.model}` with widths {', '.join(map(str, config.widths))}, T = {config.timesteps} time steps; Adam at "
         f"{config.lr:g}, batches of {config.batch_size}, loss summed over time steps. Training ends when validation accuracy (mean "
         f"over time steps) has not improved for {config.patience} epochs, or after {config.epochs}; the best checkpoint is analysed. "
-        "Lateral and top-down terms l, d meet the bottom-up term b as `b + l + d` (additive) or `b * (1 + l + d)` (multiplicative).",
-        "The same, command by command:",
+        "Lateral and top-down terms l, d meet the bottom-up term b as `b + l + d` (additive) or `b * (1 + l + d)` (multiplicative)."
     )
-    section.commands(record.commands)
-    times = (f"{name} {s:.0f} s" if s >= 10 else f"{name} {s:.1f} s" for name, s in record.seconds.items())
-    section.text(f"Time taken: {'; '.join(times)}.")
 
 
 def _samples(file: ImageFile, per_condition: int = 1) -> list[Picture]:
@@ -196,7 +217,7 @@ def _training(page: Page, record: StudyRecord) -> None:
         plots.append(
             Plot(
                 figure_training(run.metrics),
-                f"{run.title}: loss and validation accuracy per epoch.",
+                f"{run.title}, seed {run.seed}: loss and validation accuracy per epoch.",
                 f"Two line plots over {len(run.metrics)} epochs of the {run.title} network: loss falls to "
                 f"{last.train_loss:.2f} "
                 f"(training) and {last.val_loss:.2f} (validation); validation accuracy reaches {first:.1f}% at the "
@@ -204,8 +225,8 @@ def _training(page: Page, record: StudyRecord) -> None:
                 f"and {final:.1f}% at the last time step.",
             )
         )
-        speed = f"{np.median([row.images_per_s for row in run.metrics]):.0f}"
-        rows.append([run.title, run.parameters, len(run.metrics), last.epoch, f"{first:.1f}%", f"{final:.1f}%", speed])
+        speed = float(np.median([row.images_per_s for row in run.metrics]))
+        rows.append([run.title, run.seed, run.parameters, len(run.metrics), last.epoch, first, final, speed])
     if not rows:
         section.text("The checkpoints were given, and no metrics lie beside them.")
         return
@@ -213,11 +234,12 @@ def _training(page: Page, record: StudyRecord) -> None:
     section.table(
         [
             "network",
+            "seed",
             "parameters",
             "epochs",
             "best",
-            "validation, t = 0",
-            "validation, last t",
+            "validation (%), t = 0",
+            "validation (%), last t",
             "images/s",
         ],
         rows,

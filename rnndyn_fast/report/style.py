@@ -2,9 +2,9 @@
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --card: #ffffff; --ink: #1c2024; --muted: #5c6670; --line: #dcdfe3;
-  --accent: #0b62a8; --yes: #0f7a4d; --no: #b3361b; --open: #8a6100; }
+  --accent: #0b62a8; --yes: #0f7a4d; --no: #b3361b; --open: #8a6100; --shade: #00000040; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1b1f23; --ink: #e6e8ea; --muted: #9aa4ad;
-  --line: #333a41; --accent: #6cb6f2; --yes: #4fc48f; --no: #f08a6c; --open: #e0b04a; }
+  --line: #333a41; --accent: #6cb6f2; --yes: #4fc48f; --no: #f08a6c; --open: #e0b04a; --shade: #ffffff50; }
   /* Figures are drawn in dark ink on nothing: turning lightness round keeps hue and contrast. */
   .plot svg { filter: invert(0.93) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
@@ -16,6 +16,9 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 10px; }
 h2 { font-size: 1.25rem; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 6px; }
 p { max-width: 76ch; margin: 8px 0; }
+.question { font-weight: 650; }
+.answer p { max-width: 90ch; border-left: 3px solid var(--accent); padding-left: 12px; }
+header > figure { margin: 16px 0; }
 .lead { color: var(--muted); font-size: 1.05rem; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; padding: 0; margin: 14px 0 0; }
 a { color: var(--accent); }
@@ -32,7 +35,14 @@ figcaption { color: var(--muted); font-size: 0.88rem; margin-top: 8px; }
 .gallery figure { padding: 8px; }
 .gallery img { width: 100%; image-rendering: pixelated; display: block; border-radius: 3px; }
 .gallery figcaption { font-size: 0.78rem; line-height: 1.3; margin-top: 5px; }
-.table { overflow-x: auto; margin: 0 0 14px; }
+.table { overflow-x: auto; margin: 0 0 14px;
+  background: linear-gradient(to right, var(--paper) 30%, transparent) left / 36px 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 30%, transparent) right / 36px 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 14px 100% no-repeat scroll; }
+.card .table { --paper: var(--card); }
+.table.wide::before { content: "more columns: scroll \\2192"; position: sticky; left: 0; display: inline-block; color: var(--accent);
+  font-size: 0.8rem; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 p.caption { color: var(--muted); font-size: 0.88rem; margin: 16px 0 6px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
@@ -57,5 +67,6 @@ footer { color: var(--muted); font-size: 0.85rem; padding-top: 30px; padding-bot
 @media (max-width: 480px) { main, header, footer { padding: 0 12px; }
   header { padding-top: 22px; } h1 { font-size: 1.4rem; }
   figure, .card { padding: 10px; } }
-@media print { .plot > div, .table { overflow: visible; } figure, .card { break-inside: avoid; } }
+@media print { nav, .table.wide::before { display: none; } table { font-size: 0.7rem; }
+  .plot > div, .table { overflow: visible; background: none; } figure, .card { break-inside: avoid; } }
 """

@@ -57,7 +57,7 @@ class StudyConfig:
 
     out: str = _option("study", "folder for data, runs, results, figures and report.html")
     data: str | None = _option(None, "HDF5 image file with train, val and testplus; default: made from `source`")
-    checkpoints: tuple[str, ...] = _option((), "checkpoints to compare instead of training, one of each kind: a.pt,b.pt")
+    checkpoints: tuple[str, ...] = _option((), "checkpoints to compare instead of training, one or several of a kind: a.pt,b.pt")
     networks: tuple[str, ...] = _option(tuple(NETWORKS), "networks to compare, of " + ", ".join(NETWORKS))
     source: str = _option("auto", "fashion-mnist, digits, or auto: the first of them that is installed")
     size: int = _option(32, "image height and width in pixels")
@@ -74,11 +74,13 @@ class StudyConfig:
     batch_size: int = _option(64, "images per training step")
     keep: tuple[int, ...] = _option((1, 2, 4, 8), "epochs at which the dynamics are looked at along training")
     bootstrap: int = _option(1000, "replicates of the bootstrap over images")
-    seed: int = _option(0, "of data, weights, order and bootstrap")
+    seed: int = _option(0, "of data, order and bootstrap; of weights in the first network of a kind, in the next seed + 1, ...")
+    seeds: int = _option(1, "networks of each kind; verdicts are over networks from two on, and mean something from about five on")
     threads: int | None = _option(None, "CPU threads in training; default: PyTorch's")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     backend: str | None = _option(None, "native, reference; default: whichever can run")
     quick: bool = _option(False, "tiny data and networks, to see that it runs; overrides sizes")
+    pdf: bool = _option(False, "print the report to report.pdf too; needs Chromium or Chrome")
     overwrite: bool = _option(False, "start from nothing; otherwise an interrupted study goes on where it stopped")
 
     def __post_init__(self) -> None:
@@ -87,13 +89,15 @@ class StudyConfig:
             object.__setattr__(self, name, tuple(value.split(",")) if isinstance(value, str) else tuple(value))
         for name, value in QUICK.items() if self.quick else ():
             object.__setattr__(self, name, value)
-        for name in ("max_images", "train_images", "val_images", "testplus_images", "bootstrap"):
+        for name in ("max_images", "train_images", "val_images", "testplus_images", "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         late = [epoch for epoch in self.keep if epoch > self.epochs]
         if late and self.epochs >= 1 and self.keep != type(self).keep:  # (of the default, those of the epochs there are)
             raise ValueError(f"keep: expected epochs from 1 to {self.epochs}, got {late[0]}")
+        if self.bootstrap < 2:
+            raise ValueError(f"bootstrap: expected at least 2, got {self.bootstrap}")
         if self.size < 8 or self.size % 8:
             raise ValueError(f"size: expected a multiple of 8, got {self.size}")
         unknown = [name for name in self.networks if name not in NETWORKS]
@@ -106,11 +110,15 @@ class StudyConfig:
             if config.topdown_connections and any(2 * a != b for a, b in zip(config.widths[1:], config.widths[2:], strict=False)):
                 raise ValueError(f"widths: with top-down connections each area from V1 on needs twice the one below, got {self.widths}")
 
-    def training(self, network: str, data: str, **options: Any) -> TrainConfig:
-        """The training run of one of the networks."""
+    def folder(self, network: str, k: int) -> str:
+        """The folder of the k-th network of a kind."""
+        return f"{self.out}/{network}" if k == 0 else f"{self.out}/{network}_seed{self.seed + k}"
+
+    def training(self, network: str, data: str, k: int = 0, **options: Any) -> TrainConfig:
+        """The training run of the k-th network of a kind."""
         config = TrainConfig(
             data=data,
-            out=f"{self.out}/{network}",
+            out=self.folder(network, k),
             timesteps=self.timesteps,
             widths=self.widths,
             epochs=self.epochs,
@@ -120,7 +128,7 @@ class StudyConfig:
             keep=tuple(epoch for epoch in self.keep if epoch <= self.epochs),
             batch_size=self.batch_size,
             augment="none",
-            seed=self.seed,
+            seed=self.seed + k,
             threads=self.threads,
             device=self.device,
             backend=self.backend,  # type: ignore[arg-type]

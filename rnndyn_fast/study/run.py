@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rnndyn_fast.analysis import ReadoutZoneResult
-from rnndyn_fast.analysis.bootstrap import Bootstrap, bootstrap
+from rnndyn_fast.analysis.bootstrap import Bootstrap, pool
 from rnndyn_fast.data import SPLITS, load_source, make_dataset
 from rnndyn_fast.extract import extract, sha256
 from rnndyn_fast.files import write_text
@@ -32,7 +32,7 @@ from rnndyn_fast.train.progress import split_progress
 
 REPORT, TIMES, CONFIG = "report.html", "seconds.json", "study.json"
 # How a study runs, not what it computes: may change when it goes on.
-_FREE = ("out", "threads", "backend", "overwrite")
+_FREE = ("out", "threads", "backend", "pdf", "overwrite")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class NetworkRun:
     """What a study has of one network."""
 
     name: str  # one of NETWORKS
+    seed: int  # of its weights
     checkpoint: Path
     config: TrainConfig
     metrics: list[EpochMetrics]
@@ -51,7 +52,7 @@ class NetworkRun:
 
     @property
     def title(self) -> str:
-        """Its name in words."""
+        """Its kind in words."""
         return TITLES[self.name]
 
 
@@ -64,6 +65,18 @@ class StudyRecord:
     commands: list[str] = field(default_factory=list)
     runs: list[NetworkRun] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, list[NetworkRun]]:
+        """Kind in words -> its networks."""
+        out: dict[str, list[NetworkRun]] = {}
+        for run in self.runs:
+            out.setdefault(run.title, []).append(run)
+        return out
+
+    def pooled(self) -> dict[str, Bootstrap]:
+        """Kind in words -> estimates over its networks."""
+        return {title: pool([run.boot for run in runs]) for title, runs in self.kinds.items()}
 
 
 def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
@@ -93,15 +106,20 @@ def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
     if not config.overwrite and (out / TIMES).exists():
         record.seconds = json.loads((out / TIMES).read_text(encoding="utf-8"))
     given = _given_checkpoints(config)
+    if config.pdf:
+        from rnndyn_fast.report.pdf import find_browser
+
+        find_browser()
     write_text(out / CONFIG, json.dumps(asdict(config), indent=1))
     shown: Callable[[], Reporter] = choose_reporter if reporter is None else lambda: reporter
     if config.data is None:
         _make_data(config, record, shown)
     for name in given or config.networks:
-        record.runs.append(_network(config, name, given.get(name), record, shown))
-    from rnndyn_fast.report.study_page import study_page
+        for k in range(len(given[name]) if given else config.seeds):
+            record.runs.append(_network(config, name, k, given[name][k] if given else None, record, shown))
+    from rnndyn_fast.report.study_page import write_study_page
 
-    return study_page(record).save(out / REPORT)
+    return write_study_page(record)
 
 
 def _check_same(config: StudyConfig, out: Path) -> None:
@@ -119,17 +137,19 @@ def _check_same(config: StudyConfig, out: Path) -> None:
         )
 
 
-def _given_checkpoints(config: StudyConfig) -> dict[str, Path]:
+def _given_checkpoints(config: StudyConfig) -> dict[str, list[Path]]:
     """The checkpoints by the kind of network that is in them."""
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for path in config.checkpoints:
         model = read_checkpoint(path)["model"]
         kinds = [name for name, options in NETWORKS.items() if all(model.get(key) == value for key, value in options.items())]
         if not kinds or not model.get("lateral_connections", True):
             raise ValueError(f"checkpoints: {path} holds none of the networks {', '.join(NETWORKS)}")
-        if kinds[0] in found:
-            raise ValueError(f"checkpoints: {path} and {found[kinds[0]]} both hold a network of the kind {kinds[0]}")
-        found[kinds[0]] = Path(path)
+        of_kind = found.setdefault(kinds[0], [])
+        twice = [other for other in of_kind if sha256(other) == sha256(Path(path))]
+        if twice:
+            raise ValueError(f"checkpoints: {path} and {twice[0]} hold the same network")
+        of_kind.append(Path(path))
     return {name: found[name] for name in NETWORKS if name in found}
 
 
@@ -154,15 +174,16 @@ def _make_data(config: StudyConfig, record: StudyRecord, shown: Callable[[], Rep
                 make_dataset(record.data_path, **options, overwrite=config.overwrite, progress=split_progress(reporter))
 
 
-def _network(config: StudyConfig, name: str, given: Path | None, record: StudyRecord, shown: Callable[[], Reporter]) -> NetworkRun:
-    """Train one network or take it, extract with and without its training and along it, analyse."""
-    folder = Path(config.out) / name
-    run_config = config.training(name, str(record.data_path))
+def _network(config: StudyConfig, name: str, k: int, given: Path | None, record: StudyRecord, shown: Callable[[], Reporter]) -> NetworkRun:
+    """Train the k-th network of a kind or take it, extract with and without its training and along it, analyse."""
+    folder = Path(config.folder(name, k))
+    run_config = config.training(name, str(record.data_path), k)
+    title = f"{TITLES[name]}, network {k + 1}" if k else TITLES[name]
     if given is None:
         started = any((folder / file).exists() for file in (LAST, INITIAL)) and not config.overwrite
         options = {"resume": started, "overwrite": config.overwrite}
-        with _step(record, shown, f"train, {TITLES[name]}", "train", _changed(run_config)) as reporter:
-            train(config.training(name, str(record.data_path), **options), reporter=reporter)
+        with _step(record, shown, f"train, {title}", "train", _changed(run_config)) as reporter:
+            train(config.training(name, str(record.data_path), k, **options), reporter=reporter)
         checkpoint = folder / BEST
     else:
         checkpoint = given
@@ -179,20 +200,24 @@ def _network(config: StudyConfig, name: str, given: Path | None, record: StudyRe
     results = {}
     for kind, path in wanted.items():
         if path.exists():
-            results[kind] = _extracted(config, path, folder / f"{kind}.h5", f"{TITLES[name]}, {kind.replace('_', ' ')}", record, shown)
+            results[kind] = _extracted(config, path, folder / f"{kind}.h5", f"{title}, {kind.replace('_', ' ')}", record, shown)
     given_options: dict[str, Any] = {"out": folder / "analysis"}
     if "untrained" in results:
         given_options["compare"] = folder / "untrained.h5"
-    with _step(record, shown, f"analyse, {TITLES[name]}", "analyse", given_options, [str(folder / "testplus.h5")]):
-        from rnndyn_fast.report.analysis_page import write_report
+    with _step(record, shown, f"bootstrap, {title}", "", {}):
+        from rnndyn_fast.report.analysis_page import result_bootstrap, write_report
 
-        write_report(results["testplus"], folder / "analysis", untrained=results.get("untrained"), title=TITLES[name].capitalize())
-    with _step(record, shown, f"bootstrap, {TITLES[name]}", "", {}):
-        boot = bootstrap(results["testplus"], config.bootstrap, seed=config.seed)
+        boot = result_bootstrap(results["testplus"], results.get("untrained"), config.bootstrap, config.seed)
+    with _step(record, shown, f"analyse, {title}", "analyse", given_options, [str(folder / "testplus.h5")]):
+        write_report(
+            results["testplus"], folder / "analysis", untrained=results.get("untrained"), title=title.capitalize(), boot=boot,
+            commands=list(record.commands),
+        )  # fmt: skip
     parameters = sum(value.numel() for value in contents["state_dict"].values())
     along = {k: results[f"epoch_{k}"] for k in config.keep if f"epoch_{k}" in results}
     along[best] = results["testplus"]
-    return NetworkRun(name, checkpoint, run_config, metrics, parameters, results["testplus"], results.get("untrained"), along, boot)
+    seed = run_config.seed
+    return NetworkRun(name, seed, checkpoint, run_config, metrics, parameters, results["testplus"], results.get("untrained"), along, boot)
 
 
 def _extracted(
