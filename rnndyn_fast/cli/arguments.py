@@ -262,9 +262,9 @@ def _study(parser: CommandParser) -> None:
 
 
 def _demo(parser: CommandParser) -> None:
-    from rnndyn_fast.study.config import DEMO
+    from rnndyn_fast.study.config import demo_options
 
-    _add_study_options(parser, DEMO)
+    _add_study_options(parser, demo_options())
 
 
 def _add_study_options(parser: CommandParser, defaults: dict[str, Any]) -> None:

@@ -112,6 +112,11 @@ def load_source(source: str = "auto", *, folder: str | os.PathLike[str] | None =
     )
 
 
+def has_fashion_mnist() -> bool:
+    """Whether the Debian package of Fashion-MNIST is installed."""
+    return not _missing(FASHION_MNIST_FOLDER)
+
+
 def _missing(folder: Path) -> list[str]:
     return [file for file in _FILES if not (folder / file).is_file()]
 

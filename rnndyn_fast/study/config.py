@@ -42,6 +42,14 @@ DEMO: dict[str, Any] = {
     "keep": (1,),
     "bootstrap": 500,
 }
+DIGITS_EPOCHS = 12  # of the demo on the bundled digits: their training set is an eighth of what is taken of Fashion-MNIST
+
+
+def demo_options() -> dict[str, Any]:
+    """Options of ``rnndyn demo`` for the images that are there."""
+    from rnndyn_fast.data.sources import has_fashion_mnist
+
+    return DEMO if has_fashion_mnist() else {**DEMO, "epochs": DIGITS_EPOCHS}
 
 
 def _option(default: Any, text: str) -> Any:
