@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops._launch import Use
+from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops.addresses import Use, device_address
 
 ROOT = Path(__file__).resolve().parents[1]
 # Kept, so that only what has changed is built again.
@@ -61,7 +61,7 @@ class Watched:
 
     def address(self, tensor: Tensor | None, name: str, *rest: Any, **options: Any) -> int:
         """In place of ``device_address``, whose arguments after the device say what the kernel does."""
-        address = _launch.device_address(tensor, name, *rest, **options)
+        address = device_address(tensor, name, *rest, **options)
         if tensor is not None:
             self.pending.append((tensor, name, rest[3]))
         return address

@@ -14,7 +14,8 @@ import yaml
 
 from rnndyn_fast import __version__
 from rnndyn_fast.cli import main
-from rnndyn_fast.cli.parser import CommandParser, normalise
+from rnndyn_fast.cli.arguments import command_parser
+from rnndyn_fast.cli.parser import normalise
 from rnndyn_fast.cli.table import COMMANDS
 from rnndyn_fast.data import ImageFile, make_dataset
 from rnndyn_fast.train import TrainConfig, read_checkpoint, read_metrics
@@ -219,7 +220,7 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dashes_and_lists_are_normalised() -> None:
-    extract, train = CommandParser("extract"), CommandParser("train")
+    extract, train = command_parser("extract"), command_parser("train")
     assert normalise(["--overwrite", "a.pt", "--untrained", "no", "--keep_samples"], extract) == [
         "--overwrite=true", "a.pt", "--untrained", "no", "--keep-samples=true",
     ]  # fmt: skip

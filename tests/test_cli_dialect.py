@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rnndyn_fast.cli import main
+from rnndyn_fast.cli.arguments import command_parser
 from rnndyn_fast.cli.messages import for_people
-from rnndyn_fast.cli.parser import CommandParser, normalise
+from rnndyn_fast.cli.parser import normalise
 from rnndyn_fast.cli.table import COMMANDS, FILES, place
 from rnndyn_fast.models import blt_net_64, blt_net_128
 from rnndyn_fast.names import flag
@@ -79,7 +80,7 @@ def test_options_of_all_commands_are_kebab_case(capfd: pytest.CaptureFixture[str
         assert not UNDERSCORED.search(text), (command, UNDERSCORED.findall(text))
         assert "type: " not in text, command
         assert "null" not in text, command
-        parser = CommandParser(command)
+        parser = command_parser(command)
         for action in parser.parser._actions:
             for word in action.option_strings:
                 assert re.fullmatch(r"-h|--[a-z0-9]+(-[a-z0-9]+)*\+?", word), (command, word)
@@ -94,13 +95,13 @@ def test_pages_and_sources_write_options_in_kebab_case() -> None:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_underscores_and_capitals_still_parse(command: str) -> None:
-    parser = CommandParser(command)
+    parser = command_parser(command)
     for name in parser.hints.keys() - {"config"}:
         assert normalise([f"--{name}=1"], parser)[0].startswith(flag(name) + "=")
 
 
 def test_none_is_a_number_left_out() -> None:
-    parser = CommandParser("phase sweep")
+    parser = command_parser("phase sweep")
     for words in (["--stop-loss", "none"], ["--stop-loss=None"]):
         assert parser.parse(normalise([*words, "--out", "x"], parser))["stop_loss"] is None
 
@@ -108,7 +109,7 @@ def test_none_is_a_number_left_out() -> None:
 def bad_values(command: str) -> list[tuple[str, str]]:
     """A value of the wrong type for every option that has one."""
     found = []
-    for name, hint in CommandParser(command).hints.items():
+    for name, hint in command_parser(command).hints.items():
         kinds = [hint, *typing.get_args(hint)]
         if int in kinds or float in kinds or hint is bool:
             found.append((name, "many"))
@@ -122,7 +123,7 @@ PYTHON = re.compile(r"<class|NoneType|\bNone\b|TypeError|ValueError|\b(dict|tupl
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_wrong_types_are_told_in_words(command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    parser = CommandParser(command)
+    parser = command_parser(command)
     there = [name.lower() for name in parser.positionals]
     for name, value in bad_values(command):
         assert main([*command.split(), *there, f"{flag(name)}={value}"]) == 2
@@ -178,7 +179,7 @@ def test_words(message: str, told: str) -> None:
 # ---------------------------------------------------------------- output
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if "out" in CommandParser(name).hints])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "out" in command_parser(name).hints])
 def test_out_is_a_folder_everywhere(command: str, tmp_path: Path) -> None:
     folder = tmp_path / "new.folder"
     folder.mkdir()

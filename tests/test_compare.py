@@ -14,7 +14,8 @@ from rnndyn_fast.data import make_dataset
 from rnndyn_fast.models import build
 from rnndyn_fast.search import CompareConfig, compare, count_parameters
 from rnndyn_fast.search import compare as compare_function
-from rnndyn_fast.search.compare import NETWORKS, RESULTS, Trained, matched
+from rnndyn_fast.search.compare import RESULTS, matched
+from rnndyn_fast.search.compare_config import NETWORKS, Trained
 from rnndyn_fast.search.compare_report import statement, summarise
 from rnndyn_fast.train import read_checkpoint
 

@@ -13,10 +13,10 @@ from conftest import GOLDEN, golden
 
 from rnndyn_fast.cli import main
 from rnndyn_fast.nn import CTRNN
-from rnndyn_fast.phase import LineAttractor, PhaseAnalysis, PlanarOscillator, analyse_networks, analyse_system, load_analyses, write_report
+from rnndyn_fast.phase import LineAttractor, PhaseAnalysis, PlanarOscillator, analyse_networks, analyse_system, load_analyses
 from rnndyn_fast.phase.analysis import matched_oscillator
 from rnndyn_fast.phase.figures import figure_automaton
-from rnndyn_fast.report.phase_page import phase_page
+from rnndyn_fast.report.phase_page import phase_page, write_phase_page
 from rnndyn_fast.tasks import ModuloArithmetic
 from rnndyn_fast.train.phase_results import NetworkResult, save_networks
 
@@ -97,7 +97,7 @@ def test_page_shows_every_system(tmp_path: Path, records: list[PhaseAnalysis]) -
     with pytest.raises(ValueError, match="records: expected at least one"):
         phase_page([])
     with pytest.raises(FileNotFoundError, match="analyses: expected a folder"):
-        write_report(tmp_path, tmp_path / "r.html")
+        write_phase_page(tmp_path, tmp_path / "r.html")
 
 
 def test_automata_of_any_size_are_drawn() -> None:

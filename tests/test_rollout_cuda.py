@@ -12,7 +12,7 @@ from device_rollouts import send_to_kernels
 from test_rollout import run, test_float32_is_as_good_as_plain_pytorch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops.addresses import device_queue
 from rnndyn_fast.program import rollout
 
 # (Imported for its body; it is collected where it is written.)
@@ -102,4 +102,4 @@ def test_on_a_device(case: RolloutCase, captured: bool, monkeypatch: pytest.Monk
 def test_without_a_device_tensors_of_another_kind_are_refused() -> None:
     x: Tensor = torch.zeros(2, 4, 4, 8)
     with pytest.raises(ValueError, match="expected tensors on a CUDA device, got cpu"):
-        _launch.device_queue(x.device)
+        device_queue(x.device)

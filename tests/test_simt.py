@@ -10,7 +10,7 @@ import simt_harness
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops._launch import Use
+from rnndyn_fast.ops.addresses import Use
 
 pytestmark = pytest.mark.skipif("RNNDYN_TEST_DEVICE" in os.environ, reason="the harness is not for a device")
 

@@ -113,10 +113,11 @@ def _run(argv: list[str], told: _Told) -> int:
     require("jsonargparse")
     from jsonargparse import ArgumentError
 
-    from rnndyn_fast.cli.parser import CommandParser, normalise
+    from rnndyn_fast.cli.arguments import command_parser
+    from rnndyn_fast.cli.parser import normalise
     from rnndyn_fast.names import flag, nearest
 
-    parser = CommandParser(command)
+    parser = command_parser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals
     words = normalise(words, parser)
     try:

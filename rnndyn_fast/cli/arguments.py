@@ -248,7 +248,7 @@ def _search(parser: CommandParser) -> None:
 
 
 def _compare(parser: CommandParser) -> None:
-    from rnndyn_fast.search.compare import CompareConfig
+    from rnndyn_fast.search.compare_config import CompareConfig
 
     add_config(parser, CompareConfig)
 
@@ -300,3 +300,10 @@ ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "study": _study,
     "demo": _demo,
 }
+
+
+def command_parser(command: str) -> CommandParser:
+    """The parser of a command, with its arguments."""
+    parser = CommandParser(command)
+    ARGUMENTS[command](parser)
+    return parser

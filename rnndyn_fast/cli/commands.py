@@ -315,9 +315,9 @@ def phase_analyse(networks: str, jobs: list[int] | None, **options: Any) -> None
 
 def phase_report(analyses: str, **options: Any) -> None:
     """`rnndyn phase report`"""
-    from rnndyn_fast.phase.run import write_report
+    from rnndyn_fast.report.phase_page import write_phase_page
 
-    print(write_report(analyses, **options))
+    print(write_phase_page(analyses, **options))
 
 
 def doctor() -> None:

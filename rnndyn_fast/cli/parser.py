@@ -44,8 +44,6 @@ class CommandParser:
         require("jsonargparse")
         from jsonargparse import ArgumentParser
 
-        from rnndyn_fast.cli.arguments import ARGUMENTS
-
         self.command = command
         self.parser = ArgumentParser(
             prog=f"rnndyn {command}",
@@ -57,7 +55,6 @@ class CommandParser:
         )
         self.hints: dict[str, Any] = {"config": str}
         self.positionals: list[str] = []
-        ARGUMENTS[command](self)
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Values of the arguments by name. Raises ``ArgumentError``, and ``SystemExit`` after --help and --print-config."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops._launch import Use, device_address, device_queue
+from rnndyn_fast.ops.addresses import Use, device_address, device_queue
 
 unavailable: str | None = None  # why there are no CUDA kernels, if there are none
 _module: Any = None

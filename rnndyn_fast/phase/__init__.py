@@ -8,7 +8,7 @@ from rnndyn_fast.phase.handcrafted import LineAttractor, PlanarOscillator, publi
 from rnndyn_fast.phase.limit_cycle import InvariantCycle, find_closed_orbit, find_cycle, floquet, lyapunov_exponents, poincare_returns
 from rnndyn_fast.phase.oscillation import detect_oscillation, published_period
 from rnndyn_fast.phase.phase_response import asymptotic_phase_response, predict_multisets, published_phase_response
-from rnndyn_fast.phase.run import analyse_networks, load_analyses, load_systems, write_report
+from rnndyn_fast.phase.run import analyse_networks, load_analyses, load_systems
 from rnndyn_fast.phase.similarity import linear_dynamics, procrustes_distance, similarity
 from rnndyn_fast.phase.systems import CTRNNSystem, DynamicalSystem, load_npz
 from rnndyn_fast.phase.trajectories import PCA, fit_pca, pca_phase, run_trials
@@ -52,5 +52,4 @@ __all__ = [
     "published_phase_response",
     "run_trials",
     "similarity",
-    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Analyse files of networks, and make the report of a folder of analyses."""
+"""Analyse files of networks, and read the analyses of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from rnndyn_fast.files import write_text
 from rnndyn_fast.phase.analysis import PhaseAnalysis, analyse_system, matched_oscillator
 from rnndyn_fast.phase.systems import CTRNNSystem, DynamicalSystem, load_npz
-from rnndyn_fast.train.phase_results import NETWORKS, NETWORKS_FORMAT, load_networks, read_published
+from rnndyn_fast.train.phase_results import NETWORKS, NETWORKS_FORMAT, load_networks
 from rnndyn_fast.train.progress import Reporter
 
 TABLE = "analysis.csv"
@@ -147,30 +147,6 @@ def write_table(folder: Path) -> Path:
         values: list[Any] = [record.facts.get(name) for name in COLUMNS]
         writer.writerow(["" if value is None else value for value in values])
     return write_text(folder / TABLE, table.getvalue())
-
-
-def write_report(
-    analyses: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    sweep: str | os.PathLike[str] | None = None,
-    published: str | os.PathLike[str] | None = None,
-    featured: Sequence[str] | None = None,
-) -> Path:
-    """One HTML page of a folder of analyses.
-
-    Args:
-        analyses: folder of ``analyse_networks``.
-        out: file to write.
-        sweep: run whose networks these are, for the table of training.
-        published: the published table of results, to be set beside it.
-        featured: names of systems shown in full.
-    """
-    from rnndyn_fast.report.phase_page import phase_page
-
-    rows = load_networks(sweep)[1] if sweep is not None else []
-    theirs = read_published(published) if published is not None else []
-    return phase_page(load_analyses(analyses), featured=featured, sweep=rows, published=theirs).save(out)
 
 
 def _tell(reporter: Reporter | None, line: str) -> None:

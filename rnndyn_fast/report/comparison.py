@@ -19,7 +19,7 @@ from rnndyn_fast.study.published import AVERAGES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rnndyn_fast.study.run import NetworkRun
+    from rnndyn_fast.study.record import NetworkRun
 
 Row = dict[str, Any]
 COLUMNS = {  # measure -> what it is, its unit, and its two columns

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ from rnndyn_fast.analysis.figures import STYLE
 from rnndyn_fast.optional import require
 from rnndyn_fast.phase import figures
 from rnndyn_fast.phase.analysis import PhaseAnalysis
+from rnndyn_fast.phase.run import load_analyses
 from rnndyn_fast.phase.similarity import Similarity, similarity
 from rnndyn_fast.report.page import Card, Cell, Page, Plot, Section, format_cell, table_html
 from rnndyn_fast.report.sweep_section import sweep_section
 from rnndyn_fast.train import versions
-from rnndyn_fast.train.phase_results import NetworkResult
+from rnndyn_fast.train.phase_results import NetworkResult, load_networks, read_published
 
 # Murray, arXiv 2310.07908 and its published code and data: the shipped phase-code network, noise-free.
 PUBLISHED: dict[str, Any] = {
@@ -28,6 +31,28 @@ PUBLISHED: dict[str, Any] = {
     "response.flatness": [0.066, 0.095, 0.068],
 }
 MOST_FEATURED = 4  # systems that get a section of their own
+
+
+def write_phase_page(
+    analyses: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    sweep: str | os.PathLike[str] | None = None,
+    published: str | os.PathLike[str] | None = None,
+    featured: Sequence[str] | None = None,
+) -> Path:
+    """One HTML page of a folder of analyses.
+
+    Args:
+        analyses: folder of ``analyse_networks``.
+        out: file to write.
+        sweep: run whose networks these are, for the table of training.
+        published: the published table of results, to be set beside it.
+        featured: names of systems shown in full.
+    """
+    rows = load_networks(sweep)[1] if sweep is not None else []
+    theirs = read_published(published) if published is not None else []
+    return phase_page(load_analyses(analyses), featured=featured, sweep=rows, published=theirs).save(out)
 
 
 def phase_page(

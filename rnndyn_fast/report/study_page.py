@@ -25,7 +25,7 @@ from rnndyn_fast.report.pdf import print_pdf
 from rnndyn_fast.report.provenance import provenance_section
 from rnndyn_fast.study.config import TITLES
 from rnndyn_fast.study.published import GROUP_COUNTS
-from rnndyn_fast.study.run import REPORT, StudyRecord
+from rnndyn_fast.study.record import REPORT, StudyRecord
 from rnndyn_fast.train import versions
 
 

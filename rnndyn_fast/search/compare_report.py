@@ -14,7 +14,7 @@ from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.data import ImageFile
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
-from rnndyn_fast.search.compare import REPORT, SPLITS, CompareConfig, Trained
+from rnndyn_fast.search.compare_config import REPORT, SPLITS, CompareConfig, Trained
 from rnndyn_fast.search.report import COLOURS, MARKERS
 
 if TYPE_CHECKING:

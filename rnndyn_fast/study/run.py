@@ -6,17 +6,17 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rnndyn_fast.analysis import ReadoutZoneResult
-from rnndyn_fast.analysis.bootstrap import Bootstrap, pool
 from rnndyn_fast.data import SPLITS, load_source, make_dataset
 from rnndyn_fast.extract import extract, sha256
 from rnndyn_fast.files import write_text
 from rnndyn_fast.names import flag
 from rnndyn_fast.study.config import NETWORKS, TITLES, StudyConfig
+from rnndyn_fast.study.record import REPORT, NetworkRun, StudyRecord
 from rnndyn_fast.train import (
     EpochMetrics,
     Reporter,
@@ -30,53 +30,9 @@ from rnndyn_fast.train import (
 from rnndyn_fast.train.loop import BEST, INITIAL, LAST
 from rnndyn_fast.train.progress import split_progress
 
-REPORT, TIMES, CONFIG = "report.html", "seconds.json", "study.json"
+TIMES, CONFIG = "seconds.json", "study.json"
 # How a study runs, not what it computes: may change when it goes on.
 _FREE = ("out", "threads", "backend", "pdf", "overwrite")
-
-
-@dataclass
-class NetworkRun:
-    """What a study has of one network."""
-
-    name: str  # one of NETWORKS
-    seed: int  # of its weights
-    checkpoint: Path
-    config: TrainConfig
-    metrics: list[EpochMetrics]
-    parameters: int
-    trained: ReadoutZoneResult
-    untrained: ReadoutZoneResult | None
-    along: dict[int, ReadoutZoneResult]  # by epoch
-    boot: Bootstrap
-
-    @property
-    def title(self) -> str:
-        """Its kind in words."""
-        return TITLES[self.name]
-
-
-@dataclass
-class StudyRecord:
-    """What the report is about."""
-
-    config: StudyConfig
-    data_path: Path
-    commands: list[str] = field(default_factory=list)
-    runs: list[NetworkRun] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def kinds(self) -> dict[str, list[NetworkRun]]:
-        """Kind in words -> its networks."""
-        out: dict[str, list[NetworkRun]] = {}
-        for run in self.runs:
-            out.setdefault(run.title, []).append(run)
-        return out
-
-    def pooled(self) -> dict[str, Bootstrap]:
-        """Kind in words -> estimates over its networks."""
-        return {title: pool([run.boot for run in runs]) for title, runs in self.kinds.items()}
 
 
 def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
