@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from rnndyn_fast.train.phase_results import (
     write_results,
 )
 from rnndyn_fast.train.progress import Reporter, choose_reporter
+from rnndyn_fast.train.setup import threads
 
 FORMAT = "rnndyn_fast.phase_run/1"
 CHECKPOINT, CONFIG = "checkpoint.pt", "phase.yaml"
@@ -74,7 +73,7 @@ def train_phase(config: PhaseConfig, *, reporter: Reporter | None = None) -> Pat
     if published is not None:
         read_published(published)  # raises now rather than after hours
     _check_folder(config, out)
-    with _threads(config.threads):
+    with threads(config.threads):
         run = _Run(config)
         if config.resume:
             run.restore(read_run(out / CHECKPOINT))
@@ -298,14 +297,3 @@ def _check_folder(config: PhaseConfig, out: Path) -> None:
         raise FileExistsError(f"out: expected a folder, {out} is a file")
     if not config.resume and out.exists() and any(out.iterdir()) and not config.overwrite:
         raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the run")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
