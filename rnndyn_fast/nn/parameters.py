@@ -161,11 +161,12 @@ def _modules_there(root: nn.Module, owners: tuple[Owner, ...]) -> list[nn.Module
 
 
 class Current(NamedTuple):
-    """A network as its modules are now."""
+    """A network as its modules are now. ``names``: what recorded states are called in it, where that is not as ever."""
 
     network: Network
     parameters: dict[str, Tensor]
     snapshot: _Snapshot | None
+    names: Mapping[str, str] = _NONE
 
     def buffers(self, root: nn.Module) -> dict[str, Tensor]:
         """Its running statistics."""

@@ -14,6 +14,7 @@ from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.nn.batch_norms import move_statistics, norms_in_training
 from rnndyn_fast.nn.blt_conv import BLTConv
 from rnndyn_fast.nn.derived_network import module_at
+from rnndyn_fast.nn.experiments import Experiments
 from rnndyn_fast.nn.layer_checks import HOOKS, check_layer, computes_as
 from rnndyn_fast.nn.layers import leaf_layers
 from rnndyn_fast.nn.parameters import Current, ModuleReader
@@ -21,7 +22,7 @@ from rnndyn_fast.nn.tracing import NotScriptable, refuse_tracers
 from rnndyn_fast.program.rollout import rollout
 
 
-class RecurrentNetwork(NotScriptable, nn.Module):
+class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
     """Any connection graph as a module: it owns the parameters that its spec names, and runs them through time.
 
     Args:
@@ -70,11 +71,12 @@ class RecurrentNetwork(NotScriptable, nn.Module):
 
     def current(self) -> Current:
         """The network as its modules are now, and its parameters. Raises TypeError, ValueError: as :meth:`run`."""
-        return self._reader.read(self, self.network)
+        now = self._reader.read(self, self.network)
+        return self._with_interventions(now) if self.interventions else now
 
     def version(self) -> Hashable:
         """What its rollouts depend on besides parameters: it differs after any change that its modules honour."""
-        return self.current().network
+        return self.current().network, self.interventions
 
     @staticmethod
     def _recorded(network: Network, record: Iterable[str]) -> tuple[str, ...]:
@@ -84,7 +86,8 @@ class RecurrentNetwork(NotScriptable, nn.Module):
     def schedule(self, record: Sequence[str] = (), timesteps: int | None = None) -> Schedule:
         """The schedule of this network's rollout; ``print`` it for the plan."""
         steps = self.timesteps if timesteps is None else timesteps
-        return compile_schedule(self.current().network, steps, self._recorded(self.network, record))
+        now = self.current()
+        return compile_schedule(now.network, steps, [now.names.get(name, name) for name in self._recorded(self.network, record)])
 
     @property
     def first_output(self) -> int:
@@ -192,6 +195,9 @@ class RecurrentNetwork(NotScriptable, nn.Module):
         """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.rollout`). Training moves the running statistics."""
         refuse_tracers(type(self).__name__, inputs)
         now = self.current()
+        if self.interventions:
+            self._check_functions(now, inputs)
+            names = [now.names.get(name, name) for name in names]
         parameters = now.parameters
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None
         if now.network.buffer_shapes:
