@@ -312,14 +312,16 @@ def test_large_maps_run_as_a_whole() -> None:
 def test_other_networks() -> None:
     """Streams, gated cells and their second states, layers that start from zeros."""
     torch.manual_seed(0)
-    streams: Any = blt_vs(7, 3, 2, image_size=128).eval()
-    rgc: Any = convrnn("lstm_shallow", image_size=96, num_classes=4, widths=dict(conv1=2, conv2=2, conv3=3, conv4=3, conv5=3)).eval()
+    streams: Any = blt_vs(7, 3, 2, image_size=128).eval()  # (fewer digits: it is large)
+    rgc: Any = (
+        convrnn("lstm_shallow", image_size=96, num_classes=4, widths=dict(conv1=2, conv2=2, conv3=3, conv4=3, conv5=3)).eval().double()
+    )
     cases: list[tuple[Any, Tensor, Callable[[Any], Any]]] = [
         (streams, torch.rand(1, 3, 128, 128), lambda net: net.intervene("V4.bu", slice(4, None), "zero")),
         (streams, torch.rand(1, 3, 128, 128), lambda net: net.lesion("V4.bu:lateral", slice(4, None))),
-        (rgc, torch.rand(1, 3, 96, 96), lambda net: net.intervene("conv4.cell:c", range(6, 9), "freeze")),
-        (rgc, torch.rand(1, 3, 96, 96), lambda net: net.intervene("conv4.cell", range(2, 9), "scale", 0.1)),
-        (rgc, torch.rand(1, 3, 96, 96), lambda net: net.lesion("conv4.cell:lateral", slice(7, None))),
+        (rgc, torch.rand(1, 3, 96, 96, dtype=torch.float64), lambda net: net.intervene("conv4.cell:c", range(6, 9), "freeze")),
+        (rgc, torch.rand(1, 3, 96, 96, dtype=torch.float64), lambda net: net.intervene("conv4.cell", range(2, 9), "scale", 0.1)),
+        (rgc, torch.rand(1, 3, 96, 96, dtype=torch.float64), lambda net: net.lesion("conv4.cell:lateral", slice(7, None))),
     ]
     for net, x, change in cases:
         results = []

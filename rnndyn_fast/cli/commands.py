@@ -91,7 +91,7 @@ def extract(**options: Any) -> None:
         print(trajectories_path(path))
 
 
-_LISTS = ("reducers", "areas", "pooled", "save")
+_LISTS = ("reducers", "areas", "pooled", "save", "lesion")
 
 
 def analyse(result: str, out: str, compare: str | None, **names: Any) -> None:
