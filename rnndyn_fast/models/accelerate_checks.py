@@ -27,10 +27,10 @@ def refuse_wrappers(module: nn.Module) -> None:
         raise TypeError(f"module: expected the published module, got the {name} that torch.jit made of it; pass the module itself")
     for attribute, again in (("_orig_mod", "torch.compile"), ("module", name)):
         inner = module._modules.get(attribute)
-        if len(module._modules) == 1 and inner is not None and not hasattr(module, "timesteps"):
+        if len(module._modules) == 1 and inner is not None:
             raise TypeError(
-                f"module: expected the published module, got a {name} around a {type(inner).__name__}; pass module.{attribute}, and give "
-                f"the result to {again} again"
+                f"module: expected the published module, got {name} around {type(inner).__name__}; pass module.{attribute}, and give the "
+                f"result to {again} again"
             )
 
 

@@ -212,6 +212,10 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
             move_statistics(self.get_submodule(prefix), mean, var)
         return states
 
+    def __dir__(self) -> list[str]:
+        # (torch.jit asks for every name in here; this one has no value without a readout.)
+        return [name for name in super().__dir__() if name != "first_output" or self.network.readout is not None]
+
     def extra_repr(self) -> str:
         """Shown by ``print(net)``."""
         return f"{self.network.name}, timesteps={self.timesteps}, backend={self.backend!r}, engine={self.engine!r}"
