@@ -93,6 +93,7 @@ def _extract(parser: CommandParser) -> None:
     add(parser, "device", str | None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one", None)
     add(parser, "precision", Literal["float32", "float16", "bfloat16"], "of maps, by autocast; float16 on a GPU", "float32")
     add(parser, "untrained", bool, "the network as it was before training", False)
+    add(parser, "lesion", str, "connections and areas that are off at some steps, as v4:lateral@3-,it>v4@2-5,it@4", "")
     _add_engine(parser)
     add(parser, "overwrite", bool, "replace files that exist", False)
 

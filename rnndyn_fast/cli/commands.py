@@ -169,7 +169,7 @@ def extract(**options: Any) -> None:
         print(trajectories_path(path))
 
 
-_LISTS = ("reducers", "areas", "pooled", "save")
+_LISTS = ("reducers", "areas", "pooled", "save", "lesion")
 
 
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin")

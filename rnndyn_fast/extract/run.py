@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rnndyn_fast.extract.sources import Source, open_source
 from rnndyn_fast.extract.trajectories import DTYPES
 from rnndyn_fast.nn import GraphedNetwork, RecurrentNetwork
 from rnndyn_fast.nn.cuda_graphs import Graphs
+from rnndyn_fast.nn.interventions import parse_lesion
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.foreign import Foreign
 from rnndyn_fast.train.loop import INITIAL
@@ -59,6 +61,7 @@ def extract(
     shards: int = 8,
     keep_samples: bool = False,
     untrained: bool = False,
+    lesion: Sequence[str] = (),
     resize: bool = False,
     background: str = "white",
     foreign: Foreign | None = None,
@@ -97,6 +100,8 @@ def extract(
         shards: at least the number of processes; sums are taken per shard, so it is part of what must be equal for equal bytes.
         keep_samples: keep every sample's group and scalars in the readout-zone result.
         untrained: use the network as it was before training (``initial.pt`` beside `checkpoint`).
+        lesion: connections that are off, and areas that are silent, at some time steps: "v4:lateral@3-" (from step 3 on), "it>v4@2-5",
+            "it@4"; see ``RecurrentNetwork.lesion`` and ``intervene``.
         resize: scale and crop image files of other sizes.
         background: what transparent pixels of image files are laid over: "white", "grey" or "black".
         foreign: for weights from elsewhere: the network that they are of.
@@ -123,7 +128,7 @@ def extract(
     >>> extract("runs/lateral/last.pt", "images.h5", out="lateral.h5", save=("gap",))  # doctest: +SKIP
     """
     out = Path(out)
-    lists = {"reducers": reducers, "areas": areas, "pooled": pooled, "save": save}
+    lists = {"reducers": reducers, "areas": areas, "pooled": pooled, "save": save, "lesion": lesion}
     _check_options(split, lists, dtype, {"batch_size": batch_size, "limit": limit, "shards": shards}, compression)
     for path in (out, trajectories_path(out)):
         for name, read in (("checkpoint", checkpoint), ("data", data)):
@@ -136,6 +141,9 @@ def extract(
     if net.network.readout is None:
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
     representations = net.network.readout.source
+    experiment = ExitStack()
+    for text in lesion:
+        experiment.enter_context(_lesioned(net, text))
     chosen = {name: _check_areas(net, name, lists[name]) for name in ("areas", "pooled", "save")}
     measured, compared = chosen["areas"] or (representations,), chosen["pooled"] or (representations,)
     trained = contents["data"]
@@ -172,11 +180,14 @@ def extract(
         "save": list(chosen["save"]), "dtype": dtype, "batch_size": batch_size, "timesteps": net.timesteps,
         "limit": limit, "shards": shards, "untrained": untrained,
     }  # fmt: skip
+    if lesion:
+        options["lesion"] = list(lesion)
     made_with = {"options": options, "backend": backend, "engine": engine, "device": where.type, "versions": versions()}
     if precision != "float32":
         made_with["precision"] = precision
     sha = sha256(used)
-    with open_source(data, split, trained["image_size"], trained["categories"], resize=resize, background=background) as source:
+    images = open_source(data, split, trained["image_size"], trained["categories"], resize=resize, background=background)
+    with experiment, images as source:
         descriptors = {
             "checkpoint": {"path": str(used), "sha256": sha, "epoch": contents["epoch"]},
             "network": {**contents["model"], "timesteps": net.timesteps},
@@ -191,6 +202,17 @@ def extract(
             overwrite=overwrite, manifest={"checkpoint": sha, "machine": platform.machine(), **made_with},
             descriptors=descriptors, reporter=reporter, title=split,
         )  # fmt: skip
+
+
+def _lesioned(net: RecurrentNetwork, text: str) -> AbstractContextManager[Any]:
+    """A lesion as the command line names it: of connections, or of all units of an area."""
+    try:
+        what, steps = parse_lesion(text)
+        with ExitStack() as stack:
+            stack.enter_context(net.lesion(what, steps) if ":" in what or ">" in what else net.intervene(what, steps, "zero"))
+            return stack.pop_all()
+    except ValueError as error:
+        raise ValueError(f"lesion: {text!r}: {error}") from None
 
 
 def network_forward(

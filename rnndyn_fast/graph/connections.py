@@ -68,6 +68,8 @@ class Connection:
     is cut to it. ``resize``: the map is first resized to that of the target (bilinear, corners aligned). ``concat=(first, total)``: the
     connection uses input channels ``first ..`` of a weight of ``total`` (its source is one of several that are concatenated).
 
+    ``steps``: the time steps at which the connection is there; None: all.
+
     ``state``: which map of a source with several it reads (None: its output). ``port``: the term of the target it enters: "drive" or
     "modulator", or a port of the target's cell; None: by role (see :class:`~rnndyn_fast.graph.areas.Interaction`), or the first port.
     """
@@ -92,6 +94,7 @@ class Connection:
     concat: tuple[int, int] | None = None
     state: str | None = None
     port: str | None = None
+    steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.operator is not Operator.IDENTITY and self.parameter is None:
@@ -102,6 +105,12 @@ class Connection:
             object.__setattr__(self, "output_padding", self.stride - 1 if self.operator is Operator.CONV_TRANSPOSE else 0)
         if self.concat is not None:
             object.__setattr__(self, "concat", tuple(self.concat))
+        if self.steps is not None:
+            object.__setattr__(self, "steps", tuple(self.steps))
+
+    def is_there(self, t: int) -> bool:
+        """Whether the connection is there at a time step."""
+        return self.steps is None or t in self.steps
 
     @property
     def geometry(self) -> Geometry:

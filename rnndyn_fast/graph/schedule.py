@@ -140,11 +140,16 @@ class Schedule:
                     f"timesteps: area {name!r} of network {network.name!r} has no state within {self.timesteps} time steps "
                     f"({network.unroll.value} unroll); more are needed"
                 )
+            if len(steps) < self.timesteps - steps[0]:
+                missing = next(t for t in range(steps[0], self.timesteps) if t not in steps)
+                raise ValueError(f"steps: area {name!r} of network {network.name!r} has no state at step {missing}: nothing drives it then")
             self.first_step[name] = steps[0]
         return reads
 
     def _read(self, c: Connection, t: int) -> Read | None:
         """What a connection finds at time step t; None: nothing."""
+        if not c.is_there(t):
+            return None
         when = t - self.network.delay(c)
         slot = self.slot_of[c.source][when] if when >= 0 else -1
         if slot >= 0:

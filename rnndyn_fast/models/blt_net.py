@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from rnndyn_fast.graph.spec import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.nn.blt_conv import BLTConv, parse_interaction
+from rnndyn_fast.nn.blt_conv import BLTConv
+from rnndyn_fast.nn.derived_network import parse_interaction
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 WIDTHS = (32, 64, 128, 256, 512)
-_AREAS = ("v1", "v2", "v4", "it")
+AREAS = ("v1", "v2", "v4", "it")
 
 
 def _parse_norm(norm_type: str | None) -> Norm:
@@ -49,14 +50,14 @@ def blt_network(
     areas = [Area("retina", retina_width, norm=Norm.NONE)]
     connections = [Connection("image", "retina", Role.BOTTOM_UP, Operator.CONV, kernel_size, bias=True, parameter="retina")]
     below = "retina"
-    for i, (area, width) in enumerate(zip(_AREAS, area_widths, strict=True)):
+    for i, (area, width) in enumerate(zip(AREAS, area_widths, strict=True)):
         areas.append(Area(area, width, interaction, norm))
         pool = Pool.NONE if area == "v1" else Pool.MAX
         connections.append(Connection(below, area, Role.BOTTOM_UP, Operator.CONV, kernel_size, pool=pool, bias=bias))
         if area != "v1" and recurrent_areas and lateral:
             connections.append(Connection(area, area, Role.LATERAL, Operator.CONV, kernel_size, bias=bias))
         if area in ("v2", "v4") and recurrent_areas and topdown:
-            connections.append(Connection(_AREAS[i + 1], area, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, kernel_size, 2, bias=bias))
+            connections.append(Connection(AREAS[i + 1], area, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, kernel_size, 2, bias=bias))
         below = area
     areas.append(Area("gap", area_widths[-1], interaction, norm))
     connections.append(Connection("it", "gap", Role.BOTTOM_UP, Operator.IDENTITY, pool=Pool.MEAN))
@@ -105,7 +106,7 @@ class BLTNet(RecurrentNetwork):
         modules: dict[str, nn.Module] = {
             "retina": nn.Conv2d(options["in_channels"], widths[0], kernel_size, padding=(kernel_size - 1) // 2)
         }
-        for i, area in enumerate(_AREAS):
+        for i, area in enumerate(AREAS):
             modules[area] = BLTConv(
                 widths[i],
                 widths[i + 1],

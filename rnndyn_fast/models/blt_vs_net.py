@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rnndyn_fast.graph import spec
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.names import check_choice
-from rnndyn_fast.nn.recurrent_network import RecurrentNetwork, connection_modules
+from rnndyn_fast.nn.layers import connection_layers
+from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 AREAS = ("Retina", "LGN", "V1", "V2", "V3", "V4", "LOC", "Readout")
 CHANNELS = (32, 32, 576, 480, 352, 256, 352)
@@ -129,10 +130,10 @@ def blt_vs_network(o: Options) -> Network:
 
 def _modules(o: Options, network: Network) -> nn.ModuleDict:
     """Parameters under their published names and in their order, used or not."""
-    used = {prefix: m for c in network.connections for prefix, m in connection_modules(network, c).items()}
+    used = {prefix: m for c in network.connections for prefix, m in connection_layers(network, c).items()}
     # The skip to V1 has parameters in both unrollings.
     whole = blt_vs_network(Options(**{**o.__dict__, "bio": True})) if o.skip and not o.bio else network
-    used |= {p: m for c in whole.connections if "skip_td" in str(c.parameter) for p, m in connection_modules(whole, c).items()}
+    used |= {p: m for c in whole.connections if "skip_td" in str(c.parameter) for p, m in connection_layers(whole, c).items()}
     order = ["bu_conv", "bu_l_conv", "td_conv", "td_l_conv", "skip_bu", "skip_td", "readout_conv"]
     modules = nn.ModuleDict()
     for i, name in enumerate(AREAS):

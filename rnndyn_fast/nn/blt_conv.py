@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
-from rnndyn_fast.nn.parameters import current_parameters, owners_of
+from rnndyn_fast.nn.derived_network import parse_interaction
+from rnndyn_fast.nn.layer_checks import check_layer
+from rnndyn_fast.nn.parameters import ModuleReader
+from rnndyn_fast.nn.tracing import NotScriptable, refuse_tracers
 from rnndyn_fast.program.rollout import rollout
 
 
-def parse_interaction(value: str | None) -> Interaction:
-    """``LT_interaction`` as published: "additive" or "multiplicative" (None, used for one time step, counts as additive)."""
-    if value is None:
-        return Interaction.ADDITIVE
-    try:
-        return Interaction(value)
-    except ValueError:
-        raise ValueError(f"LT_interaction: expected 'additive' or 'multiplicative', got {value!r}") from None
-
-
-class BLTConv(nn.Module):
+class BLTConv(NotScriptable, nn.Module):
     r"""Recurrent convolution, one step.
 
     .. math:: z = b + l + d \quad\text{or}\quad z = b\,(1 + l + d)
@@ -70,6 +65,7 @@ class BLTConv(nn.Module):
         self.LT_interaction = LT_interaction
         self.pool_input = bool(pool_input)
         self.backend = backend
+        self._reader = ModuleReader()
         padding = (kernel_size - 1) // 2
         self.bottom_up = nn.Conv2d(in_chan, out_chan, kernel_size, padding=padding, bias=bias)
         if self.lateral_connect:
@@ -87,6 +83,7 @@ class BLTConv(nn.Module):
 
         Raises ``ValueError`` or ``TypeError`` that names the argument, what was expected and what came.
         """
+        refuse_tracers(type(self).__name__, (b_input, l_input, t_input))
         inputs = {"b_input": b_input}
         if self.lateral_connect and l_input is not None:
             inputs["l_input"] = l_input
@@ -99,6 +96,8 @@ class BLTConv(nn.Module):
                 raise ValueError(f"{name}: expected [N, C, H, W], got {list(x.shape)}")
         pool = 2 if self.pool_input else 1
         height, width = b_input.shape[2] // pool, b_input.shape[3] // pool
+        if not torch.compiler.is_compiling():
+            check_layer("bottom_up", self.bottom_up, (nn.Conv2d,))
         out_chan, in_chan, kernel_size, _ = self.bottom_up.weight.shape
         expected = {
             "b_input": (in_chan, b_input.shape[2], b_input.shape[3]),
@@ -116,8 +115,12 @@ class BLTConv(nn.Module):
             in_chan, out_chan, kernel_size, b_input.shape[2], b_input.shape[3], tuple(inputs)[1:],
             parse_interaction(self.LT_interaction), self.pool_input, self.bottom_up.bias is not None,
         )  # fmt: skip
-        parameters = current_parameters(self, owners_of(tuple(network.parameter_shapes)))
-        return rollout(network, 1, list(inputs.values()), parameters, ("z",), backend=self.backend)[0][0]
+        now = self._reader.read(self, network)
+        return rollout(now.network, 1, list(inputs.values()), now.parameters, ("z",), backend=self.backend)[0][0]
+
+    def version(self) -> Hashable:
+        """What its steps depend on besides parameters."""
+        return self.lateral_connect, self.topdown_connect, self.LT_interaction, self.pool_input, self._reader.version(self)
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from rnndyn_fast.graph.spec import Activation, Area, Input, Network, Norm, Role
 from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.cell_graphs import CELLS, CellSpec, Graph, Source, add_cell, cell_states, state_source
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
+from rnndyn_fast.nn.tracing import refuse_tracers
 
 
 def _frames(name: str, channels: int, size: tuple[int, int]) -> Input:
@@ -100,6 +101,7 @@ class ConvCell(RecurrentNetwork):
         feedback: Tensor | None = None,  # [T, N, feedback_channels, H, W]
     ) -> tuple[Tensor, Tensor]:
         """A whole sequence: outputs [T, N, channels, H, W] and states after each step [T, N, state channels, H, W]."""
+        refuse_tracers(type(self).__name__, (x, state, residual, feedback))
         if x.dim() != 5:
             raise ValueError(f"x: expected [T, N, C, H, W], got {list(x.shape)}")
         given = {"x": x, "residual": residual, "feedback": feedback}
@@ -127,6 +129,7 @@ class ConvCell(RecurrentNetwork):
         feedback: Tensor | None = None,  # [N, feedback_channels, H, W]
     ) -> tuple[Tensor, Tensor]:
         """One step: output [N, channels, H, W] and new state; without a state, from zeros."""
+        refuse_tracers(type(self).__name__, (x, state, residual, feedback))
         step = [None if value is None else value[None] for value in (x, residual, feedback)]
         assert step[0] is not None
         outputs, states = self.sequence(step[0], state, step[1], step[2])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rnndyn_fast.nn.tracing import NotScriptable, refuse_tracers
 from rnndyn_fast.ops.ctrnn import check_model_values, ctrnn
 from rnndyn_fast.reference.ctrnn import Activation, ctrnn_step, rates
 
@@ -20,7 +21,7 @@ PUBLISHED_NAMES = {"W_rec": "w_rec", "b_rec": "b_rec", "W_in": "w_in", "W_out": 
 PARAMETERS = tuple(PUBLISHED_NAMES.values())
 
 
-class CTRNN(nn.Module):
+class CTRNN(NotScriptable, nn.Module):
     r"""M networks of the same size, each with its own weights, leak, noise and activation.
 
     .. math:: h_t = (1 - \alpha) h_{t-1} + \alpha\,(f(h_{t-1}) W + b + u_t V + \sigma \xi_t), \quad r_t = f(h_t), \quad z_t = r_t w + c
@@ -217,6 +218,7 @@ class CTRNN(nn.Module):
         *,
         with_states: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_tracers(type(self).__name__, (inputs, h0))
         if isinstance(inputs, Tensor) and inputs.dim() == 3:
             inputs = inputs.expand(self.num_models, *inputs.shape)
         if isinstance(noise_seeds, int):

@@ -137,6 +137,12 @@ def _storages(module: nn.Module) -> Hashable:
     return tuple(t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers()))
 
 
+def _versions(module: nn.Module) -> Hashable:
+    """What else a graph of a module depends on: modes, and what its recurrent networks and layers compute now."""
+    parts = list(module.modules())
+    return tuple(m.training for m in parts), tuple(version() for m in parts if (version := getattr(m, "version", None)) is not None)
+
+
 def _own(arguments: Sequence[Tensor]) -> list[Tensor]:
     return [a.clone() for a in arguments]
 
@@ -196,7 +202,7 @@ class GraphedNetwork:
         frozen = tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items()))
         autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         settings = tuple(getattr(self.network, name, None) for name in ("timesteps", "backend", "engine"))
-        key = (_described(inputs), frozen, autocast, settings, self.network.training, _storages(self.network))
+        key = (_described(inputs), frozen, autocast, settings, _versions(self.network), _storages(self.network))
         with torch.no_grad():
             found = self._cache.get(key)
             if found is None:
@@ -265,7 +271,7 @@ class GraphedTrainingStep:
             RuntimeError: the step cannot be captured, with the reason; parameters are as before.
         """
         self._graphs.check(batch)
-        key = (_described(batch), self.network.training, _storages(self.network), self._settings())
+        key = (_described(batch), _versions(self.network), _storages(self.network), self._settings())
         found = self._cache.get(key)
         if found is None:
             if not self._cache.due(key):

@@ -1,13 +1,33 @@
-"""The parameters that a rollout takes, as a module has them now."""
+"""What a rollout takes from a module as it is now: its network, and parameters by name.
+
+The network is derived from the modules once (:mod:`rnndyn_fast.nn.derived_network`); each call then looks whether anything has changed that
+it depends on: submodules, their classes, hooks, and the attributes that decide what a layer computes.
+"""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
+from rnndyn_fast.nn.layer_checks import HOOKS
+
+# What the forward methods of these layers read besides parameters and buffers.
+_READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Conv2d, ("stride", "padding", "dilation", "groups", "padding_mode")),
+    (nn.ConvTranspose2d, ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")),
+    (nn.LayerNorm, ("normalized_shape", "eps")),
+    (nn.GroupNorm, ("num_groups", "eps")),
+    (nn.BatchNorm2d, ("num_features", "eps")),
+)
+_NONE: Mapping[str, Any] = {}
+_MOST_NETWORKS = 16  # of one module: a layer has one for each size of its input
 
 
 class Owner(NamedTuple):
@@ -36,38 +56,202 @@ def owners_of(names: tuple[str, ...]) -> tuple[Owner, ...]:
     return tuple(Owner(numbers[parent], child, path, tuple(leaves[path])) for path, (parent, child) in paths.items())
 
 
-def current_parameters(
-    module: nn.Module,
-    owners: tuple[Owner, ...],
-) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as the attributes give them now: layers may have been replaced by equivalents, and their parameters
-    by others (parametrizations, a functional call, ``load_state_dict(assign=True)``). Only the modules on the way are looked at.
+def _submodules(root: nn.Module, owners: tuple[Owner, ...]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for parent, child, path, _ in owners:
+        if not path:
+            found.append(root)
+            continue
+        held = found[parent]._modules.get(child)
+        found.append(getattr(found[parent], child) if held is None else held)
+    return found
 
-    Warns of forward hooks of these submodules: a rollout does not call them.
-    """
-    found: dict[str, Tensor] = {}
-    modules: list[nn.Module] = []
-    hooked: list[str] = []
-    for parent, child, path, leaves in owners:
-        owner = module
-        if path:
-            above = modules[parent]
-            held = above._modules.get(child)
-            owner = getattr(above, child) if held is None else held
-            if owner._forward_pre_hooks or owner._forward_hooks:
-                hooked.append(path)
-        modules.append(owner)
-        for name, leaf in leaves:
-            tensor: Tensor | None = owner._parameters.get(leaf)
+
+class _Snapshot:
+    """A derived network, what it was derived from, and where its parameters are."""
+
+    def __init__(self, root: nn.Module, base: Network, derived: Derived) -> None:
+        self.base, self.derived = base, derived
+        taken = (*derived.network.parameter_shapes, *derived.network.buffer_shapes)
+        owners = owners_of(tuple(dict.fromkeys((*taken, *base.parameter_shapes, *base.buffer_shapes))))
+        there = {owner.path: module for owner, module in zip(owners, _modules_there(root, owners), strict=True) if module is not None}
+        self._children = [m._modules for m in (root, *there.values())]
+        self._children_then = [dict(c) for c in self._children]
+        modules = [m for path, m in there.items() if path]
+        self._modules = modules
+        self._types = list(map(type, modules))
+        self._dicts = [vars(m) for m in modules]
+        self._sizes = list(map(len, self._dicts))
+        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
+        self._groups: list[tuple[Callable[[Any], Any], list[nn.Module], list[Any]]] = []
+        for cls, names in _READ:
+            self._watch([m for m in modules if isinstance(m, cls)], names)
+        for m in modules:
+            self._watch([m], tuple(name for name in FLAGS if name in vars(m)))
+        self._absent = [(m._parameters, kind) for m in modules for kind in ("weight", "bias") if kind in m._parameters
+                        and m._parameters[kind] is None]  # fmt: skip
+        self.parameters = self._sources(there, derived.network.parameter_shapes)
+        self.buffers = self._sources(there, derived.network.buffer_shapes)
+        self._constants: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def _watch(self, modules: list[Any], names: tuple[str, ...]) -> None:
+        if modules and names:
+            get = attrgetter(*names)
+            self._groups.append((get, modules, list(map(get, modules))))
+
+    def _sources(self, there: Mapping[str, nn.Module], names: Any) -> list[tuple[str, Mapping[str, Any], str, nn.Module]]:
+        found = []
+        for name in names:
+            if name not in self.derived.filled:
+                path, _, leaf = name.rpartition(".")
+                owner = there[path]
+                # (A class may compute it, as parametrizations do.)
+                plain = not hasattr(type(owner), leaf)
+                held = next((d for d in (owner._parameters, owner._buffers) if plain and leaf in d), _NONE)
+                found.append((name, held, leaf, owner))
+        return found
+
+    def holds(self, root: nn.Module, base: Network) -> bool:
+        """Whether nothing has changed."""
+        if base is not self.base or root._modules is not self._children[0] or any(self._hooks):
+            return False
+        if self._children != self._children_then or list(map(type, self._modules)) != self._types:
+            return False
+        if list(map(len, self._dicts)) != self._sizes:
+            return False
+        for get, modules, then in self._groups:
+            if list(map(get, modules)) != then:
+                return False
+        return all(held.get(kind) is None for held, kind in self._absent)
+
+    def values(self, sources: list[tuple[str, Mapping[str, Any], str, nn.Module]]) -> dict[str, Tensor] | None:
+        """Tensors by name; None: one is missing."""
+        found = {}
+        for name, held, leaf, owner in sources:
+            tensor = held.get(leaf)
             if tensor is None:
-                tensor = owner._buffers.get(leaf)
-            found[name] = getattr(owner, leaf) if tensor is None else tensor
-    if hooked and not torch.compiler.is_compiling():
-        for path in hooked:
-            warnings.warn(
-                f"the forward hooks of submodule {path!r} do not run: a rollout reads its parameters and does not call it. Weights "
-                "that a hook computes (torch.nn.utils.spectral_norm, weight_norm, prune) stay what they are: take "
-                "torch.nn.utils.parametrizations, or prune.remove first; states of areas are recorded with record=",
-                stacklevel=4,
-            )
+                tensor = getattr(owner, leaf, None)
+                if tensor is None:
+                    return None
+            found[name] = tensor
+        return found
+
+    def fill(self, found: dict[str, Tensor]) -> None:
+        """Add the parameters that no module has."""
+        example = next(iter(found.values()), None)
+        dtype, device = (torch.get_default_dtype(), torch.device("cpu")) if example is None else (example.dtype, example.device)
+        for name, value in self.derived.filled.items():
+            if name in self.derived.network.parameter_shapes:
+                key = (name, dtype, device)
+                if key not in self._constants:
+                    with torch.inference_mode(False):
+                        shape = self.derived.network.parameter_shapes[name]
+                        self._constants[key] = torch.full(shape, value, dtype=dtype, device=device)
+                found[name] = self._constants[key]
+
+
+def _modules_there(root: nn.Module, owners: tuple[Owner, ...]) -> list[nn.Module | None]:
+    """Submodules, or None where there is none any more."""
+    found: list[nn.Module | None] = []
+    for parent, child, path, _ in owners:
+        above = found[parent] if path else None
+        held = root if not path else None if above is None else getattr(above, child, None)
+        found.append(held if isinstance(held, nn.Module) else None)
+    return found
+
+
+class Current(NamedTuple):
+    """A network as its modules are now. ``names``: what recorded states are called in it, where that is not as ever."""
+
+    network: Network
+    parameters: dict[str, Tensor]
+    snapshot: _Snapshot | None
+    names: Mapping[str, str] = _NONE
+
+    def buffers(self, root: nn.Module) -> dict[str, Tensor]:
+        """Its running statistics."""
+        if self.snapshot is None:
+            return _walk(root, self.network.buffer_shapes)
+        found = self.snapshot.values(self.snapshot.buffers)
+        if found is None:
+            missing = next(name for name, _, leaf, owner in self.snapshot.buffers if getattr(owner, leaf, None) is None)
+            raise TypeError(f"{missing}: expected a tensor, got None")
+        return found
+
+
+class ModuleReader:
+    """Reads one module; it keeps what it has derived. (Copies of the module begin anew.)"""
+
+    def __init__(self, containers: tuple[type[nn.Module], ...] = (), unread: frozenset[str] = frozenset()) -> None:
+        self._options = containers, unread
+        self._snapshots: dict[Network, _Snapshot] = {}
+        self._latest: _Snapshot | None = None
+        self.traced: dict[str, Derived] = {}  # what compiled calls run
+
+    def __reduce__(self) -> Any:
+        return ModuleReader, self._options
+
+    def read(self, root: nn.Module, base: Network) -> Current:
+        """The network and its parameters.
+
+        Raises:
+            TypeError, ValueError: naming the module and the attribute that no network can say.
+        """
+        if torch.compiler.is_compiling():
+            _derive_while_tracing(self, root, base)
+            derived = self.traced[base.to_json()]
+            found = _walk(root, tuple(name for name in derived.network.parameter_shapes if name not in derived.filled))
+            example = next(iter(found.values()))
+            for name, value in derived.filled.items():
+                if name in derived.network.parameter_shapes:
+                    found[name] = torch.full(derived.network.parameter_shapes[name], value, dtype=example.dtype, device=example.device)
+            return Current(derived.network, found, None)
+        snapshot = self._latest
+        if snapshot is None or not snapshot.holds(root, base):
+            snapshot = self._take(root, base)
+        parameters = snapshot.values(snapshot.parameters)
+        if parameters is None:
+            snapshot = self._take(root, base, anew=True)
+            parameters = snapshot.values(snapshot.parameters)
+            assert parameters is not None
+        if snapshot.derived.filled:
+            snapshot.fill(parameters)
+        return Current(snapshot.derived.network, parameters, snapshot)
+
+    def version(self, root: nn.Module) -> Hashable:
+        """The networks that it has read, as they are now."""
+        return tuple(self.derived(root, base).network for base in self._snapshots)
+
+    def derived(self, root: nn.Module, base: Network) -> Derived:
+        """The network that the modules are."""
+        return derive(root, base, *self._options)
+
+    def _take(self, root: nn.Module, base: Network, *, anew: bool = False) -> _Snapshot:
+        snapshot = self._snapshots.get(base)
+        if anew or snapshot is None or not snapshot.holds(root, snapshot.base):
+            snapshot = _Snapshot(root, base, self.derived(root, base))
+            if len(self._snapshots) >= _MOST_NETWORKS:
+                self._snapshots.clear()
+            self._snapshots[base] = snapshot
+        self._latest = snapshot
+        return snapshot
+
+
+@torch.compiler.assume_constant_result
+def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) -> bool:
+    """A compiler traces calls, and so finds out here what the modules are; it does not see what is changed in them afterwards."""
+    reader.traced[base.to_json()] = reader.derived(root, base)
+    return True
+
+
+def _walk(root: nn.Module, names: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in operations that a compiler can trace."""
+    owners = owners_of(tuple(names))
+    found: dict[str, Tensor] = {}
+    for (_, _, _, leaves), module in zip(owners, _submodules(root, owners), strict=True):
+        for name, leaf in leaves:
+            tensor: Tensor | None = module._parameters.get(leaf)
+            if tensor is None:
+                tensor = module._buffers.get(leaf)
+            found[name] = getattr(module, leaf) if tensor is None else tensor
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
-from rnndyn_fast.graph.spec import Area, Connection, Network, Norm, Operator
-from rnndyn_fast.nn.parameters import current_parameters, owners_of
+from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.nn.batch_norms import move_statistics, norms_in_training
+from rnndyn_fast.nn.blt_conv import BLTConv
+from rnndyn_fast.nn.derived_network import module_at
+from rnndyn_fast.nn.experiments import Experiments
+from rnndyn_fast.nn.layer_checks import HOOKS, check_layer, computes_as
+from rnndyn_fast.nn.layers import leaf_layers
+from rnndyn_fast.nn.parameters import Current, ModuleReader
+from rnndyn_fast.nn.tracing import NotScriptable, refuse_tracers
 from rnndyn_fast.program.rollout import rollout
 
 
-class RecurrentNetwork(nn.Module):
+class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
     """Any connection graph as a module: it owns the parameters that its spec names, and runs them through time.
 
     Args:
@@ -24,6 +31,10 @@ class RecurrentNetwork(nn.Module):
         timesteps: T >= 1; the attribute of that name may be changed later.
         backend, engine: see :func:`rnndyn_fast.rollout`; attributes of those names may be changed later.
         modules: top-level modules to use in place of ones built here, by name.
+
+    A rollout reads the layers and does not call them. What is changed in them later counts as if they were called one by one (a replaced
+    layer, stride, padding, eps, a bias that comes or goes, an Identity for a norm, a frozen batch norm), or raises an error that names
+    module and attribute (dilation, hooks, a ``forward`` of their own). The readout is called.
 
     >>> from rnndyn_fast.models import blt_net_64
     >>> net = RecurrentNetwork(blt_net_64(widths=(2, 4, 8, 16, 32)).network, timesteps=4)
@@ -48,13 +59,24 @@ class RecurrentNetwork(nn.Module):
         self.engine = engine
         for name, module in (modules or {}).items():
             self.add_module(name, module)
-        for path, leaf in _leaf_modules(network):
+        for path, leaf in leaf_layers(network):
             if not (modules and path.split(".")[0] in modules):
                 _place(self, path, leaf)
-        self._owners = owners_of((*network.parameter_shapes, *network.buffer_shapes))  # of what a rollout takes
+        read = {name.rpartition(".")[0] for name in (*network.parameter_shapes, *network.buffer_shapes)}
+        unread = frozenset(path for path, m in self.named_modules() if m._parameters and path not in read)
+        self._reader = ModuleReader((BLTConv,), unread)
         missing = network.parameter_shapes.keys() - dict(self.named_parameters()).keys()
         if missing:
             raise ValueError(f"modules: parameters {sorted(missing)} of the spec are missing")
+
+    def current(self) -> Current:
+        """The network as its modules are now, and its parameters. Raises TypeError, ValueError: as :meth:`run`."""
+        now = self._reader.read(self, self.network)
+        return self._with_interventions(now) if self.interventions else now
+
+    def version(self) -> Hashable:
+        """What its rollouts depend on besides parameters: it differs after any change that its modules honour."""
+        return self.current().network, self.interventions
 
     @staticmethod
     def _recorded(network: Network, record: Iterable[str]) -> tuple[str, ...]:
@@ -63,7 +85,9 @@ class RecurrentNetwork(nn.Module):
 
     def schedule(self, record: Sequence[str] = (), timesteps: int | None = None) -> Schedule:
         """The schedule of this network's rollout; ``print`` it for the plan."""
-        return compile_schedule(self.network, self.timesteps if timesteps is None else timesteps, self._recorded(self.network, record))
+        steps = self.timesteps if timesteps is None else timesteps
+        now = self.current()
+        return compile_schedule(now.network, steps, [now.names.get(name, name) for name in self._recorded(self.network, record)])
 
     @property
     def first_output(self) -> int:
@@ -82,8 +106,8 @@ class RecurrentNetwork(nn.Module):
         if readout is None:
             raise ValueError(f"network {self.network.name!r} has no readout")
         if readout.parameter is not None:
-            module = self.get_submodule(readout.parameter)
-            assert isinstance(module, nn.Linear)
+            module = self._readout(readout.parameter)
+            check_layer(readout.parameter, module, (nn.Linear,), "the zones of a readout are those of a linear map")
             return module.weight, module.bias
         example = next(self.parameters())
         return torch.eye(readout.num_classes, self.network.shapes[readout.source][0], dtype=example.dtype, device=example.device), None
@@ -100,9 +124,15 @@ class RecurrentNetwork(nn.Module):
             if readout.parameter is None:
                 logits = representations[..., : readout.num_classes]
             else:
-                module = self.get_submodule(readout.parameter)
-                logits = module(representations.to(next(module.parameters()).dtype))
+                logits = _called(self._readout(readout.parameter), representations)
         return logits.cumsum(0) if readout.cumulative else logits
+
+    def _readout(self, path: str) -> Any:
+        """The readout's module, which is called. Raises TypeError: there is none."""
+        module = module_at(self, path)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{path}: expected a module from [N, D] to [N, classes], got {module!r}")
+        return module
 
     def log_probabilities(
         self,
@@ -121,6 +151,7 @@ class RecurrentNetwork(nn.Module):
         record: Sequence[str] = (),
     ) -> Any:
         """As :meth:`run`, where a published class does not say otherwise."""
+        refuse_tracers(type(self).__name__, inputs)
         return self.run(*inputs, return_representations=return_representations, record=record)
 
     def run(
@@ -140,6 +171,7 @@ class RecurrentNetwork(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected, what came.
         """
+        refuse_tracers(type(self).__name__, inputs)
         if isinstance(record, str):
             raise TypeError(f"record: expected a sequence of area names, got the string {record!r}")
         names = self._recorded(self.network, record)
@@ -161,90 +193,44 @@ class RecurrentNetwork(nn.Module):
 
     def states(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.rollout`). Training moves the running statistics."""
-        named = current_parameters(self, self._owners)
-        statistics: dict[str, tuple[Tensor, Tensor]] | None = {} if self.training and self.network.buffer_shapes else None
+        refuse_tracers(type(self).__name__, inputs)
+        now = self.current()
+        if self.interventions:
+            self._check_functions(now, inputs)
+            names = [now.names.get(name, name) for name in names]
+        parameters = now.parameters
+        statistics: dict[str, tuple[Tensor, Tensor]] | None = None
+        if now.network.buffer_shapes:
+            if norms_in_training(self, now.network):
+                statistics = {}
+            else:
+                parameters = {**parameters, **now.buffers(self)}
         states = rollout(
-            self.network, self.timesteps, inputs, named, names, backend=self.backend, engine=self.engine, statistics=statistics
+            now.network, self.timesteps, inputs, parameters, names, backend=self.backend, engine=self.engine, statistics=statistics
         )
         for prefix, (mean, var) in (statistics or {}).items():
-            _move_statistics(self.get_submodule(prefix), mean, var)
+            move_statistics(self.get_submodule(prefix), mean, var)
         return states
+
+    def __dir__(self) -> list[str]:
+        # (torch.jit asks for every name in here; this one has no value without a readout.)
+        return [name for name in super().__dir__() if name != "first_output" or self.network.readout is not None]
 
     def extra_repr(self) -> str:
         """Shown by ``print(net)``."""
         return f"{self.network.name}, timesteps={self.timesteps}, backend={self.backend!r}, engine={self.engine!r}"
 
 
-def _move_statistics(norm: Any, mean: Tensor, var: Tensor) -> None:
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(var.to(norm.running_var.dtype), norm.momentum)
-        norm.num_batches_tracked.add_(1)
-
-
-def connection_modules(network: Network, c: Connection) -> dict[str, nn.Module]:
-    """The ``torch.nn`` modules that hold a connection's parameters, by name."""
-    modules: dict[str, nn.Module] = {}
-    for name, shape in network.weight_shapes(c).items():
-        prefix = name.removesuffix(".weight")
-        bias = f"{prefix}.bias" in c.biases
-        if c.operator is Operator.LINEAR:
-            modules[prefix] = nn.Linear(shape[1], shape[0], bias=bias)
-        elif c.operator is Operator.CONV_TRANSPOSE:
-            window = network.window(c)
-            modules[prefix] = nn.ConvTranspose2d(
-                shape[0], shape[1], window.kernel, c.stride, window.before, window.output_padding, bias=bias
-            )
-        else:
-            # (Only its parameters are used; a padding that torch has no word for is left out.)
-            first = name == c.weights[0]
-            groups, window = c.groups if first else 1, network.window(c)
-            padding = window.before if first and window.before == window.after else 0
-            kernel = window.kernel if first else (1, 1)
-            modules[prefix] = nn.Conv2d(shape[1] * groups, shape[0], kernel, c.stride if first else 1, padding, groups=groups, bias=bias)
-    return modules
-
-
-def _norm_module(network: Network, area: Area) -> nn.Module:
-    if area.norm is Norm.GROUP:
-        return nn.GroupNorm(area.norm_groups, area.channels, area.eps)
-    if area.norm is Norm.BATCH:
-        return nn.BatchNorm2d(area.channels, area.eps)
-    return nn.LayerNorm(network.norm_shape(area), eps=area.eps)
-
-
-def _cell_modules(network: Network, area: Area) -> Iterable[tuple[str, nn.Module | nn.Parameter]]:
-    """A cell's own parameters: norms as modules, others (a decay, peepholes) as they are, zero at first."""
-    assert area.cell is not None
-    for name, shape in area.cell.parameter_shapes(*network.shapes[area.name]).items():
-        prefix, _, kind = f"{area.cell_parameter}.{name}".rpartition(".")
-        if kind == "weight":
-            yield prefix, nn.GroupNorm(shape[0] // area.channels, shape[0])
-        elif kind != "bias":
-            yield f"{prefix}.{kind}", nn.Parameter(torch.zeros(shape))
-
-
-def _leaf_modules(network: Network) -> Iterable[tuple[str, nn.Module | nn.Parameter]]:
-    placed: set[str] = set()
-    for area in network.areas:
-        leaves: list[tuple[str, nn.Module | nn.Parameter]] = []
-        for c in network.connections:
-            if c.target == area.name and not placed.issuperset(w.removesuffix(".weight") for w in c.weights):
-                leaves += connection_modules(network, _with_bias(network, c)).items()
-        leaves += [(prefix, _norm_module(network, area)) for prefix in network.norm_prefixes(area)]
-        leaves += _cell_modules(network, area) if area.cell is not None else ()
-        for prefix, module in leaves:
-            if prefix not in placed:
-                placed.add(prefix)
-                yield prefix, module
-    if network.readout is not None and network.readout.parameter is not None:
-        channels = network.shapes[network.readout.source][0]
-        yield network.readout.parameter, nn.Linear(channels, network.readout.num_classes, bias=network.readout.bias)
-
-
-def _with_bias(network: Network, c: Connection) -> Connection:
-    """A connection, or one that shares its parameters and uses the bias too."""
-    return next((other for other in network.connections if other.weights == c.weights and other.bias), c)
+def _called(
+    module: Any,
+    representations: Tensor,  # [T, N, D]
+) -> Tensor:
+    """A readout of every time step: [T, N, classes]. A linear map takes all at once, any other module a step at a time."""
+    example = next(module.parameters(), representations)
+    x = representations.to(example.dtype)
+    if computes_as(module, nn.Linear) and not any(getattr(module, name) for name in HOOKS) and "forward" not in vars(module):
+        return module(x)
+    return torch.stack([module(step) for step in x])
 
 
 def _place(root: nn.Module, path: str, leaf: nn.Module | nn.Parameter) -> None:

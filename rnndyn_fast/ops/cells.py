@@ -184,7 +184,37 @@ class ReciprocalGated(Cell):
                 object.__setattr__(self, name, Gain(**value))
 
 
-CELLS: dict[str, type[Cell]] = {c.kind: c for c in (TimeDecay, GRUGates, GRUUpdate, LSTM, UGRNN, IntersectionRNN, ReciprocalGated)}
+@dataclass(frozen=True)
+class Intervention(Cell):
+    """A state as an experiment leaves it: ``input`` or, in chosen units, what the ``rule`` says: "clamp" to a value, "scale" by one,
+    "freeze" (``memory``, the state of the step before), "noise" of a standard deviation, "function".
+
+    Parameters [D, H, W]: ``value`` (the value, factor, or standard deviation) and, where ``masked``, ``units`` (1 in the chosen units, else
+    0). ``step``, ``seed``: of noise and functions; ``function``: which one it is (:mod:`rnndyn_fast.reference.interventions`).
+    """
+
+    kind: ClassVar[str] = "intervention"
+    ports: ClassVar[dict[str, int]] = {"input": 1, "memory": 1}
+    states: ClassVar[tuple[str, ...]] = ("h",)
+    rule: str = "clamp"
+    masked: bool = False
+    step: int = 0
+    seed: int = 0
+    function: int = 0
+
+    def parameter_shapes(self, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        names = [*(["value"] if self.rule in ("clamp", "scale", "noise") else []), *(["units"] if self.masked else [])]
+        return dict.fromkeys(names, (channels, height, width))
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether a sample's place in the batch matters, or all samples are wanted at once."""
+        return self.rule in ("noise", "function")
+
+
+CELLS: dict[str, type[Cell]] = {
+    c.kind: c for c in (TimeDecay, GRUGates, GRUUpdate, LSTM, UGRNN, IntersectionRNN, ReciprocalGated, Intervention)
+}
 
 
 def cell_from_plain(values: Mapping[str, Any]) -> Cell:

@@ -138,7 +138,8 @@ class Lowering(Terms):
         components = self.schedule.components
         if self.recording or self.setting.training or self.some == self.samples:
             return 0
-        return next((n for n, c in enumerate(components) if self.recorded & set(c.areas) or self._bytes(c) * self.samples <= LARGE_MAP), 0)
+        return next((n for n, c in enumerate(components) if self.recorded & set(c.areas) or self._bytes(c) * self.samples <= LARGE_MAP
+                     or any(getattr(self.network.area(name).cell, "by_sample", False) for name in c.areas)), 0)  # fmt: skip
 
     def _bytes(self, component: Component) -> int:
         """Of the largest map of one sample."""

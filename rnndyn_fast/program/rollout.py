@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs
 from rnndyn_fast.graph.schedule import compile_schedule
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec import Network, Norm
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import ENGINES, with_precision
@@ -93,6 +93,18 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
             )
 
 
+def _check_samples(network: Network, inputs: Sequence[Tensor]) -> None:
+    """As ``nn.BatchNorm2d`` in training: a variance needs two values per channel."""
+    samples = inputs[0].shape[-4]
+    for area in network.areas:
+        _, height, width = network.shapes[area.name]
+        if area.norm is Norm.BATCH and samples * height * width < 2:
+            raise ValueError(
+                f"{network.inputs[0].name}: expected more than one value per channel for the batch norm of area {area.name!r} in training, "
+                f"got {samples} sample of a 1 x 1 map"
+            )
+
+
 def rollout(
     network: Network,
     timesteps: int,
@@ -157,6 +169,8 @@ def rollout(
     for node, x in zip(network.inputs, inputs, strict=True):
         if node.frames and x.shape[0] != timesteps:
             raise ValueError(f"{node.name}: expected [T, N, C, H, W] with T = {timesteps}, got {list(x.shape)}")
+    if statistics is not None:
+        _check_samples(network, inputs)
     used = {name: parameters[name] for name in shapes}
     if backend != "reference":
         inputs = autocast_inputs(inputs)

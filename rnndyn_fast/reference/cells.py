@@ -17,9 +17,11 @@ from rnndyn_fast.ops.cells import (
     GRUGates,
     GRUUpdate,
     IntersectionRNN,
+    Intervention,
     ReciprocalGated,
     TimeDecay,
 )
+from rnndyn_fast.reference.interventions import intervention
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.IDENTITY: lambda x: x,
@@ -99,6 +101,7 @@ _STEPS: dict[type[Cell], Callable[..., tuple[Tensor, ...]]] = {
     UGRNN: ugrnn,
     IntersectionRNN: intersection_rnn,
     ReciprocalGated: reciprocal_gated,
+    Intervention: intervention,
 }
 
 

@@ -142,6 +142,8 @@ def rollout(
         return x[t] if node.frames else x
 
     def read(c: Connection, t: int) -> Tensor | None:
+        if not c.is_there(t):
+            return None
         when = t - network.delay(c)
         if when >= 0 and c.source in maps[when]:
             return maps[when][c.source][c.state]

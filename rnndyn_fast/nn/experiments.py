@@ -1,0 +1,129 @@
+"""``net.intervene`` and ``net.lesion``: context managers of networks, for experiments on them (:mod:`rnndyn_fast.nn.interventions`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.nn.interventions import (
+    Lesion,
+    Rewritten,
+    StateChange,
+    Steps,
+    lesion_of,
+    refuse_gradients_of_functions,
+    rewrite,
+    state_change,
+)
+from rnndyn_fast.nn.parameters import Current
+from rnndyn_fast.reference.interventions import StateFunction
+
+Self = TypeVar("Self", bound="Experiments")
+
+
+class Experiments:
+    """Mixed into a network with the attributes ``network``, ``timesteps`` and ``backend``."""
+
+    network: Network
+    timesteps: int
+    backend: str | None
+
+    @property
+    def interventions(self) -> tuple[StateChange | Lesion, ...]:
+        """Those that are in force, in their order."""
+        return tuple(self.__dict__.get("_changes", ()))
+
+    @contextmanager
+    def intervene(
+        self: Self,
+        area: str,
+        steps: Steps,
+        action: str | StateFunction = "zero",
+        value: float | Tensor | None = None,
+        *,
+        std: float | Tensor | None = None,
+        seed: int = 0,
+        units: Tensor | None = None,  # [C, H, W] bool
+    ) -> Iterator[Self]:
+        r"""Change the states of an area while the ``with`` block lasts, for everything that reads them and for the caller.
+
+        .. math:: h_t \leftarrow 0 \;\text{("zero")}, \quad v \;\text{("clamp")}, \quad v\,h_t \;\text{("scale")}, \quad
+            h_{t-1} \;\text{("freeze")}, \quad h_t + \sigma \xi \;\text{("noise")}, \quad f(h_t, t)
+
+        Args:
+            area: its name, or "area:state" of a cell with several states.
+            steps: the time steps: an int, a range, a slice, ints, or None for all.
+            action: one of those names, or a function of a state [N, C, H, W] and the time step that gives one of the same shape; it is
+                called again in the backward pass, so it must give the same for the same state.
+            value: of "clamp" and "scale": a number, or a tensor that expands to [C, H, W] (which may require a gradient).
+            std: of "noise": its standard deviation, as ``value``.
+            seed: of "noise". Sample n of a batch draws the same numbers in every call, at every step others.
+            units: which units; None: all.
+
+        Several are in force at once where blocks are nested; those of one area are applied in their order. "freeze" needs a step before.
+
+        Raises: ``ValueError``, ``TypeError`` naming the argument, what was expected, what came.
+
+        Differentiable: states and values, by both backends. ``torch.compile``: no.
+
+        >>> from rnndyn_fast.models import blt_net_64
+        >>> net = blt_net_64(timesteps=4, widths=(2, 4, 8, 16, 32))
+        >>> with net.intervene("v4", range(2, 4), "scale", 0.5), net.lesion("v2:lateral", slice(1, None)):
+        ...     net(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([4, 1, 100])
+        """
+        options = {"value": value, "std": std, "seed": seed}
+        with self._changed(state_change(self.network, area, steps, action, options, units, self.timesteps)):
+            yield self
+
+    @contextmanager
+    def lesion(self: Self, connection: str, steps: Steps = None) -> Iterator[Self]:
+        """Turn connections off at some time steps while the ``with`` block lasts. A term that is off is left out, its bias too.
+
+        Args:
+            connection: "v4:lateral", "v4:top_down" or "v4:bottom_up", all of that kind into an area; or source and target, "it>v4".
+            steps: the time steps: an int, a range, a slice, ints, or None for all.
+
+        Raises: ``ValueError``, ``TypeError`` naming the argument, what was expected, what came.
+        """
+        with self._changed(lesion_of(self.network, connection, steps, self.timesteps)):
+            yield self
+
+    @contextmanager
+    def _changed(self, change: StateChange | Lesion) -> Iterator[None]:
+        before: list[StateChange | Lesion] = self.__dict__.setdefault("_changes", [])
+        self.__dict__["_changes"] = [*before, change]
+        try:
+            rewrite(self.network, self.timesteps, self.interventions)  # (raises now what would be raised in the block)
+            yield
+        finally:
+            self.__dict__["_changes"] = [one for one in self.__dict__["_changes"] if one is not change]
+
+    def _with_interventions(self, now: Current) -> Current:
+        """The network, with those that are in force."""
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"{type(self).__name__}: expected a call outside of torch.compile and torch.export, which do not record interventions; "
+                "call the module itself"
+            )
+        key = (now.network, self.timesteps, self.interventions)
+        held = self.__dict__.get("_rewritten")
+        if held is None or held[0] != key:
+            held = self.__dict__["_rewritten"] = key, rewrite(*key)
+        found: Rewritten = held[1]
+        example = next(iter(now.parameters.values()))
+        given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in found.given.items()}
+        return Current(found.network, {**now.parameters, **given}, now.snapshot, found.names)
+
+    def _check_functions(self, now: Current, inputs: Sequence[Tensor]) -> None:
+        if self.backend != "reference" and torch.is_grad_enabled() and len(inputs) and isinstance(inputs[0], Tensor):
+            refuse_gradients_of_functions(self.interventions, self.network, inputs[0], self.timesteps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are of the network without what a ``with`` block changes."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_changes", "_rewritten")}
