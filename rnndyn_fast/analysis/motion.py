@@ -14,7 +14,6 @@ from rnndyn_fast.analysis.accumulators import divide
 from rnndyn_fast.analysis.inputs import as_floats
 from rnndyn_fast.analysis.results import MIN_GROUP, ReadoutZoneResult
 from rnndyn_fast.nn import RecurrentNetwork
-from rnndyn_fast.nn.parameters import current_parameters
 from rnndyn_fast.optional import require
 from rnndyn_fast.program import rollout
 
@@ -130,8 +129,10 @@ def settle(
     if steps < 8:
         raise ValueError(f"steps: expected at least 8, got {steps}")
     names = _areas(net, area)
-    named = current_parameters(net, net._owners)
-    (states,) = rollout(net.network, steps, inputs, named, names, backend=net.backend, engine=net.engine)
+    now = net.current()
+    named = {**now.parameters, **now.buffers(net)} if now.network.buffer_shapes and not net.training else now.parameters
+    names = [now.names.get(name, name) for name in names]
+    (states,) = rollout(now.network, steps, inputs, named, names, backend=net.backend, engine=net.engine)
     return motion(states.flatten(2), tolerance=tolerance)
 
 

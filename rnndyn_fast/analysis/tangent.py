@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rnndyn_fast.graph.spec import Norm
 from rnndyn_fast.nn import RecurrentNetwork
-from rnndyn_fast.nn.parameters import current_parameters
 from rnndyn_fast.program import rollout
 from rnndyn_fast.reference.rollout import Maps, term, update_area
 
@@ -33,14 +32,15 @@ class StateStep:
     """
 
     def __init__(self, net: RecurrentNetwork, *inputs: Tensor) -> None:
-        network = net.network
+        now = net.current()
+        network = now.network
         delays = {network.delay(c) for c in network.connections}
         if max(delays) > 1:
             raise ValueError(f"net: expected delays of at most one step, got {sorted(delays)}")
         if any(area.norm is Norm.BATCH for area in network.areas) or any(node.frames for node in network.inputs):
             raise ValueError("net: expected no batch norms and no inputs with frames: with them no two steps are the same")
         self.net, self.network, self.inputs = net, network, inputs
-        self.parameters = current_parameters(net, net._owners)
+        self.parameters = now.parameters
         given = {node.name for node in network.inputs}
         keys = {(c.source, c.state) for c in network.connections if network.delay(c) == 1 and c.source not in given}
         if not keys:

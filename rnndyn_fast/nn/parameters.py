@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
 from rnndyn_fast.nn.layer_checks import HOOKS
+from rnndyn_fast.ops.forward_mode import constant_when_compiled
 
 # What the forward methods of these layers read besides parameters and buffers.
 _READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -237,7 +238,7 @@ class ModuleReader:
         return snapshot
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) -> bool:
     """A compiler traces calls, and so finds out here what the modules are; it does not see what is changed in them afterwards."""
     reader.traced[base.to_json()] = reader.derived(root, base)
