@@ -5,13 +5,15 @@
 #   PYTHON=python3.12     the interpreter, 3.11 or later
 #   TORCH=torch           what pip is asked for, for example another version of torch
 #   VENV=elsewhere        folder of the virtual environment
-#   PYTEST_ARGS="-k zones"
+#   PYTEST_ARGS="-k zones"   or "-m 'not slow'", which takes some minutes
+#   TEST_JOBS=1           test files at a time; default: processors, at most 8
 #   DEMO_ARGS="--help"    options of `rnndyn demo`
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+TEST_JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -37,8 +39,9 @@ demo: $(STAMPS)/cli
 	fi
 	@sh scripts/show_report.sh demo/report.html
 
+# Files run side by side, each with one thread (tests of threads set their number); the longest begin first (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # All of them, so that one run shows all there is to mend.
 lint: $(STAMPS)/test
