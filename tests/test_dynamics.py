@@ -10,6 +10,7 @@ from simulated_dynamics import Truth, simulate
 
 from rnndyn_fast.analysis import bootstrap, readout_zones
 from rnndyn_fast.analysis.geometry import cka_over_time, compare_rdms, procrustes_over_time
+from rnndyn_fast.analysis.lesions import lesion_effects
 from rnndyn_fast.analysis.motion import CONVERGES, CYCLES, WANDERS, motion, settle, speed_against_margin, straightness
 from rnndyn_fast.analysis.tangent import StateStep, largest_gain, local_lyapunov, spectral_radius
 from rnndyn_fast.models import blt_net_64
@@ -179,6 +180,48 @@ def test_network_settles_where_its_lateral_weights_are_zero() -> None:
     assert settle(net, images, steps=12, area="it").distance.shape == (12, 3)
     with pytest.raises(ValueError, match="steps: expected at least 8"):
         settle(net, images, steps=4)
+
+
+# ---------------------------------------------------------------- lesions
+
+
+def test_lesions_against_weights_of_zero() -> None:
+    net = blt_net_64(image_size=16, widths=(2, 4, 8, 16, 32), timesteps=4, num_classes=5).eval()
+    images, labels = torch.rand(12, 3, 16, 16), torch.arange(12) % 5
+    found = lesion_effects(net, images, labels=labels)
+    assert "v4:lateral" in found.connections
+    assert "v2:top_down" in found.connections
+    assert found.change.shape == (len(found.connections), 4)
+    assert found.images == 12
+    intact_log_probs, intact = net.run(images, return_representations=True)
+    with torch.no_grad():
+        net.v4.lateral.weight.zero_()
+    log_probs, without = net.run(images, return_representations=True)
+    row = found.connections.index("v4:lateral")
+    expected = (without - intact).norm(dim=2) / intact.norm(dim=2)
+    np.testing.assert_allclose(found.change[row], expected.mean(1).detach(), rtol=1e-4, atol=1e-7)
+    accuracy = (log_probs.argmax(2) == labels).float().mean(1)
+    lost = (intact_log_probs.argmax(2) == labels).float().mean(1) - accuracy
+    assert found.accuracy is not None
+    np.testing.assert_allclose(found.accuracy[row], accuracy)
+    np.testing.assert_allclose(found.accuracy_lost[row], lost, atol=1e-7)
+    assert (found.change_low <= found.change).all()
+    assert (found.change[:, 0] == 0).all()  # nothing recurrent has acted yet
+
+
+def test_lesions_refuse_what_they_cannot_say() -> None:
+    net = blt_net_64(image_size=16, widths=(2, 4, 8, 16, 32), timesteps=3, topdown_connections=False).eval()
+    images = torch.rand(2, 3, 16, 16)
+    late = lesion_effects(net, images, connections=["v4:lateral"], steps=2)
+    assert (late.change[0, :2] == 0).all()
+    assert late.accuracy is None
+    for options, message in (
+        ({"labels": [1]}, "labels: expected one for each of 2 images"),
+        ({"connections": []}, "connections: expected some"),
+        ({"connections": ["v4:top_down"]}, "connection: network .* has no 'v4:top_down'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lesion_effects(net, images, **options)
 
 
 # ---------------------------------------------------------------- geometry

@@ -6,6 +6,7 @@ from rnndyn_fast.analysis.decodability import DecodabilityReducer
 from rnndyn_fast.analysis.geometry import RdmComparison, cka_over_time, compare_rdms, procrustes_over_time
 from rnndyn_fast.analysis.human_times import ReactionTimeComparison, compare_reaction_times, load_reaction_times
 from rnndyn_fast.analysis.intervals import Estimate, holm
+from rnndyn_fast.analysis.lesions import LesionEffects, lesion_effects
 from rnndyn_fast.analysis.moments import MomentReducer
 from rnndyn_fast.analysis.motion import Motion, motion, settle, speed_against_margin, straightness
 from rnndyn_fast.analysis.norms import NormReducer, RepresentationChangeReducer
@@ -25,6 +26,7 @@ __all__ = [
     "Claim",
     "DecodabilityReducer",
     "Estimate",
+    "LesionEffects",
     "MomentReducer",
     "Motion",
     "NormReducer",
@@ -50,6 +52,7 @@ __all__ = [
     "entropies",
     "holm",
     "largest_gain",
+    "lesion_effects",
     "load_reaction_times",
     "load_result",
     "local_lyapunov",
