@@ -103,6 +103,7 @@ class Adjoint:
         for linear in self.forward.packed.values():
             if linear is not None and linear.dense is not None:
                 linear.dense.drop_packed()
+                linear.dense.drop_layout()
         for name, grad in zip(self.schedule.record, self.given, strict=True):
             if grad is not None:
                 area = self.network.recorded(name)[0]

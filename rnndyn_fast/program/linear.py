@@ -24,6 +24,8 @@ from rnndyn_fast.program.kinds import PackedView
 if TYPE_CHECKING:
     from rnndyn_fast.program.maps import Maps
 
+LARGE_LAYOUT = 1 << 20  # bytes of a weight in the vendor's order, from which on each pass makes it for itself
+
 Grads = list[tuple[str, View]]  # of parameters, by name; those of one name add up
 Sums = Callable[[str], View | None]  # of a parameter's gradients so far, by name, where more may be added in place
 Room = Callable[[str, Shape], View | None]  # where a parameter's whole gradient goes, by name
@@ -110,6 +112,12 @@ class Dense:
         """Later uses pack the weight anew."""
         for kind in ("forward",) if forward_only else ("forward", "backward"):
             self._views.pop(kind, None)
+
+    def drop_layout(self) -> None:
+        """Later uses put a large weight in the vendor's order anew: a copy costs less than its memory from one pass to the other."""
+        found = self._views.get("direct")
+        if isinstance(found, View) and found.value.role is Role.ARENA and found.nbytes >= LARGE_LAYOUT:
+            del self._views["direct"]
 
     def packed(self, *, backward: bool) -> tuple[list[View], PackedView]:
         """As our engines take the weight, for the convolution or for the gradient of its data."""
