@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.schedule import Schedule
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.convolution import release_packed
+from rnndyn_fast.ops.kept_packs import release_packed
 from rnndyn_fast.program.adjoint import Adjoint
 from rnndyn_fast.program.bind import Executable
 from rnndyn_fast.program.builder import Builder
