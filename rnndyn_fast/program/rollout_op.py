@@ -17,11 +17,11 @@ from torch import Tensor
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
-from rnndyn_fast.ops.forward_mode import in_transform
 from rnndyn_fast.program.ir import Value
 from rnndyn_fast.program.passes import Forward, as_states, no_gradient, run_backward, run_forward
 from rnndyn_fast.program.plan import Plan, plan_of
 from rnndyn_fast.reference.rollout import Statistics
+from rnndyn_fast.torch_internals import graph_is_kept, in_transform
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
 # Returns the recorded states, mean and unbiased variance of each batch norm (with batch_statistics), and where gradients are needed what
@@ -141,7 +141,7 @@ class Rollout(torch.autograd.Function):
             refuse_double_backward()
         *held, arena = ctx.saved_tensors  # (once: under checkpointing they are there for one reading)
         tensors, results = held[: len(ctx.names)], held[len(ctx.names) :]
-        given, keep = dict(zip(ctx.names, tensors, strict=True)), torch._C._autograd._get_current_graph_task_keep_graph()
+        given, keep = dict(zip(ctx.names, tensors, strict=True)), graph_is_kept()
         with on_its_device(tensors[0]):
             run = Forward(ctx.plan.version_of(arena), dict(zip(ctx.results, results, strict=True)), arena)
             found = run_backward(ctx.plan, run, given, grads, keep=keep)
