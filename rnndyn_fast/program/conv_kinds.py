@@ -91,6 +91,11 @@ def conv_weight_grad(
         winograd_weight_grad(map, x, grad, out, accumulate=accumulate)
 
 
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
 def _is_product(geometry: Geometry, weight: Tensor) -> bool:
     """Whether a map is one matrix product over pixels: then nothing is allocated, and no layout made. (On GPUs convolutions and products
     are not of the same precision.)"""
@@ -127,12 +132,7 @@ def direct_conv(x: Tensor, weight: Tensor, out: Tensor, geometry: Geometry) -> C
         return direct(geometry, weight, x, out)
     some = max(1, _DIRECT_BYTES // out[0].nbytes)
     calls = [direct(geometry, weight, x[first : first + some], out[first : first + some]) for first in range(0, len(x), some)]
-
-    def each() -> None:
-        for call in calls:
-            call()
-
-    return each
+    return partial(_each, calls)
 
 
 @kind("x grad weight grad_x grad_weight", "grad_x grad_weight", prepared=True)
@@ -181,14 +181,7 @@ def _products_backward(
     if grad_weight is not None and x is not None:
         to, seen = _matrix(grad_weight), x.reshape(-1, grad_weight.shape[1])
         calls.append(partial(torch.addmm, to, rows.t(), seen, out=to) if add_weight else partial(torch.mm, rows.t(), seen, out=to))
-    if len(calls) == 1:
-        return calls[0]
-
-    def each() -> None:
-        for call in calls:
-            call()
-
-    return each
+    return calls[0] if len(calls) == 1 else partial(_each, calls)
 
 
 @kind("xs weights bias added factor", "out value modulator_sum moments", launch=True)
