@@ -22,8 +22,8 @@ from measure import QUICK, alternate, summary, write_result
 from torch import Tensor
 
 from rnndyn_fast.ops.amx_conv import AmxMap
-from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
+from rnndyn_fast.program.one_map import OneMap
 
 ROUNDS, WARMUP = (2, 1) if QUICK else (15, 3)
 # The largest relative errors in norm that may be: of ours the documented budget, of bfloat16 its 8 bits.
@@ -83,16 +83,16 @@ def products(choice: EngineChoice, case: Case, kernel: int, batch: int) -> tuple
     return direct, 2e-9 * batch * tiles * frequencies * case.source * case.target
 
 
-def ours(weight: Weight, x: Tensor, grad: Tensor) -> dict[str, Pass]:
+def ours(weight: OneMap, x: Tensor, grad: Tensor) -> dict[str, Pass]:
     """Forward, gradient of the data and gradient of the weight, of maps [N, H, W, C]."""
 
     def backward(i: int) -> Tensor:
-        result = convolve_backward(weight, grad, x, need_x=i == 0, need_weight=i == 1)[i]
+        result = weight.backward(x, grad, need_x=i == 0, need_weight=i == 1)[i]
         assert result is not None
         return result
 
     return {
-        "forward": lambda: convolve(weight, x).permute(0, 3, 1, 2),
+        "forward": lambda: weight.forward(x).permute(0, 3, 1, 2),
         "backward data": lambda: backward(0).permute(0, 3, 1, 2),
         "backward weights": lambda: backward(1),
     }
@@ -114,9 +114,10 @@ def packing_seconds(geometry: Geometry, weight: Tensor, choice: EngineChoice) ->
     """Of the weight for the forward pass and for the gradient of the data."""
     if choice.map is None:
         return {}
+    packs = OneMap(geometry, weight, choice)
     calls = {
-        "forward": lambda: Weight(geometry, weight, choice).packed,
-        "backward": lambda: Weight(geometry, weight, choice).packed_backward,
+        "forward": lambda: packs.pack(backward=False)[0],
+        "backward": lambda: packs.pack(backward=True)[0],
     }
     return {name: statistics.median(times) for name, times in alternate(calls, ROUNDS, WARMUP).items()}
 
@@ -146,7 +147,7 @@ def test_convolution(benchmark: Any, rows: dict[str, list[dict[str, Any]]], netw
         "channels_last": [weight.contiguous(memory_format=torch.channels_last), *nhwc],
         "bf16": [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (weight, *nhwc)],
     }
-    contenders = {name: ours(Weight(geometry, weight, c), x, grad) for name, c in choices.items()}
+    contenders = {name: ours(OneMap(geometry, weight, c), x, grad) for name, c in choices.items()}
     contenders |= {name: vendors(geometry, *tensors) for name, tensors in layouts.items()}
     truth = vendors(geometry, *(t.double() for t in layouts["contiguous"]))
 

@@ -16,8 +16,8 @@ from rnndyn_fast import _core
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import _launch, engines
 from rnndyn_fast.ops.amx_conv import AmxMap
-from rnndyn_fast.ops.convolution import Weight, can_sum, convolve, convolve_backward, convolve_sum
-from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_amx, choose_engine, with_precision
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_amx, can_sum, choose_engine, with_precision
+from rnndyn_fast.program.one_map import OneMap, sum_of_maps
 
 # operator, kernel, stride, padding, output padding; then M, H, W, C_source, C_target.
 CONV, TRANSPOSE = Operator.CONV, Operator.CONV_TRANSPOSE
@@ -47,9 +47,9 @@ TOLERANCE = {1: 1e-2, 2: 1e-5, 3: 1e-6}
 ISAS = ("portable", *(isa for isa in _core.build_info()["isa_supported"] if isa == "amx"))
 
 
-def _prepared(operator: Operator, kernel: int, stride: int, padding: int, output_padding: int, parts: int, weight: Tensor) -> Weight:
+def _prepared(operator: Operator, kernel: int, stride: int, padding: int, output_padding: int, parts: int, weight: Tensor) -> OneMap:
     m = AmxMap((kernel, kernel), stride, padding, operator is TRANSPOSE, parts)
-    return Weight(Geometry(operator, stride, padding, output_padding), weight, EngineChoice.of(m, "test"))
+    return OneMap(Geometry(operator, stride, padding, output_padding), weight, EngineChoice.of(m, "test"))
 
 
 def _reference(operator: Operator, x: Tensor, weight: Tensor, stride: int, padding: int, output_padding: int) -> Tensor:
@@ -88,9 +88,9 @@ def test_forward_and_gradients(case: tuple[Operator, int, int, int, int, tuple[i
     expected_x, expected_weight = torch.autograd.grad(expected, (x64, weight64), grad.double().permute(0, 3, 1, 2))
 
     _poison()
-    y = convolve(prepared, x)
+    y = prepared.forward(x)
     _poison()
-    grad_x, grad_weight = convolve_backward(prepared, grad, x, need_x=True, need_weight=True)
+    grad_x, grad_weight = prepared.backward(x, grad, need_x=True, need_weight=True)
 
     assert y.is_contiguous()
     assert y.shape == grad.shape
@@ -101,7 +101,7 @@ def test_forward_and_gradients(case: tuple[Operator, int, int, int, int, tuple[i
     assert grad_weight.shape == weight.shape
     assert _relative(grad_weight, expected_weight) < TOLERANCE[parts]
     total = grad_weight.clone()
-    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    assert prepared.backward(x, grad, need_x=False, need_weight=True, weight_into=total)[1] is total
     assert torch.equal(total, 2 * grad_weight)
 
 
@@ -118,10 +118,10 @@ def test_packed_in_every_call_is_the_same(case: tuple[Operator, int, int, int, i
         for late in (False, True):
             ahead = _prepared(operator, kernel, stride, padding, output_padding, 3, weight)
             assert isinstance(ahead.choice.map, AmxMap)
-            w = Weight(ahead.geometry, weight, EngineChoice.of(replace(ahead.choice.map, packs_late=late), "test"))
-            y = convolve(w, x)
-            found.append((y, convolve_backward(w, y, x, need_x=True, need_weight=False)[0]))
-            assert (w.packed.nbytes == w.packed_bytes == 0) == late
+            w = OneMap(ahead.geometry, weight, EngineChoice.of(replace(ahead.choice.map, packs_late=late), "test"))
+            y = w.forward(x)
+            found.append((y, w.backward(x, y, need_x=True, need_weight=False)[0]))
+            assert bool(w.dense.packed(backward=False)[1].detail) == (w.dense.packed_bytes == 0) == late
     finally:
         torch.set_num_threads(before)
     for a, b in zip(*found, strict=True):
@@ -135,7 +135,7 @@ def test_weight_gradients_in_slices() -> None:
     torch.manual_seed(0)
     x, grad, weight = torch.randn(3, 1, 2, 1700), torch.randn(3, 1, 2, 1600), torch.randn(1600, 1700, 1, 1)
     w = _prepared(CONV, 1, 1, 0, 0, 3, weight)
-    _, found = convolve_backward(w, grad, x, need_x=False, need_weight=True)
+    _, found = w.backward(x, grad, need_x=False, need_weight=True)
     assert found is not None
     right = grad.double().flatten(0, 2).t() @ x.double().flatten(0, 2)
     assert _relative(found[:, :, 0, 0], right) < TOLERANCE[3]
@@ -165,7 +165,7 @@ def test_emulated_and_real_units_agree() -> None:
     results = []
     for name in ("portable", before):
         _core.select_isa(name)
-        results.append(convolve(Weight(prepared.geometry, weight, prepared.choice), x))
+        results.append(OneMap(prepared.geometry, weight, prepared.choice).forward(x))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5 * float(results[0].abs().max()))
 
 
@@ -176,7 +176,7 @@ def test_sums_of_different_maps() -> None:
     assert can_sum(weights)
     expected = _reference(CONV, x.double().permute(0, 3, 1, 2), weight.double(), 1, 1, 0)
     expected = expected + _reference(TRANSPOSE, above.double().permute(0, 3, 1, 2), transposed.double(), 2, 1, 1)
-    assert _relative(convolve_sum(weights, [x, above]), expected.permute(0, 2, 3, 1)) < TOLERANCE[3]
+    assert _relative(sum_of_maps(weights, [x, above]), expected.permute(0, 2, 3, 1)) < TOLERANCE[3]
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -190,10 +190,9 @@ def test_large_blocks(parts: int) -> None:
         x64, weight64 = x.double().permute(0, 3, 1, 2).requires_grad_(), weight.double().requires_grad_()
         expected = functional.conv2d(x64, weight64, padding=kernel // 2)
         expected_x, expected_weight = torch.autograd.grad(expected, (x64, weight64), expected.detach())
-        y = convolve(prepared, x)
-        grad_x, grad_weight = convolve_backward(
-            prepared, expected.detach().permute(0, 2, 3, 1).float().contiguous(), x, need_x=True, need_weight=True
-        )
+        y = prepared.forward(x)
+        grad = expected.detach().permute(0, 2, 3, 1).float().contiguous()
+        grad_x, grad_weight = prepared.backward(x, grad, need_x=True, need_weight=True)
         assert grad_x is not None
         assert grad_weight is not None
         assert _relative(y, expected.detach().permute(0, 2, 3, 1)) < TOLERANCE[parts]
@@ -213,8 +212,8 @@ def test_independent_of_the_number_of_threads(shape: tuple[int, ...]) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y = convolve(prepared, x)
-            results.append((y, *convolve_backward(prepared, y, x, need_x=True, need_weight=True)))
+            y = prepared.forward(x)
+            results.append((y, *prepared.backward(x, y, need_x=True, need_weight=True)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -225,7 +224,7 @@ def test_what_is_not_finite_stays_so_and_where_it_is() -> None:
     x, weight = torch.ones(1, 1, 3, 32), torch.ones(32, 32, 1, 1)
     x[0, 0, 0, 5], x[0, 0, 1, 5] = float("inf"), float("nan")
     for parts in (1, 2, 3):
-        y = convolve(_prepared(CONV, 1, 1, 0, 0, parts, weight), x)
+        y = _prepared(CONV, 1, 1, 0, 0, parts, weight).forward(x)
         assert not torch.isfinite(y[0, 0, 0]).any()  # (NaN with several parts: infinity times the zero of a part)
         assert torch.isnan(y[0, 0, 1]).all()
         assert torch.equal(y[0, 0, 2], torch.full((32,), 32.0))

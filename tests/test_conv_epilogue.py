@@ -17,11 +17,11 @@ from rnndyn_fast import _core, rollout
 from rnndyn_fast.graph import Activation, Area, Connection, Input, Network, Norm, Pool
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_conv, pack_amx_weight
-from rnndyn_fast.ops.convolution import Weight, can_end, convolve_sum
-from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
+from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_end
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap
 from rnndyn_fast.program import plan, terms
+from rnndyn_fast.program.one_map import OneMap, sum_of_maps
 
 CONV, TRANSPOSE = Operator.CONV, Operator.CONV_TRANSPOSE
 SAME3, SAME5, SAME7 = Geometry(CONV, 1, 1), Geometry(CONV, 1, 2), Geometry(CONV, 1, 3)
@@ -65,7 +65,7 @@ class Case:
         transposed = self.geometry.operator is TRANSPOSE
         self.x = normal(samples, height, width, source)
         channels = (source, target) if transposed else (target, source)
-        self.weight = Weight(
+        self.weight = OneMap(
             self.geometry, normal(*channels, kernel, kernel) / (source * kernel**2) ** 0.5, EngineChoice.of(self.map, "test")
         )
         scale = 2 if transposed else 1
@@ -108,7 +108,7 @@ class Case:
     def run(self, out: Tensor | None = None, **options: bool) -> Tensor:
         _launch._workspaces.scratch = torch.full((4_000_000,), float("nan"))
         out = torch.full(self.size, float("nan")) if out is None else out
-        return convolve_sum([self.weight], [self.x], out, self.end, **options)
+        return sum_of_maps([self.weight], [self.x], out, self.end, **options)
 
     def check(self, value: Tensor, before: Tensor | None = None) -> None:
         expected, factor = self.expected(before)
@@ -193,19 +193,19 @@ def test_bad_arguments_are_named() -> None:
     case = Case("F43", (2, 4, 4, 3, 5), "modulates")
     out = torch.empty(case.size)
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous CPU tensor \[2, 4, 4, 5\]"):
-        convolve_sum([case.weight], [case.x], out, replace(case.end, drives=[torch.zeros(2, 4, 4, 4)]))
+        sum_of_maps([case.weight], [case.x], out, replace(case.end, drives=[torch.zeros(2, 4, 4, 4)]))
     with pytest.raises(ValueError, match="drives: a modulator needs a drive"):
-        convolve_sum([case.weight], [case.x], out, replace(case.end, drives=[]))
+        sum_of_maps([case.weight], [case.x], out, replace(case.end, drives=[]))
     with pytest.raises(ValueError, match="mean, rstd: expected both or neither"):
-        convolve_sum([case.weight], [case.x], out, replace(case.end, rstd=None))
+        sum_of_maps([case.weight], [case.x], out, replace(case.end, rstd=None))
     with pytest.raises(ValueError, match="modulators: at most 6 terms, got 7"):
-        convolve_sum([case.weight], [case.x], out, replace(case.end, modulators=[out] * 7))
+        sum_of_maps([case.weight], [case.x], out, replace(case.end, modulators=[out] * 7))
 
 
 def test_pixels_that_nothing_reaches_are_refused() -> None:
     m = AmxMap((2, 2), 3, transposed=True, parts=3)
     weight = torch.randn(3, 4, 2, 2)
-    assert not can_end(Weight(Geometry(TRANSPOSE, 3), weight, EngineChoice.of(m, "test")))
+    assert not can_end(OneMap(Geometry(TRANSPOSE, 3), weight, EngineChoice.of(m, "test")))
     with pytest.raises(ValueError, match="nothing reaches"):
         amx_conv(torch.zeros(1, 3, 3, 3), pack_amx_weight(m, weight), torch.empty(1, 8, 8, 4), epilogue=Epilogue())
 

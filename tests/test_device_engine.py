@@ -264,18 +264,18 @@ def test_out_of_memory_leaves_everything_as_it_was(when: int, simt: object, monk
     before = [t.detach().clone() for t in (*inputs, *parameters.values())]
     taken = 0
 
-    def scarce(function: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any, **operands: Any) -> None:
+    def scarce(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **operands: Any) -> Any:
             nonlocal taken
             taken += 1
             if taken == when:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            function(*args, **operands)
+            return function(*args, **operands)
 
         return run
 
     for name, row in kinds.KINDS.items():
-        monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(row, run=scarce(row.run)))
+        monkeypatch.setitem(kinds.KINDS, name, dataclasses.replace(row, function=scarce(row.function)))
 
     def step() -> None:
         outputs = rollout(network, timesteps, inputs, parameters, case.record, backend="native", engine="fused")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +184,25 @@ def test_every_map_that_forward_keeps_is_needed(name: str) -> None:
     for value in maps:
         found = gradients(plan, given, [value])
         assert not all(torch.equal(found[name], g) for name, g in expected.items()), value.name
+
+
+# ---------------------------------------------------------------- golden plans
+
+
+def test_no_plan_became_worse_unnoticed() -> None:
+    """Instructions of each kind, and bytes, are those of tests/plans; where they are meant to change, the script writes them anew."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "scripts" / "dump_plans.py"), str(root / "tests" / "plans"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_another_plan_is_noticed(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    for path in (root / "tests" / "plans").iterdir():
+        (tmp_path / path.name).write_text(path.read_text().replace("16 gate_step\n", "15 gate_step\n"))
+    command = [sys.executable, str(root / "scripts" / "dump_plans.py"), str(tmp_path), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr
+    assert "-       15 gate_step\n+       16 gate_step" in result.stdout
+    assert "lstm.txt: another plan now" in result.stdout

@@ -15,12 +15,12 @@ from rnndyn_fast import release_memory
 from rnndyn_fast.graph import Network, compile_schedule
 from rnndyn_fast.models import convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
-from rnndyn_fast.ops import _launch, buffers, convolution
+from rnndyn_fast.ops import _launch, buffers, kept_packs
 from rnndyn_fast.ops.engines import Geometry, Operator
-from rnndyn_fast.program import kinds, lower, maps, rollout
-from rnndyn_fast.program.adjoint import Gradients
+from rnndyn_fast.program import conv_kinds, kinds, lower, maps, rollout
 from rnndyn_fast.program.builder import Builder
 from rnndyn_fast.program.describe import kept_bytes, plan_for
+from rnndyn_fast.program.gradients import Gradients
 from rnndyn_fast.program.ir import Program, Role, Value, instr_lives
 from rnndyn_fast.program.linear import Dense
 from rnndyn_fast.program.lower import Lowering
@@ -224,7 +224,7 @@ def test_inference_component_by_component_holds_the_packed_weights_of_one(monkey
             peaks.append(packed_at_once(program_of(net.network, 3, record, 2, training=False)))
             with torch.no_grad():
                 found.append(net.states([x], record))
-            assert bool(convolution._kept) == bool(much)
+            assert bool(kept_packs._kept) == bool(much)
     assert peaks[2] == peaks[3] < 0.7 * peaks[0] == 0.7 * peaks[1]
     assert torch.equal(found[1][0], found[0][-1])
     assert torch.equal(found[3][0], found[2][-1])
@@ -402,12 +402,12 @@ def test_direct_convolutions_some_samples_at_a_time(monkeypatch: pytest.MonkeyPa
         x = torch.randn(5, height, width, 3, dtype=torch.float64)
         size = geometry.output_size((height, width), shape[2:]) if len(shape) == 4 else (1, 1)
         whole, parts = (torch.full((5, *size, 5), torch.nan, dtype=torch.float64) for _ in range(2))
-        once, calls = kinds.direct, []
+        once, calls = conv_kinds.direct, []
         with monkeypatch.context() as m:
-            m.setattr(kinds, "direct", lambda g, w, x, out, once=once, calls=calls: calls.append(len(x)) or once(g, w, x, out))
-            m.setattr(kinds, "_DIRECT_BYTES", 1 << 40)
+            m.setattr(conv_kinds, "direct", lambda g, w, x, out, once=once, calls=calls: calls.append(len(x)) or once(g, w, x, out))
+            m.setattr(conv_kinds, "_DIRECT_BYTES", 1 << 40)
             run(x=x, weight=weight, out=whole, geometry=geometry)
-            m.setattr(kinds, "_DIRECT_BYTES", whole[:2].nbytes)
+            m.setattr(conv_kinds, "_DIRECT_BYTES", whole[:2].nbytes)
             run(x=x, weight=weight, out=parts, geometry=geometry)
         assert calls == [5, 2, 2, 1]
         maps = x.permute(0, 3, 1, 2)

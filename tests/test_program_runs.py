@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from rnndyn_fast import release_memory
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
-from rnndyn_fast.ops import convolution
+from rnndyn_fast.ops import kept_packs
 from rnndyn_fast.program import bind, passes, plan
 from rnndyn_fast.program.describe import plan_for
 from rnndyn_fast.program.place import validate
@@ -456,7 +456,7 @@ def test_release_memory_gives_programs_back() -> None:
     assert plans()
     assert release_memory() > 0
     assert not plans()
-    assert not convolution._kept
+    assert not kept_packs._kept
     with torch.no_grad():
         assert torch.equal(net.states((x,), (net.network.areas[-1].name,))[0], before)
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.program import rollout
-from rnndyn_fast.program.rollout_op import Rollout, _plan
+from rnndyn_fast.program.rollout_op import Key, Rollout, _plan
 
 SOME = [
     CASES[n]
@@ -159,7 +159,7 @@ def test_function_alone_refuses_forward_mode() -> None:
     case = SOME[0]
     (x,), parameters = case.inputs(), case.parameters()
     tensors, key = (x, *parameters.values()), (case.network.to_json(), 4, case.record, (True,) * (1 + len(parameters)), False, "auto")
-    plan, given = _plan(tensors, key)
+    plan, given = _plan(tensors, Key(*key))
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
         Rollout.apply(plan, None, tuple(given), forward_ad.make_dual(x, x), *parameters.values())
 

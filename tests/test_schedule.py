@@ -14,7 +14,7 @@ from rnndyn_fast.graph.schedule import Drive, Schedule
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.program.describe import plan_for
 from rnndyn_fast.program.ir import Program
-from rnndyn_fast.program.plan import make_plan
+from rnndyn_fast.program.plan import Request, make_plan
 
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
 T = 6
@@ -218,7 +218,7 @@ def test_frozen_weights_cost_no_weight_gradient() -> None:
     inputs = {node.name: x for node, x in zip(case.network.inputs, case.inputs(torch.float32), strict=True)}
     wanted = frozenset(["it.lateral.weight"])
     schedule = compile_schedule(case.network, T, ("gap",))
-    plan = make_plan(schedule, inputs, case.parameters(torch.float32), wanted, "auto", training=False)
+    plan = make_plan(Request(schedule, inputs, case.parameters(torch.float32), wanted, "auto", training=False))
     count = Calls(plan.versions[0].executable.program)
     assert count.grad_weight == {"it.lateral.weight": 1}
     assert count.grad_x == 2 * (T - 1)  # back through GAP's and IT's own lateral terms, and not below IT

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, addresses, convolution, engines, winograd_conv
-from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward, convolve_sum
+from rnndyn_fast.ops import _launch, addresses, engines, kept_packs, winograd_conv
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
+from rnndyn_fast.program import linear
+from rnndyn_fast.program.one_map import OneMap, sum_of_maps
 
 MAPS = [
     WinogradMap(WinogradForm(5, 2), 2),
@@ -87,16 +88,16 @@ def _poison() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str) -> None:
     x, weight, grad = _case(m, shape)
-    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
+    prepared = OneMap(_geometry(m), weight, EngineChoice.of(m, "test"))
     x64 = x.double().permute(0, 3, 1, 2).requires_grad_()
     weight64 = weight.double().requires_grad_()
     expected = _reference(m, x64, weight64)
     expected_x, expected_weight = torch.autograd.grad(expected, (x64, weight64), grad.double().permute(0, 3, 1, 2))
 
     _poison()
-    y = convolve(prepared, x)
+    y = prepared.forward(x)
     _poison()
-    grad_x, grad_weight = convolve_backward(prepared, grad, x, need_x=True, need_weight=True)
+    grad_x, grad_weight = prepared.backward(x, grad, need_x=True, need_weight=True)
 
     assert y.is_contiguous()
     assert y.shape == grad.shape
@@ -107,7 +108,7 @@ def test_forward_and_gradients(m: WinogradMap, shape: tuple[int, ...], isa: str)
     assert grad_weight.shape == weight.shape
     assert _relative(grad_weight, expected_weight) < TOLERANCE
     total = grad_weight.clone()
-    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    assert prepared.backward(x, grad, need_x=False, need_weight=True, weight_into=total)[1] is total
     assert torch.equal(total, 2 * grad_weight)
 
 
@@ -124,13 +125,13 @@ def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, sourc
     weight64 = weight.double().requires_grad_()
     expected = _reference(m, x.double().permute(0, 3, 1, 2), weight64)
     (expected_weight,) = torch.autograd.grad(expected, weight64, grad.double().permute(0, 3, 1, 2))
-    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
+    prepared = OneMap(_geometry(m), weight, EngineChoice.of(m, "test"))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             _launch._workspaces.scratch = torch.full((8_000_000,), float("nan"))
-            found.append(convolve_backward(prepared, grad, x, need_x=False, need_weight=True)[1])
+            found.append(prepared.backward(x, grad, need_x=False, need_weight=True)[1])
     finally:
         torch.set_num_threads(before)
     grad_weight = found[0]
@@ -138,7 +139,7 @@ def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, sourc
     assert torch.equal(grad_weight, found[1])
     assert _relative(grad_weight, expected_weight) < TOLERANCE
     total = grad_weight.clone()
-    assert convolve_backward(prepared, grad, x, need_x=False, need_weight=True, weight_into=total)[1] is total
+    assert prepared.backward(x, grad, need_x=False, need_weight=True, weight_into=total)[1] is total
     torch.testing.assert_close(total, 2 * grad_weight, rtol=1e-5, atol=1e-5 * float(grad_weight.abs().max()))
 
 
@@ -173,21 +174,22 @@ def test_taps_are_transformed_as_they_are_read(m: WinogradMap, shape: tuple[int,
     x64, weight64 = x.double().permute(0, 3, 1, 2).requires_grad_(), weight.double()
     expected = _reference(m, x64, weight64)
     (expected_x,) = torch.autograd.grad(expected, x64, grad.double().permute(0, 3, 1, 2))
-    transformed, by_taps = (Weight(_geometry(m), weight, EngineChoice.of(m, "test")) for _ in range(2))
-    assert not transformed.packed.by_taps
-    monkeypatch.setattr(winograd_conv, "packs_taps", lambda *_: True)
-    assert by_taps.packed.by_taps
-    assert by_taps.packed_backward.by_taps
+    transformed, by_taps = (OneMap(_geometry(m), weight, EngineChoice.of(m, "test")) for _ in range(2))
+    assert not transformed.dense.packed(backward=False)[1].detail
+    for module in (winograd_conv, linear):
+        monkeypatch.setattr(module, "packs_taps", lambda *_: True)
+    assert by_taps.dense.packed(backward=False)[1].detail
+    assert by_taps.dense.packed(backward=True)[1].detail
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             _poison()
-            y = convolve(by_taps, x)
+            y = by_taps.forward(x)
             _poison()
-            twice = convolve_sum([transformed, by_taps], [x, x])
+            twice = sum_of_maps([transformed, by_taps], [x, x])
             _poison()
-            grad_x, _ = convolve_backward(by_taps, grad, x, need_x=True, need_weight=False)
+            grad_x, _ = by_taps.backward(x, grad, need_x=True, need_weight=False)
             assert _relative(y, expected.detach().permute(0, 2, 3, 1)) < TOLERANCE
             assert _relative(twice, 2 * expected.detach().permute(0, 2, 3, 1)) < TOLERANCE
             assert grad_x is not None
@@ -217,7 +219,7 @@ def test_large_weights_are_packed_as_taps() -> None:
 def test_every_size(height: int, width: int) -> None:
     for m in MAPS:
         x, weight, _ = _case(m, (1, height, width, 3, 17))
-        y = convolve(Weight(_geometry(m), weight, EngineChoice.of(m, "test")), x)
+        y = OneMap(_geometry(m), weight, EngineChoice.of(m, "test")).forward(x)
         expected = _reference(m, x.double().permute(0, 3, 1, 2), weight.double()).permute(0, 2, 3, 1)
         assert _relative(y, expected) < TOLERANCE, m
 
@@ -225,13 +227,13 @@ def test_every_size(height: int, width: int) -> None:
 @pytest.mark.parametrize("m", MAPS, ids=str)
 def test_threads_do_not_change_a_bit(m: WinogradMap) -> None:
     x, weight, grad = _case(m, (3, 9, 10, 48, 40))
-    prepared = Weight(_geometry(m), weight, EngineChoice.of(m, "test"))
+    prepared = OneMap(_geometry(m), weight, EngineChoice.of(m, "test"))
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            results.append((convolve(prepared, x), *convolve_backward(prepared, grad, x, need_x=True, need_weight=True)))
+            results.append((prepared.forward(x), *prepared.backward(x, grad, need_x=True, need_weight=True)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -242,10 +244,10 @@ def test_threads_do_not_change_a_bit(m: WinogradMap) -> None:
 def test_sum_of_maps_is_one_call(m: WinogradMap) -> None:
     x1, w1, _ = _case(m, (2, 7, 6, 20, 24))
     x2, w2, _ = _case(m, (2, 7, 6, 9, 24), seed=1)
-    weights = [Weight(_geometry(m), w, EngineChoice.of(m, "test")) for w in (w1, w2)]
+    weights = [OneMap(_geometry(m), w, EngineChoice.of(m, "test")) for w in (w1, w2)]
     expected = sum(_reference(m, x.double().permute(0, 3, 1, 2), w.double()) for x, w in ((x1, w1), (x2, w2)))
     assert isinstance(expected, Tensor)
-    assert _relative(convolve_sum(weights, [x1, x2]), expected.permute(0, 2, 3, 1)) < TOLERANCE
+    assert _relative(sum_of_maps(weights, [x1, x2]), expected.permute(0, 2, 3, 1)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("kernel", "transposed"), [(3, True), (5, True), (7, False)])
@@ -350,9 +352,9 @@ def test_kept_weights_follow_hidden_changes() -> None:
 
 
 def test_kept_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "_KEPT_BYTES", 1_000_000)
+    monkeypatch.setattr(kept_packs, "_KEPT_BYTES", 1_000_000)
     nets = [blt_net_64(timesteps=1, widths=(16, 16, 32, 64, 128)) for _ in range(3)]
     with torch.no_grad():
         for net in nets:
             net(torch.randn(1, 3, 64, 64))
-    assert sum(p.nbytes for _, p in convolution._kept.values()) <= 1_000_000 or len(convolution._kept) == 1
+    assert sum(p.nbytes for _, p in kept_packs._kept.values()) <= 1_000_000 or len(kept_packs._kept) == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.buffers import buffers_on
-from rnndyn_fast.ops.forward_mode import constant_when_compiled
+from rnndyn_fast.torch_internals import constant_when_compiled
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)  # of maps, on CUDA devices
 

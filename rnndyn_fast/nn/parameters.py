@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
 from rnndyn_fast.nn.layer_checks import HOOKS
-from rnndyn_fast.ops.forward_mode import constant_when_compiled
+from rnndyn_fast.torch_internals import constant_when_compiled
 
 # What the forward methods of these layers read besides parameters and buffers.
 _READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (

@@ -327,7 +327,7 @@ def workspace_of(floats: int) -> tuple[Tensor, int]:
         kept = empty((floats + 16,), torch.float32)
     elif kept is None or kept.numel() < floats + 16:
         _workspaces.scratch = kept = None  # free the old one before taking the new one
-        _workspaces.scratch = kept = empty((floats + 16,), torch.float32)
+        _workspaces.scratch = kept = torch.empty(floats + 16)  # (not among the buffers: it stays, and would cut their memory in two)
     first = first_element(kept)
     return kept, first + -first % 64
 

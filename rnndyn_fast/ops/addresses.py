@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
 from collections.abc import Sequence
 
@@ -53,3 +54,8 @@ def device_queue(device: torch.device) -> tuple[int, int]:
         raise ValueError(f"expected tensors on a CUDA device, got {device}")
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
+
+
+def tensor_at(address: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """Memory of the CPU as a tensor, flat, which does not hold it. Whoever uses it holds what it belongs to meanwhile."""
+    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=dtype)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap
-from rnndyn_fast.ops.forward_mode import constant_when_compiled
+from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, reaches_all
 from rnndyn_fast.ops.fused_conv import PASSES
 from rnndyn_fast.ops.winograd_conv import EXPOSED, FEW_READS, WinogradForm, WinogradMap
+from rnndyn_fast.torch_internals import constant_when_compiled
 
 ENGINES = ("auto", "direct", "winograd", "amx", "fused")
 ASKED_FOR = "asked for"  # why, where the user chose an engine
@@ -287,3 +289,34 @@ def _choose_winograd(
         if tiles < 8:
             return EngineChoice(None, f"only {tiles} tiles: reading the larger transformed weights would cost more than is saved")
     return EngineChoice.of(chosen, f"{saving:.3g}x fewer products on a {height} x {width} map")
+
+
+class Chosen(Protocol):
+    """A linear map with its engine."""
+
+    choice: EngineChoice
+
+
+MAX_SUMMED = 8  # kMaxConvTerms of winograd_conv.h and cuda/recurrent_conv.h; the core checks it
+MANY_WEIGHT_TILES = 32  # from which on Winograd's gradient of a weight is the faster one (docs/kernels.md)
+
+
+def can_sum(weights: Sequence[Chosen]) -> bool:
+    """Whether one call can compute the sum of these maps."""
+    maps = [w.choice.map for w in weights]
+    if all("forward" in w.choice.fused for w in weights) or all(isinstance(m, AmxMap) for m in maps):
+        return True
+    winograd = [m for m in maps if isinstance(m, WinogradMap)]
+    terms = sum(1 if m.transposed else len(m.shifts) for m in winograd)
+    return len(winograd) == len(maps) and len({(m.form, m.transposed) for m in winograd}) == 1 and terms <= MAX_SUMMED
+
+
+def can_end(weight: Chosen) -> bool:
+    """Whether the engine of this map takes an :class:`rnndyn_fast.ops.epilogue.Epilogue`."""
+    m = weight.choice.map
+    return isinstance(m, WinogradMap) or (isinstance(m, AmxMap) and reaches_all(m))
+
+
+def can_wait(weight: Chosen) -> bool:
+    """Whether this map is better computed with its area's step: :func:`can_end`, or by a GPU's fused convolution."""
+    return can_end(weight) or "forward" in weight.choice.fused

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rnndyn_fast.files import write_text
 from rnndyn_fast.ops import _launch_cuda
-from rnndyn_fast.ops.convolution import Weight, convolve, convolve_backward
-from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator
+from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.fused_conv import PASSES
 
 MOST_SAMPLES = 256  # of a measurement: more fill no device better
@@ -151,23 +151,44 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], obj
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
 
-    transposed = case.geometry.operator is Operator.CONV_TRANSPOSE
-    x = draw(case.measured_samples, case.height, case.width, case.weight_shape[0 if transposed else 1])
-    parameter = 0.05 * draw(*case.weight_shape)
-    weights = [Weight(case.geometry, parameter, EngineChoice(None, "", fused=passes)) for passes in (PASSES, ())]
-    shape = weights[0].output_shape(x.shape)
+    g = case.geometry
+    transposed, product = g.operator is Operator.CONV_TRANSPOSE, g.operator is Operator.LINEAR
+    outputs, inputs = case.weight_shape[:2][:: -1 if transposed else 1]
+    x = draw(case.measured_samples, case.height, case.width, inputs)
+    weight = 0.05 * draw(*case.weight_shape)
+    shape = (case.measured_samples, *g.output_size((case.height, case.width), case.weight_shape[2:]), outputs)
     added, grad, value = draw(*shape), draw(*shape), torch.empty(shape, dtype=case.dtype, device=device)
+    grad_x = torch.empty_like(x)
+    # As the fused convolution takes it, for the map and for its transpose; as the vendor does.
+    square = weight[:, :, None, None] if product else weight
+    outputs_first, inputs_first = (square.permute(first, 2, 3, 1 - first).contiguous() for first in ((1, 0) if transposed else (0, 1)))
+    rearranged = torch.empty(square.permute(0, 2, 3, 1).shape, dtype=torch.float32, device=device)
+    rows, gathered = (x, grad) if transposed else (grad, x)
+    last = weight if product else weight.contiguous(memory_format=torch.channels_last)
+    maps, grads = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    options = [g.stride] * 2, [g.padding] * 2, [1, 1], transposed, [g.output_padding] * 2, 1
 
     def fused() -> None:
-        _launch_cuda.recurrent_conv([weights[0].fused.term(x)], None, [added], None, value)
+        _launch_cuda.recurrent_conv([ConvTerm(x, outputs_first, g.stride, g.padding, transposed)], None, [added], None, value)
+
+    def fused_data() -> None:
+        _launch_cuda.recurrent_conv([ConvTerm(grad, inputs_first, g.stride, g.padding, not transposed)], None, [], None, grad_x)
+
+    def fused_weight() -> object:
+        _launch_cuda.recurrent_conv_weight_grad(rows, gathered, rearranged, g.stride, g.padding)
+        return rearranged.permute(0, 3, 1, 2).contiguous()
 
     def direct() -> None:  # the vendor's convolution, and the pass that adds what else there is
-        torch.add(convolve(weights[1], x), added, out=value)
+        y = torch.mm(x.flatten(1), weight.t()).view(shape) if product else torch.convolution(maps, last, None, *options).permute(0, 2, 3, 1)
+        torch.add(y, added, out=value)
 
-    def back(weight: Weight, what: str) -> Callable[[], object]:
-        return lambda: convolve_backward(weight, grad, x, need_x=what == "data", need_weight=what == "weight")
+    def back(*, data: bool) -> Callable[[], object]:
+        if product:
+            return lambda: torch.mm(grad.flatten(1), weight) if data else torch.mm(grad.flatten(1).t(), x.flatten(1))
+        wanted = [data, not data, False]
+        return lambda: torch.ops.aten.convolution_backward(grads, maps, last, None, *options, wanted)[0 if data else 1].contiguous()
 
-    return {"forward": (fused, direct), **{what: (back(weights[0], what), back(weights[1], what)) for what in ("data", "weight")}}
+    return {"forward": (fused, direct), "data": (fused_data, back(data=True)), "weight": (fused_weight, back(data=False))}
 
 
 def alternate(contenders: list[Callable[[], object]], device: torch.device) -> list[float]:

@@ -16,7 +16,7 @@ import torch
 from rnndyn_fast.graph.spec import Activation, Area, Interaction, Norm, Operator, Pool
 from rnndyn_fast.ops import _launch, _launch_cuda
 from rnndyn_fast.ops._launch import MAX_TERMS
-from rnndyn_fast.ops.convolution import MAX_SUMMED, can_end, can_sum
+from rnndyn_fast.ops.engines import MAX_SUMMED, can_end, can_sum
 from rnndyn_fast.ops.fused_conv import MAX_ADDED
 from rnndyn_fast.ops.fused_conv import MAX_TERMS as MAX_FUSED
 from rnndyn_fast.ops.winograd_conv import WinogradMap

@@ -12,16 +12,17 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnndyn_fast.ops import _launch, core_calls
-from rnndyn_fast.ops.addresses import first_element
+from rnndyn_fast.ops.addresses import first_element, tensor_at
 from rnndyn_fast.ops.buffers import Region, alias_in_regions, lies_in_region
 from rnndyn_fast.program.ir import Instr, Program, Role, Value, View, instr_lives, map_views
+from rnndyn_fast.program.kind_table import Call
 from rnndyn_fast.program.kinds import KINDS
 
 Tensors = Mapping[Value, Tensor]  # of what the caller provides, and the results
@@ -117,22 +118,33 @@ def _patch(operand: Any, places: _Placeholders) -> Patch | None:
     return None
 
 
-Call = Callable[[Sequence[int], Tensors], None]
+Patched = Callable[[Sequence[int], Tensors], object]  # of the addresses and the tensors of this call
+Step = list[Call] | Patched  # calls that are the same every time, or one that is not
 
 
-def _call(function: Callable[..., None], args: tuple[Any, ...], places: _Placeholders) -> Call:
+def _launch_and_release(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+    _launch.release_scratch()
+
+
+def _launch_call(function: Callable[..., None], args: tuple[Any, ...], places: _Placeholders) -> Call | Patched:
     patch = _patch(args, places)
-    scratch = any(callable(a) for a in args)
-    if scratch:
-        launch = function
-
-        def function(*given: Any) -> None:
-            launch(*given)
-            _launch.release_scratch()
-
+    if any(callable(a) for a in args):  # (it takes scratch)
+        function = partial(_launch_and_release, function)
     if patch is None:
-        return lambda addresses, tensors: function(*args)
-    return lambda addresses, tensors: function(*patch(addresses))
+        return partial(function, *args)
+    return _PatchedLaunch(function, patch)
+
+
+@dataclass(frozen=True)
+class _PatchedLaunch:
+    """A launch some of whose addresses differ from call to call."""
+
+    function: Callable[..., None]
+    patch: Patch
+
+    def __call__(self, addresses: Sequence[int], tensors: Tensors) -> None:
+        self.function(*self.patch(addresses))
 
 
 class Binding:
@@ -141,15 +153,16 @@ class Binding:
     def __init__(self, program: Program, memory: Memory, *, backward: bool) -> None:
         changing = [v for v in memory.tensors if changes(v)]
         self._places = _Placeholders(changing)
-        self._calls: list[Call] = []
+        self._steps: list[Step] = []
         start, known = first_element(memory.arena), set(changing)
+        fixed = {v: tensor_at(first_element(t), _span(v), v.dtype) for v, t in memory.tensors.items() if v not in known}
 
         def tensor(view: View) -> Tensor:
             value = view.value
             if value in known:
                 base = self._places.base(value)
-            elif value in memory.tensors:
-                base = memory.tensors[value]
+            elif value in fixed:
+                base = fixed[value]
             else:
                 base = alias_in_regions(start + program.offsets[value.number], value.nbytes, value.dtype)
             return tensor_of(view, base)
@@ -157,15 +170,32 @@ class Binding:
         for instr in program.part(backward=backward):
             kind = KINDS[instr.kind]
             if kind.launch:
-                self._calls += [_call(*call, self._places) for call in _launches(instr, tensor)]
+                for launch in _launches(instr, tensor):
+                    call = _launch_call(*launch, self._places)
+                    self._add(call, fixed=not isinstance(call, _PatchedLaunch))
+            elif any(view.value in known for view in (*instr.reads, *instr.writes)):
+                self._add(_call_on_tensors(instr, tensor, known), fixed=False)
             else:
-                self._calls.append(_torch_call(instr, tensor, memory.tensors))
+                operands = map_views(instr.operands, tensor)
+                self._add(kind.function(**operands) if kind.prepared else partial(kind.function, **operands), fixed=True)
+
+    def _add(self, call: Any, *, fixed: bool) -> None:
+        if not fixed:
+            self._steps.append(call)
+        elif self._steps and isinstance(self._steps[-1], list):
+            self._steps[-1].append(call)
+        else:
+            self._steps.append([call])
 
     def run(self, tensors: Tensors) -> None:
         """Call them all."""
         addresses = [first_element(tensors[v]) for v in self._places.values]
-        for call in self._calls:
-            call(addresses, tensors)
+        for step in self._steps:
+            if isinstance(step, list):
+                for call in step:
+                    call()
+            else:
+                step(addresses, tensors)
 
 
 def _launches(instr: Instr, tensor: Callable[[View], Tensor]) -> list[core_calls.Call]:
@@ -174,14 +204,10 @@ def _launches(instr: Instr, tensor: Callable[[View], Tensor]) -> list[core_calls
     return calls
 
 
-def _torch_call(instr: Instr, tensor: Callable[[View], Tensor], outside: Tensors) -> Call:
-    """An instruction that PyTorch runs; tensors of the caller's are not held between calls."""
+def _call_on_tensors(instr: Instr, tensor: Callable[[View], Tensor], known: set[Value]) -> Patched:
+    """An instruction that PyTorch runs on tensors of the caller's, which are not held between calls."""
     run = KINDS[instr.kind].run
-    views = (*instr.reads, *instr.writes)
-    if all(view.value not in outside for view in views):
-        operands = map_views(instr.operands, tensor)
-        return lambda addresses, tensors: run(**operands)
-    held = {id(view): tensor(view) for view in views if view.value not in outside}
+    held = {id(view): tensor(view) for view in (*instr.reads, *instr.writes) if view.value not in known}
 
     def call(addresses: Sequence[int], tensors: Tensors) -> None:
         def find(view: View) -> Tensor:

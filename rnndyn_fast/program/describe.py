@@ -13,7 +13,7 @@ from rnndyn_fast.ops import _launch
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, choose_engine
 from rnndyn_fast.program.ir import Instr, Program, Role, instr_lives
-from rnndyn_fast.program.plan import Plan, make_plan
+from rnndyn_fast.program.plan import Plan, Request, make_plan
 
 
 def _engines(schedule: Schedule, engine: str, device: str, dtype: torch.dtype, samples: int) -> list[str]:
@@ -40,7 +40,7 @@ def plan_for(schedule: Schedule, engine: str, dtype: torch.dtype, samples: int, 
     shapes = network.parameter_shapes if training else {**network.parameter_shapes, **network.buffer_shapes}
     parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     wanted = frozenset(network.parameter_shapes) if training else frozenset[str]()
-    return make_plan(schedule, inputs, parameters, wanted, engine, training=training and bool(network.buffer_shapes))
+    return make_plan(Request(schedule, inputs, parameters, wanted, engine, training=training and bool(network.buffer_shapes)))
 
 
 def size_text(n: float) -> str:

@@ -5,7 +5,7 @@ A map takes and gives maps [M, H, W, C], without the bias of its result. ``backw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,26 +15,43 @@ from rnndyn_fast.graph.linear import Chooser, dense_form, has_own_kernel, is_den
 from rnndyn_fast.graph.spec import Connection, Operator
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_packed_sizes, late_strides
 from rnndyn_fast.ops.buffers import sums_dtype
-from rnndyn_fast.ops.convolution import MANY_WEIGHT_TILES
-from rnndyn_fast.ops.engines import EngineChoice, Geometry
+from rnndyn_fast.ops.engines import MANY_WEIGHT_TILES, EngineChoice, Geometry
 from rnndyn_fast.ops.winograd_conv import WinogradMap, packed_bytes, packed_sizes, packs_taps
+from rnndyn_fast.program.conv_kinds import PackedView
 from rnndyn_fast.program.ir import Role, Shape, View
-from rnndyn_fast.program.kinds import PackedView
 
 if TYPE_CHECKING:
     from rnndyn_fast.program.maps import Maps
 
+LARGE_LAYOUT = 1 << 20  # bytes of a weight in the vendor's order, from which on each pass makes it for itself
+
 Grads = list[tuple[str, View]]  # of parameters, by name; those of one name add up
-Sums = Callable[[str], View | None]  # of a parameter's gradients so far, by name, where more may be added in place
-Room = Callable[[str, Shape], View | None]  # where a parameter's whole gradient goes, by name
+
+
+class WeightGrads(Protocol):
+    """What a backward pass has of the gradients of parameters (:class:`rnndyn_fast.program.parameter_grads.ParameterGrads`)."""
+
+    def sum_so_far(self, name: str) -> View | None:
+        """To be added to."""
+
+    def part_so_far(self, name: str, channels: tuple[int, int]) -> View | None:
+        """The same of some input channels."""
+
+    def room(self, name: str, shape: Shape) -> View | None:
+        """Where a whole gradient goes."""
+
+    def add_part(self, name: str, channels: tuple[int, int], grad: View) -> None:
+        """A summand of some input channels' gradient."""
+
+    def row(self, names: Sequence[str], shape: Shape, dtype: torch.dtype, order: tuple[int, ...] | None = None) -> View | None:
+        """Where a small summand goes; None: it is not wanted."""
 
 
 @dataclass
 class Into:
-    """Where gradients go: added to the sum so far of the data's (``x``) or of a parameter's, or to where a parameter's result is."""
+    """Where gradients go: those of parameters, and the sum so far of the data's, to which more may be added."""
 
-    sums: Sums
-    room: Room
+    grads: WeightGrads
     x: View | None = None
 
 
@@ -110,6 +127,12 @@ class Dense:
         """Later uses pack the weight anew."""
         for kind in ("forward",) if forward_only else ("forward", "backward"):
             self._views.pop(kind, None)
+
+    def drop_layout(self) -> None:
+        """Later uses put a large weight in the vendor's order anew: a copy costs less than its memory from one pass to the other."""
+        found = self._views.get("direct")
+        if isinstance(found, View) and found.value.role is Role.ARENA and found.nbytes >= LARGE_LAYOUT:
+            del self._views["direct"]
 
     def packed(self, *, backward: bool) -> tuple[list[View], PackedView]:
         """As our engines take the weight, for the convolution or for the gradient of its data."""
@@ -195,9 +218,8 @@ class Dense:
         if found is None:
             return grad_x, []
         if self.channels is not None:
-            total = b.zeros(self.maps.parameters[self.name].shape, found.dtype, f"{self.name} grad of all channels")
-            b.emit("copy", x=found, out=total.narrow(1, *self.channels))
-            found = total
+            into.grads.add_part(self.name, self.channels, found)
+            return grad_x, []
         return grad_x, [(self.name, found)]
 
     def _data_grad(self, grad: View, shape: Shape, into: View | None) -> View | None:
@@ -219,11 +241,11 @@ class Dense:
 
     def _grad_room(self, into: Into, dtype: torch.dtype) -> tuple[View, bool]:
         """Where a weight's gradient goes, and whether it is added to what is there."""
+        there = into.grads.sum_so_far(self.name) if self.channels is None else into.grads.part_so_far(self.name, self.channels)
+        if there is not None and there.dtype == dtype:
+            return there, True
         if self.channels is None:
-            there = into.sums(self.name)
-            if there is not None and there.dtype == dtype:
-                return there, True
-            room = into.room(self.name, self.shape)
+            room = into.grads.room(self.name, self.shape)
             if room is not None and room.dtype == dtype:
                 return room, False
         return self.maps.b.new(self.shape, dtype, f"{self.name} grad"), False
@@ -275,7 +297,7 @@ def _numel(shape: Shape) -> int:
 
 
 def convolve_sum(linear: list[Dense], xs: list[View], out: View | None = None) -> View:
-    """The sum of several maps, of which one call can compute the sum (:func:`rnndyn_fast.ops.convolution.can_sum`)."""
+    """The sum of several maps, of which one call can compute the sum (:func:`rnndyn_fast.ops.engines.can_sum`)."""
     b, first = linear[0].maps.b, linear[0]
     if out is None:
         out = b.new(first.output_shape(xs[0].shape), xs[0].dtype, " + ".join(m.name for m in linear))
@@ -334,9 +356,10 @@ class Depthwise:
             b.emit("depthwise_conv", x=grad, weight=self._turned, bias=None, out=grad_x, step=1, dilation=self.stride, before=before)
         if not need_weight:
             return grad_x, []
-        packed = b.new(self.packed.shape, sums_dtype(x.dtype), f"{self.name} grad rearranged")
-        b.emit("depthwise_weight_grad", x=x, grad=grad, out=packed, step=self.stride, before=self.before)
-        return grad_x, [(self.name, packed.permute(3, 2, 0, 1))]
+        packed = into.grads.row([self.name], self.packed.shape, sums_dtype(x.dtype), order=(3, 2, 0, 1))
+        if packed is not None:
+            b.emit("depthwise_weight_grad", x=x, grad=grad, out=packed, step=self.stride, before=self.before)
+        return grad_x, []
 
 
 @dataclass(eq=False)
@@ -425,13 +448,13 @@ class Separable:
     def backward(self, x: View, grad: View, into: Into, *, need_x: bool, need_weight: bool) -> tuple[View | None, Grads]:
         b, shape = self.second.maps.b, (*grad.shape[:3], self.second.shape[1])
         middle = self.first.forward(x) if need_weight else b.new(shape, grad.dtype, "only a shape")
-        inner = Into(into.sums, into.room)
+        inner = Into(into.grads)
         grad_middle, grads = self.second.backward(middle, grad, inner, need_x=True, need_weight=need_weight)
         assert grad_middle is not None
         if need_weight and self.bias is not None:
-            row = b.new(shape[3:], sums_dtype(grad.dtype), f"{self.bias} grad")
-            b.emit("channel_sums", grad=grad_middle, out=row)
-            grads.append((self.bias, row))
+            row = into.grads.row([self.bias], shape[3:], sums_dtype(grad.dtype))
+            if row is not None:
+                b.emit("channel_sums", grad=grad_middle, out=row)
         grad_x, own = self.first.backward(x, grad_middle, into, need_x=need_x, need_weight=need_weight)
         return grad_x, grads + own
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.buffers import arena, empty
-from rnndyn_fast.ops.convolution import kept_pack
+from rnndyn_fast.ops.kept_packs import kept_pack
 from rnndyn_fast.program.bind import Executable, Memory, in_arena
 from rnndyn_fast.program.ir import Role, Value, View
 from rnndyn_fast.program.plan import GradLayouts, Layout, Passes, Plan, layout

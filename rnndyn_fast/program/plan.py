@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.schedule import Schedule
 from rnndyn_fast.ops import _launch
-from rnndyn_fast.ops.convolution import release_packed
+from rnndyn_fast.ops.kept_packs import release_packed
 from rnndyn_fast.program.adjoint import Adjoint
 from rnndyn_fast.program.bind import Executable
 from rnndyn_fast.program.builder import Builder
@@ -153,26 +153,38 @@ _plans: OrderedDict[Hashable, Plan] = OrderedDict()
 _lock = threading.Lock()
 
 
-def plan_of(
-    schedule: Schedule,
-    inputs: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    wanted: frozenset[str],
-    engine: str,
-    *,
-    training: bool,
-) -> Plan:
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a rollout is asked for; of tensors only the layouts count.
+
+    ``wanted``: names of the inputs and parameters whose gradients are. ``training``: batch norms use the batch.
+    """
+
+    schedule: Schedule
+    inputs: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    wanted: frozenset[str]
+    engine: str
+    training: bool
+
+    def key(self) -> Hashable:
+        """Of requests that have the same plan."""
+        example = next(iter(self.inputs.values()))
+        layouts = tuple(layout(x) for x in self.inputs.values()), tuple(layout(p) for p in self.parameters.values())
+        isa = _launch.isa() if _launch.unavailable is None else None
+        machine = (example.device, _launch.on_device(example), isa, torch.get_num_threads())
+        return self.schedule, layouts, self.wanted, self.engine, self.training, machine
+
+
+def plan_of(request: Request) -> Plan:
     """The plan of a rollout on tensors like these, made now or found."""
-    example = next(iter(inputs.values()))
-    layouts = tuple(layout(x) for x in inputs.values()), tuple(layout(p) for p in parameters.values())
-    machine = (example.device, _launch.on_device(example), _launch.isa() if _launch.unavailable is None else None, torch.get_num_threads())
-    key = (schedule, layouts, wanted, engine, training, machine)
+    key = request.key()
     with _lock:
         found = _plans.get(key)
         if found is not None:
             _plans.move_to_end(key)
             return found
-    made = make_plan(schedule, inputs, parameters, wanted, engine, training=training)
+    made = make_plan(request)
     with _lock:
         found = _plans.setdefault(key, made)
         while len(_plans) > _MOST_PLANS:
@@ -180,26 +192,20 @@ def plan_of(
         return found
 
 
-def make_plan(
-    schedule: Schedule,
-    inputs: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    wanted: frozenset[str],
-    engine: str,
-    *,
-    training: bool,
-) -> Plan:
-    """Plan a rollout; tensors are looked at for their layouts only."""
+def make_plan(request: Request) -> Plan:
+    """Plan a rollout."""
+    schedule, inputs = request.schedule, request.inputs
     name, example = next(iter(inputs.items()))
     frames = next(node.frames for node in schedule.network.inputs if node.name == name)
     on_device = _launch.on_device(example)
-    setting = Setting(int(example.shape[1 if frames else 0]), example.dtype, example.device, on_device, engine, wanted, training)
+    samples = int(example.shape[1 if frames else 0])
+    setting = Setting(samples, example.dtype, example.device, on_device, request.engine, request.wanted, request.training)
     b = Builder(on_device)
 
     def views(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, View]:
         return {n: b.external(role, n, *_split(layout(t))) for n, t in tensors.items()}
 
-    lowering = Lowering(b, schedule, views(Role.INPUT, inputs), views(Role.PARAMETER, parameters), setting)
+    lowering = Lowering(b, schedule, views(Role.INPUT, inputs), views(Role.PARAMETER, request.parameters), setting)
     states = lowering.lower()
     forward = tuple(b.instrs)
     return Plan(lowering, states, forward, [_together(lowering, forward, default_gradients(states), 0)])

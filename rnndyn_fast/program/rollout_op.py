@@ -9,7 +9,8 @@ reference; differentiating the backward pass raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from torch import Tensor
 from rnndyn_fast.graph.device import on_its_device
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network
-from rnndyn_fast.ops.forward_mode import constant_when_compiled, in_transform
 from rnndyn_fast.program.ir import Value
 from rnndyn_fast.program.passes import Forward, as_states, no_gradient, run_backward, run_forward
-from rnndyn_fast.program.plan import Plan, plan_of
+from rnndyn_fast.program.plan import Plan, Request, plan_of
 from rnndyn_fast.reference.rollout import Statistics
+from rnndyn_fast.torch_internals import constant_when_compiled, graph_is_kept, in_transform
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
 # Returns the recorded states, mean and unbiased variance of each batch norm (with batch_statistics), and where gradients are needed what
@@ -35,78 +36,96 @@ _LIBRARY.define(
     "int timesteps, str[] record, bool[] needs, bool batch_statistics, str engine) -> Tensor[]"
 )
 
-Key = tuple[str, int, tuple[str, ...], tuple[bool, ...], bool, str]  # network, time steps, record, needs, batch statistics, engine
+
+class Key(NamedTuple):
+    """What a rollout depends on besides tensors. ``network``: in JSON; ``needs``: whether the gradient of each input and parameter is."""
+
+    network: str
+    timesteps: int
+    record: tuple[str, ...]
+    needs: tuple[bool, ...]
+    batch_statistics: bool
+    engine: str
+
+    @staticmethod
+    def of(options: Sequence[Any]) -> Key:
+        """From the last arguments of an op."""
+        network, timesteps, record, needs, batch_statistics, engine = options
+        return Key(network, timesteps, tuple(record), tuple(needs), batch_statistics, engine)
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The last arguments of an op."""
+        return self.network, self.timesteps, list(self.record), list(self.needs), self.batch_statistics, self.engine
 
 
 def _plan(tensors: Sequence[Tensor], key: Key) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of a rollout, and what it is given by name. ``tensors``: inputs, then parameters."""
-    text, timesteps, record, needs, batch_statistics, engine = key
-    network = Network.from_json(text)
-    schedule = compile_schedule(network, timesteps, record)
-    shapes = network.parameter_shapes if batch_statistics else {**network.parameter_shapes, **network.buffer_shapes}
+    network = Network.from_json(key.network)
+    schedule = compile_schedule(network, key.timesteps, key.record)
+    shapes = network.parameter_shapes if key.batch_statistics else {**network.parameter_shapes, **network.buffer_shapes}
     given = dict(zip((*(node.name for node in network.inputs), *shapes), tensors, strict=True))
     inputs = {node.name: given[node.name] for node in network.inputs}
     parameters = {name: given[name] for name in shapes}
-    wanted = frozenset(name for name, need in zip(given, needs, strict=True) if need)
-    return plan_of(schedule, inputs, parameters, wanted, engine, training=batch_statistics), given
+    wanted = frozenset(name for name, need in zip(given, key.needs, strict=True) if need)
+    return plan_of(Request(schedule, inputs, parameters, wanted, key.engine, training=key.batch_statistics)), given
 
 
 def _statistics(plan: Plan) -> list[Value]:
     return [view.value for name in sorted(plan.statistics) for view in plan.statistics[name]]
 
 
-def _forward(inputs: list[Tensor], parameters: list[Tensor], *key: Any) -> list[Tensor]:
-    network, timesteps, record, needs, batch_statistics, engine = key
+def _forward(inputs: list[Tensor], parameters: list[Tensor], *options: Any) -> list[Tensor]:
     with on_its_device(inputs[0]):
-        plan, given = _plan([*inputs, *parameters], (network, timesteps, tuple(record), tuple(needs), batch_statistics, engine))
+        plan, given = _plan([*inputs, *parameters], Key.of(options))
         run = run_forward(plan.forward_alone(), given)
     return [*as_states(plan, run), *(run.results[v] for v in (*_statistics(plan), *plan.forward_alone().kept))]
 
 
-def _forward_fake(inputs: list[Tensor], parameters: list[Tensor], *key: Any) -> list[Tensor]:
-    network, timesteps, record, needs, batch_statistics, engine = key
-    plan, _ = _plan([*inputs, *parameters], (network, timesteps, tuple(record), tuple(needs), batch_statistics, engine))
+def _forward_fake(inputs: list[Tensor], parameters: list[Tensor], *options: Any) -> list[Tensor]:
+    plan, _ = _plan([*inputs, *parameters], Key.of(options))
     like = inputs[0]
     states = [like.new_empty(state.shape).permute(0, 1, 4, 2, 3) for state in plan.states]
     return [*states, *(like.new_empty(v.shape, dtype=v.dtype) for v in (*_statistics(plan), *plan.forward_alone().kept))]
 
 
-def _backward(
-    grads: list[Tensor],
-    given_grads: list[bool],
-    states: list[Tensor],
-    kept: list[Tensor],
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    *key: Any,
-) -> list[Tensor]:
-    network, timesteps, record, needs, batch_statistics, engine = key
-    with on_its_device(inputs[0]):
-        plan, given = _plan([*inputs, *parameters], (network, timesteps, tuple(record), tuple(needs), batch_statistics, engine))
-        rest = iter(grads)
-        full = [next(rest) if there else None for there in given_grads]
-        maps = [state.permute(0, 1, 3, 4, 2).contiguous() for state in states]
+@dataclass(frozen=True)
+class _BackwardArguments:
+    """Of the op of the backward pass, in its order. ``given``: whether the gradient of each recorded state is among ``grads``."""
+
+    grads: list[Tensor]
+    given: list[bool]
+    states: list[Tensor]
+    kept: list[Tensor]
+    inputs: list[Tensor]
+    parameters: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.inputs, *self.parameters]
+
+
+def _backward(*args: Any) -> list[Tensor]:
+    a, key = _BackwardArguments(*args[:6]), Key.of(args[6:])
+    like = a.inputs[0]
+    with on_its_device(like):
+        plan, given = _plan(a.tensors, key)
+        rest = iter(a.grads)
+        full = [next(rest) if there else None for there in a.given]
+        maps = [state.permute(0, 1, 3, 4, 2).contiguous() for state in a.states]
         results = dict(zip((view.value for view in plan.states), maps, strict=True))
-        results.update(zip(plan.forward_alone().kept, (t.contiguous() for t in kept), strict=True))
-        found = run_backward(plan, Forward(plan.forward_alone(), results, inputs[0]), given, full, keep=True)
-    return [found.get(name, no_gradient(inputs[0])) if need else no_gradient(inputs[0]) for name, need in zip(given, needs, strict=True)]
+        results.update(zip(plan.forward_alone().kept, (t.contiguous() for t in a.kept), strict=True))
+        found = run_backward(plan, Forward(plan.forward_alone(), results, like), given, full, keep=True)
+    return [found.get(name, no_gradient(like)) if need else no_gradient(like) for name, need in zip(given, key.needs, strict=True)]
 
 
-def _backward_fake(
-    grads: list[Tensor],
-    given_grads: list[bool],
-    states: list[Tensor],
-    kept: list[Tensor],
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    *key: Any,
-) -> list[Tensor]:
-    network, timesteps, record, needs, batch_statistics, engine = key
-    plan, given = _plan([*inputs, *parameters], (network, timesteps, tuple(record), tuple(needs), batch_statistics, engine))
+def _backward_fake(*args: Any) -> list[Tensor]:
+    a, key = _BackwardArguments(*args[:6]), Key.of(args[6:])
+    plan, given = _plan(a.tensors, key)
     known = plan.versions[0].gradients
     return [
-        tensor.new_empty(tensor.shape) if need and name in known else no_gradient(inputs[0])
-        for (name, tensor), need in zip(given.items(), needs, strict=True)
+        tensor.new_empty(tensor.shape) if need and name in known else no_gradient(a.inputs[0])
+        for (name, tensor), need in zip(given.items(), key.needs, strict=True)
     ]
 
 
@@ -141,7 +160,7 @@ class Rollout(torch.autograd.Function):
             refuse_double_backward()
         *held, arena = ctx.saved_tensors  # (once: under checkpointing they are there for one reading)
         tensors, results = held[: len(ctx.names)], held[len(ctx.names) :]
-        given, keep = dict(zip(ctx.names, tensors, strict=True)), torch._C._autograd._get_current_graph_task_keep_graph()
+        given, keep = dict(zip(ctx.names, tensors, strict=True)), graph_is_kept()
         with on_its_device(tensors[0]):
             run = Forward(ctx.plan.version_of(arena), dict(zip(ctx.results, results, strict=True)), arena)
             found = run_backward(ctx.plan, run, given, grads, keep=keep)
@@ -162,38 +181,36 @@ def _grads_of(
     num_inputs: int,
     key: Key,
 ) -> list[Tensor | None]:
-    network, timesteps, record, needs, batch_statistics, engine = key
     there, given = [g is not None for g in grads], [g for g in grads if g is not None]
     counts = (len(given), len(states), len(kept), num_inputs)
     if torch.compiler.is_compiling():
         split = list(tensors[:num_inputs]), list(tensors[num_inputs:])
-        options = (network, timesteps, list(record), list(needs), batch_statistics, engine)
-        result = torch.ops.rnndyn.rollout_backward(given, there, list(states), list(kept), *split, *options)
+        result = torch.ops.rnndyn.rollout_backward(given, there, list(states), list(kept), *split, *key.options)
     else:
         result = _RolloutOpBackward.apply(key, tuple(there), counts, *given, *states, *kept, *tensors)
     return [None if grad.dim() == 1 and grad.shape[0] == 0 else grad for grad in result]
 
 
 def _setup_registered(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, parameters, network, timesteps, record, needs, batch_statistics, engine = inputs
-    ctx.key = (network, timesteps, tuple(record), tuple(needs), batch_statistics, engine)
+    tensors, parameters, *options = inputs
+    ctx.key = Key.of(options)
     ctx.num_inputs, ctx.num_tensors = len(tensors), len(tensors) + len(parameters)
     ctx.save_for_backward(*tensors, *parameters, *_states_and_kept(ctx.key, output))
 
 
 @constant_when_compiled
 def _num_moments(key: Key) -> int:
-    return 2 * len(_batch_norms(key)) if key[4] else 0
+    return 2 * len(_batch_norms(key)) if key.batch_statistics else 0
 
 
 def _states_and_kept(key: Key, output: Sequence[Tensor]) -> list[Tensor]:
     """What backward reads of what an op returned."""
-    states = len(key[2])
+    states = len(key.record)
     return [*output[:states], *output[states + _num_moments(key) :]]
 
 
 def _backward_registered(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    record, needs = ctx.key[2], ctx.key[3]
+    record, needs = ctx.key.record, ctx.key.needs
     asked = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     if any(a and not n for a, n in zip(asked, needs, strict=True)):
         raise RuntimeError("torch.ops.rnndyn.rollout: expected needs=True for every input and parameter whose gradient is wanted")
@@ -211,12 +228,10 @@ class _RolloutOpBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(key: Key, there: tuple[bool, ...], counts: tuple[int, int, int, int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        network, timesteps, record, needs, batch_statistics, engine = key
         num_grads, num_states, num_kept, num_inputs = counts
         rest = iter(tensors)
         grads, states, kept, inputs = ([next(rest) for _ in range(n)] for n in (num_grads, num_states, num_kept, num_inputs))
-        options = (network, timesteps, list(record), list(needs), batch_statistics, engine)
-        return tuple(torch.ops.rnndyn.rollout_backward(grads, list(there), states, kept, inputs, list(rest), *options))
+        return tuple(torch.ops.rnndyn.rollout_backward(grads, list(there), states, kept, inputs, list(rest), *key.options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -238,21 +253,20 @@ class RolloutOp(torch.autograd.Function):
 
     @staticmethod
     def forward(key: Key, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        network, timesteps, record, needs, batch_statistics, engine = key
         split = list(tensors[:num_inputs]), list(tensors[num_inputs:])
-        return tuple(torch.ops.rnndyn.rollout(*split, network, timesteps, list(record), list(needs), batch_statistics, engine))
+        return tuple(torch.ops.rnndyn.rollout(*split, *key.options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.key, ctx.num_inputs, *tensors = inputs
-        ctx.num_tensors, states = len(tensors), len(ctx.key[2])
+        ctx.num_tensors, states = len(tensors), len(ctx.key.record)
         ctx.mark_non_differentiable(*output[states:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *_states_and_kept(ctx.key, output))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        held, states = ctx.saved_tensors, len(ctx.key[2])
+        held, states = ctx.saved_tensors, len(ctx.key.record)
         tensors, found = held[: ctx.num_tensors], held[ctx.num_tensors :]
         return None, None, *_grads_of(grads[:states], found[:states], found[states:], tensors, ctx.num_inputs, ctx.key)
 
@@ -269,12 +283,10 @@ def run_rollout(
     """Run a rollout on tensors that :func:`rnndyn_fast.program.rollout.can_run_native` takes. Returns its recorded states."""
     tensors = (*inputs, *parameters.values())
     needs = tuple(t.requires_grad for t in tensors) if torch.is_grad_enabled() else (False,) * len(tensors)
-    key: Key = (network.to_json(), timesteps, record, needs, statistics is not None, engine)
+    key = Key(network.to_json(), timesteps, record, needs, statistics is not None, engine)
     if torch.compiler.is_compiling() or in_transform():
         if torch.compiler.is_compiling():
-            found = torch.ops.rnndyn.rollout(
-                list(inputs), list(parameters.values()), key[0], timesteps, list(record), list(needs), key[4], engine
-            )
+            found = torch.ops.rnndyn.rollout(list(inputs), list(parameters.values()), *key.options)
         else:
             found = RolloutOp.apply(key, len(inputs), *tensors)
         if statistics is not None:
@@ -294,7 +306,7 @@ def run_rollout(
 @constant_when_compiled
 def _batch_norms(key: Key) -> list[str]:
     """Names of the batch norms of a rollout, in the order of its results."""
-    return compile_schedule(Network.from_json(key[0]), key[1], key[2]).batch_norms()
+    return compile_schedule(Network.from_json(key.network), key.timesteps, key.record).batch_norms()
 
 
 # ---------------------------------------------------------------- registration

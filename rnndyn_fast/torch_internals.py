@@ -1,0 +1,45 @@
+"""What is used of PyTorch that it does not promise to keep; tests/test_torch_internals.py says what is expected of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without what that imports, the whole compiler, which takes longer than torch itself.
+
+    The mark is the same attribute in torch 2.6 to 2.13 (a test compares them).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def graph_is_kept() -> bool:
+    """Within a backward pass: whether it was started with ``retain_graph=True``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def in_transform() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, jvp) surrounds the call."""
+    return bool(get_interpreter_stack())
+
+
+@constant_when_compiled  # torch.compile guards on these transforms itself, but cannot trace the question
+def in_jvp() -> bool:
+    """Whether a ``torch.func.jvp`` surrounds the call."""
+    return any(i.key() == TransformType.Jvp for i in get_interpreter_stack() or ())
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Within ``torch.autograd.forward_ad.dual_level``: whether a tensor has a tangent; while compiling, whether one might have."""
+    if forward_ad._current_level < 0:
+        return False
+    return torch.compiler.is_compiling() or any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
