@@ -63,7 +63,7 @@ def read(build: Path) -> list[Resources]:
 def table(resources: list[Resources]) -> str:
     """Kernels in rows; registers as the range over the architectures."""
     lines = [
-        f"Architectures: {', '.join(sorted({r.architecture for r in resources}))}.",
+        f"Architectures: {', '.join(sorted({r.architecture for r in resources}, key=lambda name: int(name[3:])))}.",
         "",
         "| kernel | registers, float32 | float16 | bfloat16 | shared bytes | spilled bytes |",
         "|---|---|---|---|---|---|",
@@ -79,11 +79,11 @@ def table(resources: list[Resources]) -> str:
     return "\n".join(lines)
 
 
-def replaced(page: str, new: str) -> str:
-    """The page with the table between its marks replaced."""
-    if page.count(START) != 1 or page.count(END) != 1:
-        raise ValueError(f"page: expected one {START} and one {END}")
-    return page[: page.index(START)] + f"{START}\n{new}\n" + page[page.index(END) :]
+def replaced(page: str, new: str, start: str = START, end: str = END) -> str:
+    """The page with what is between its marks replaced."""
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise ValueError(f"page: expected one {start} and one {end}")
+    return page[: page.index(start)] + f"{start}\n{new}\n" + page[page.index(end) :]
 
 
 def main() -> None:

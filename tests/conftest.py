@@ -51,6 +51,12 @@ def _seed() -> None:
     np.random.seed(0)  # noqa: NPY002  -- for libraries that draw from the global generator
 
 
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32 on devices too, where cuDNN's convolutions are in TF32 otherwise: tests compare with float64."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=_core.build_info()["isa_supported"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test, on every instruction set that can run here (or on those that a file parametrizes it with): its name."""

@@ -111,6 +111,7 @@ def install(patch: pytest.MonkeyPatch) -> Any:
     watched = Watched(build())
     patch.setattr(_launch_cuda, "_module", watched)
     patch.setattr(_launch_cuda, "unavailable", None)
+    patch.setattr(_launch_cuda, "device_error", lambda index: None)
     patch.setattr(_launch_cuda, "device_address", watched.address)
     patch.setattr(_launch_cuda, "device_queue", lambda device: (0, 0))
     watched.module.set_limits(LEAST_SHARED_BYTES, registers())

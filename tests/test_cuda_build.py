@@ -48,6 +48,10 @@ def test_without_a_driver_it_imports_and_a_launch_says_why_it_cannot() -> None:
     info = _launch_cuda.build_info()
     assert info["devices"] == 0
     assert info["architectures"].startswith("80")
+    error = _launch_cuda.device_error(0)
+    assert error is not None
+    assert error.startswith("the CUDA kernels cannot run on cuda:0: ")
+    assert f"built by nvcc {info['nvcc']} for {info['architectures']}; " in error
     groups = _launch_cuda._module.area_step_moment_groups("float16", 1, 1, 8)
     with pytest.raises(RuntimeError, match="device 0: "):
         _launch_cuda._module.area_step_forward(

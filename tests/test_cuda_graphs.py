@@ -115,6 +115,27 @@ def test_parameters_may_change_in_place_and_are_found_where_they_move() -> None:
     assert graphed(x).shape[0] == graphed(x).shape[0] == 3
 
 
+def test_the_precision_of_float32_products_is_part_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    fake = FakeGraphs(net)
+    graphed = GraphedNetwork(net, graphs=fake)
+    x = images(2)
+    for _ in range(3):
+        graphed(x)
+    assert fake.captured == 1
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for _ in range(3):
+        graphed(x)
+    assert fake.captured == 2
+    torch.set_float32_matmul_precision("high")
+    try:
+        for _ in range(3):
+            graphed(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert fake.captured == 3
+
+
 def test_the_shapes_used_last_are_kept() -> None:
     net = network()
     fake = FakeGraphs(net)

@@ -99,6 +99,7 @@ class Run:
             scale = float(expected.norm()) + 1e-6
             error, reference = (float((r[name] - expected).norm()) / scale for r in (ours, plain))
             assert error <= 2 * reference + floor * torch.finfo(dtype).eps, f"{name}: {error:.3g}, plain {reference:.3g}"
+        assert not torch.backends.cudnn.allow_tf32, "float32 on a device would have been TF32"
 
 
 def smooth(network: Network, dtype: torch.dtype) -> Network:

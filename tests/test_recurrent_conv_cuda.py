@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import simt_harness
 import torch
+from device_rollouts import in_harness
 from test_area_step import EPS, maps, poisoned, standard
 from torch import Tensor
 from torch.nn import functional
@@ -203,13 +205,34 @@ def test_weight_gradient_splits_its_depth(simt: Any, channels: tuple[int, int]) 
     """Small and large tiles; more than one split, the last of them with fewer slabs."""
     a, b = channels
     n, h, w = 5, 23, 17
-    assert simt.recurrent_conv_weight_grad_splits(n, h, w, a, b, 1) > 1
+    assert simt.recurrent_conv_weight_grad_splits("float16", 0, n, h, w, a, b, 1) > 1
     rows, gathered = torch.randn(n, h, w, a).half(), torch.randn(n, h, w, b).half()
     grad = poisoned(a, 1, 1, b, dtype=torch.float32)
     _launch_cuda.recurrent_conv_weight_grad(rows, gathered, grad, 1, 0)
     truth = torch.einsum("nhwa,nhwb->ab", rows.double(), gathered.double())
     magnitude = torch.einsum("nhwa,nhwb->ab", rows.double().abs(), gathered.double().abs())
     assert_rounded(grad[:, 0, 0], truth, magnitude, "grad_weight")
+
+
+@in_harness
+@pytest.mark.parametrize(("multiprocessors", "shared_kib"), [(108, 163), (132, 227), (82, 99), (7, 99)], ids=str)
+def test_weight_gradients_are_one_wave(multiprocessors: int, shared_kib: int, simt: Any) -> None:
+    """As many blocks as the device holds at once, or as many as there are tiles: a few more would take as long again."""
+    registers = simt_harness.registers()
+    simt.set_limits(shared_kib * 1024, registers, multiprocessors)
+    for a, b, kernel, (size, per_block) in (
+        (128, 128, 3, (128, 64)),
+        (256, 136, 3, (128, 64)),
+        (64, 64, 5, (64, 32)),
+        (512, 256, 3, (128, 64)),
+    ):
+        taken = -(-registers["recurrent_conv_weight_grad_kernel"] // 8) * 8 * 256
+        held = multiprocessors * min(65536 // taken, (shared_kib + 1) // (per_block + 1))
+        tiles = -(-a // size) * -(-b // size) * kernel**2
+        splits = simt.recurrent_conv_weight_grad_splits("float16", 0, 1024, 16, 16, a, b, kernel)
+        assert splits == max(1, min(64, held // tiles)), (a, b, kernel)
+    sizes = [64, 128, 32, 32, 32, 32, 3, 3, 1, 1, 1, 1]
+    assert 3 * simt.depthwise_weight_grad_splits("float16", 0, sizes) <= multiprocessors * 8
 
 
 def test_the_order_of_threads_changes_nothing(simt: Any) -> None:

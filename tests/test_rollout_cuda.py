@@ -65,9 +65,8 @@ def test_winograd_is_refused_on_a_device(as_on_device: list[str]) -> None:
 @by_case
 @pytest.mark.skipif(not ON_DEVICE, reason="RNNDYN_TEST_DEVICE is not set: the tests above take its place")
 @pytest.mark.parametrize("captured", [False, True], ids=["", "cuda_graph"])
-def test_on_a_device(case: RolloutCase, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_device(case: RolloutCase, captured: bool) -> None:
     """Against the reference in float64 on the CPU; and again, replayed as a CUDA graph."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     device = os.environ["RNNDYN_TEST_DEVICE"]
     inputs = [x.to(device) for x in case.inputs(torch.float32)]
     parameters = {name: x.to(device).requires_grad_() for name, x in case.parameters(torch.float32).items()}

@@ -40,8 +40,8 @@ FAULTS = {
     ),
     "no opt-in where dynamic shared memory alone fits without": (
         "device.h",
-        "if (shared_bytes > 0) allow_dynamic_shared(",
-        "if (shared_bytes > 48 * 1024) allow_dynamic_shared(",
+        "counts too.\n  if (shared_bytes > 0) allow_dynamic_shared(",
+        "counts too.\n  if (shared_bytes > 48 * 1024) allow_dynamic_shared(",
         "49664 bytes of static and dynamic shared memory, and a block may have 49152",
         LARGE,
     ),

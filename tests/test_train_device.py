@@ -135,10 +135,17 @@ def test_doctor_names_devices_and_why_there_are_none(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("Tesla V100", "NVIDIA H100")[index])
     monkeypatch.setattr(_launch_cuda, "capability", lambda device: ((7, 0), (9, 0))[device.index])
+    monkeypatch.setattr(_launch_cuda, "unavailable", None)
+    monkeypatch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "13.0", "devices": 2})
+    for error, said_of_it in ((None, ""), ("the driver is too old", "; the driver is too old: networks run in PyTorch's operations there")):
+        monkeypatch.setattr(_launch_cuda, "device_error", lambda index, error=error: error)
+        assert main(["doctor"]) == 0
+        said = capfd.readouterr().out
+        assert "Tesla V100, compute capability 7.0; too old for the kernels, which need 8.0" in said
+        assert f"NVIDIA H100, compute capability 9.0{said_of_it}\n" in said
+    monkeypatch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "13.0", "devices": 0})
     assert main(["doctor"]) == 0
-    said = capfd.readouterr().out
-    assert "Tesla V100, compute capability 7.0; too old for the kernels, which need 8.0" in said
-    assert "NVIDIA H100, compute capability 9.0\n" in said
+    assert "nvcc 13.0, devices 0; the driver is too old\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

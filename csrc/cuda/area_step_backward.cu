@@ -4,9 +4,11 @@
 //        dz = rstd * (q - mean(q) - xhat * mean(q * xhat));  db = dz * (1 + m);  dm = dz * b;  without a norm dz = g
 // Precision: storage T, arithmetic and all sums float32. g is computed in both passes, not parked: parking would round it to T, and with
 //   one or two gradients to sum is no less traffic.
-// Traffic: both passes read the gradients and the saved value (or drive and modulator); the second writes dz. Bound by memory bandwidth.
+// Traffic: both passes read the gradients and the saved value (or drive and modulator); the second writes dz. Bound by memory bandwidth;
+//   gamma and beta are read once per share of the samples.
 // Launch shape: sums: a block per (256 vectors of the map, share of the samples), which keeps gamma, beta and their gradients in registers
-//   while it walks its samples. affine: a thread per element, over the shares. finish: a block per (sample, 4 vectors per thread).
+//   while it walks its samples. affine: a thread per element, over the shares. finish: a block per (2 vectors per thread,
+//   share of the samples), likewise.
 // Sync: sums needs none: each warp leaves its part of mean(q) and mean(q * xhat). finish: block_sum.
 // Determinism: sums in an order that depends on the shape alone; no atomics.
 // Registers: where __launch_bounds__ names two blocks per multiprocessor, ptxas would else keep registers for more of them, and spill.
@@ -20,7 +22,7 @@ namespace rnndyn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 4;              // per thread of finish
+constexpr int kVectors = 2;              // per thread of finish, whose gamma and beta it keeps in registers
 constexpr int64_t kWantedBlocks = 1024;  // of sums: a few per multiprocessor of the largest device
 
 // Where a vector of N elements lies in the map.
@@ -143,67 +145,86 @@ __global__ void __launch_bounds__(kThreads) area_step_affine_kernel(AreaStepBack
   p.grad_beta[element] += beta;
 }
 
+// The gradients at N adjacent elements of sample n: of the sum of drives, and of modulators. q, qx: means over the map.
+template <int N, typename T>
+__device__ __forceinline__ void finish_at(const AreaStepBackwardParams<T>& p, int64_t n, const Place& at, float mean_q,
+                                          float mean_qx, const float (&gamma)[N], const float (&beta)[N]) {
+  const int64_t offset = n * p.height * p.width * p.channels + at.element;
+  float z[N], g[N];
+  grad_state_at(p, n, at, g);
+  if (p.gamma != nullptr || p.rectify) value_at(p, offset, at.channel, z);
+  if (p.gamma != nullptr) {
+    const float mean = p.mean[n], rstd = p.rstd[n];
+    RNNDYN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      const bool masked = p.rectify && normalised(z[j], mean, rstd, gamma[j], beta[j]) <= 0;
+      g[j] = rstd * ((masked ? 0.0f : g[j] * gamma[j]) - mean_q - (z[j] - mean) * rstd * mean_qx);
+    }
+  } else if (p.rectify) {
+    RNNDYN_UNROLL
+    for (int j = 0; j < N; ++j) g[j] = z[j] <= 0 ? 0.0f : g[j];
+  }
+  if (p.multiplicative && p.grad_modulator != nullptr) {
+    float b[N];
+    drive_at(p, offset, at.channel, b);
+    RNNDYN_UNROLL
+    for (int j = 0; j < N; ++j) b[j] *= g[j];
+    store(p.grad_modulator + offset, b);
+  }
+  if (p.multiplicative && p.modulator_sum != nullptr) {
+    float m[N];
+    load(p.modulator_sum + offset, m);
+    RNNDYN_UNROLL
+    for (int j = 0; j < N; ++j) g[j] *= m[j];
+  }
+  if (p.grad_drive != nullptr) store(p.grad_drive + offset, g);
+  if (p.grad_drive_sum != nullptr) {
+    float sum[N];
+    load(p.grad_drive_sum + offset, sum);
+    RNNDYN_UNROLL
+    for (int j = 0; j < N; ++j) sum[j] += g[j];
+    store(p.grad_drive_sum + offset, sum);
+  }
+}
+
+template <typename T>
+struct BackwardFinishLaunch {
+  AreaStepBackwardParams<T> p;
+  int splits;  // shares of the samples
+};
+
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) area_step_backward_finish_kernel(AreaStepBackwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) area_step_backward_finish_kernel(BackwardFinishLaunch<T> l) {
+  const AreaStepBackwardParams<T>& p = l.p;
   RNNDYN_SHARED(float, scratch, kThreads / kWarp);
   RNNDYN_SHARED(float, more_scratch, kThreads / kWarp);
   const int map = p.height * p.width * p.channels;
   constexpr int tile_size = kThreads * kVectors * N;
   const int tiles = (map + tile_size - 1) / tile_size;
-  const int64_t n = blockIdx.x / tiles;
-  const int first = int(blockIdx.x % tiles) * tile_size;
-  float mean_q = 0, mean_qx = 0, mean = 0, rstd = 1;
-  if (p.gamma != nullptr) {
-    for (int slot = int(threadIdx.x); slot < p.slots; slot += kThreads) {
-      mean_q += p.sums[2 * (n * p.slots + slot)];
-      mean_qx += p.sums[2 * (n * p.slots + slot) + 1];
-    }
-    mean_q = block_sum<kThreads>(mean_q, scratch) / float(map);
-    mean_qx = block_sum<kThreads>(mean_qx, more_scratch) / float(map);
-    mean = p.mean[n], rstd = p.rstd[n];
-  }
-  const bool wants_value = p.gamma != nullptr || p.rectify;
+  const int first = (int(blockIdx.x % tiles) * kThreads * kVectors + int(threadIdx.x)) * N;
+  float gamma[kVectors][N], beta[kVectors][N];
+  RNNDYN_UNROLL
   for (int v = 0; v < kVectors; ++v) {
-    const int element = first + (v * kThreads + int(threadIdx.x)) * N;
-    if (element >= map) return;
-    const Place at = place_of(p, element);
-    const int64_t offset = n * map + element;
-    float z[N], g[N];
-    grad_state_at(p, n, at, g);
-    if (wants_value) value_at(p, offset, at.channel, z);
+    const int element = first + v * kThreads * N;
+    if (p.gamma == nullptr || element >= map) continue;
+    load(p.gamma + element, gamma[v]);
+    load(p.beta + element, beta[v]);
+  }
+  for (int64_t n = blockIdx.x / tiles; n < p.samples; n += l.splits) {
+    float mean_q = 0, mean_qx = 0;
     if (p.gamma != nullptr) {
-      float gamma[N], beta[N];
-      load(p.gamma + element, gamma);
-      load(p.beta + element, beta);
-      RNNDYN_UNROLL
-      for (int j = 0; j < N; ++j) {
-        const bool masked = p.rectify && normalised(z[j], mean, rstd, gamma[j], beta[j]) <= 0;
-        g[j] = rstd * ((masked ? 0.0f : g[j] * gamma[j]) - mean_q - (z[j] - mean) * rstd * mean_qx);
+      for (int slot = int(threadIdx.x); slot < p.slots; slot += kThreads) {
+        mean_q += p.sums[2 * (n * p.slots + slot)];
+        mean_qx += p.sums[2 * (n * p.slots + slot) + 1];
       }
-    } else if (p.rectify) {
-      RNNDYN_UNROLL
-      for (int j = 0; j < N; ++j) g[j] = z[j] <= 0 ? 0.0f : g[j];
+      // Two barriers: either scratch is written again, for the next sample, only behind the other one's.
+      mean_q = block_sum<kThreads>(mean_q, scratch) / float(map);
+      mean_qx = block_sum<kThreads>(mean_qx, more_scratch) / float(map);
     }
-    if (p.multiplicative && p.grad_modulator != nullptr) {
-      float b[N];
-      drive_at(p, offset, at.channel, b);
-      RNNDYN_UNROLL
-      for (int j = 0; j < N; ++j) b[j] *= g[j];
-      store(p.grad_modulator + offset, b);
-    }
-    if (p.multiplicative && p.modulator_sum != nullptr) {
-      float m[N];
-      load(p.modulator_sum + offset, m);
-      RNNDYN_UNROLL
-      for (int j = 0; j < N; ++j) g[j] *= m[j];
-    }
-    if (p.grad_drive != nullptr) store(p.grad_drive + offset, g);
-    if (p.grad_drive_sum != nullptr) {
-      float sum[N];
-      load(p.grad_drive_sum + offset, sum);
-      RNNDYN_UNROLL
-      for (int j = 0; j < N; ++j) sum[j] += g[j];
-      store(p.grad_drive_sum + offset, sum);
+    RNNDYN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const int element = first + v * kThreads * N;
+      if (element < map) finish_at(p, n, place_of(p, element), mean_q, mean_qx, gamma[v], beta[v]);
     }
   }
 }
@@ -217,9 +238,12 @@ void launch_vectors(const AreaStepBackwardParams<T>& p, Stream stream) {
     launch(area_step_affine_kernel<T>, "area_step_affine_kernel",
            blocks(ceil_divide(map, kThreads), "area_step_affine_kernel"), kThreads, 0, stream, p);
   }
-  launch(area_step_backward_finish_kernel<T, N>, "area_step_backward_finish_kernel",
-         blocks(p.samples * ceil_divide(map, kThreads * kVectors * N), "area_step_backward_finish_kernel"), kThreads, 0,
-         stream, p);
+  const char* name = "area_step_backward_finish_kernel";
+  const int64_t tiles = ceil_divide(map, kThreads * kVectors * N);
+  const int splits =
+      splits_of(tiles, blocks_at_once(area_step_backward_finish_kernel<T, N>, name, kThreads, 0), p.samples);
+  launch(area_step_backward_finish_kernel<T, N>, name, blocks(tiles * splits, name), kThreads, 0, stream,
+         BackwardFinishLaunch<T>{p, splits});
 }
 
 }  // namespace
@@ -238,8 +262,9 @@ void launch_area_step_backward(const AreaStepBackwardParams<T>& p, Stream stream
   if (p.channels % kWidest<T> != 0) return launch_vectors<T, 1>(p, stream);
   require_aligned_terms("area_step", p.grad_state, p.num_grad_state);
   require_aligned_terms("area_step", p.drive, p.num_drive);
-  require_aligned("area_step", p.grad_max_pooled, p.argmax, p.grad_mean_pooled, p.value, p.drive_bias, p.modulator_sum,
-                  p.gamma, p.beta, p.grad_drive, p.grad_drive_sum, p.grad_modulator, p.affine);
+  require_aligned("area_step", p.grad_max_pooled, p.grad_mean_pooled, p.value, p.drive_bias, p.modulator_sum, p.gamma,
+                  p.beta, p.grad_drive, p.grad_drive_sum, p.grad_modulator, p.affine);
+  require_aligned_bytes<T>("area_step", p.argmax);
   launch_vectors<T, kWidest<T>>(p, stream);
 }
 

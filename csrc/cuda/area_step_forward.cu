@@ -7,10 +7,10 @@
 // Precision: storage T, arithmetic float32; the modulator is rounded to T before it multiplies, so that backward, which reads the stored one,
 //   computes the same z again. Moments are of the stored (rounded) z: of each chunk about its own mean, then merged
 //   (no E[z^2] - E[z]^2). The 2x2 maximum compares stored states, the first of equal ones and any NaN winning, as in torch.
-// Traffic: interact reads each term once and writes z and, if wanted, 1 + m; finish reads z, gamma and beta (from L2: all samples
-//   share them) and writes state and pooled maps. About 12 operations per element, so bound by memory bandwidth.
+// Traffic: interact reads each term once and writes z and, if wanted, 1 + m; finish reads z, and once per share of the samples gamma
+//   and beta, and writes state and pooled maps. About 12 operations per element, so bound by memory bandwidth.
 // Launch shape: interact: a block per chunk of 4 vectors per thread, vectors of 16 bytes. statistics: a block per sample. finish: a
-//   thread per 2x2 window and vector of channels. mean_pool: a block per sample and 32 vectors, 8 threads to a vector.
+//   thread per 2x2 window and vector of channels, which walks a share of the samples with gamma and beta in registers. mean_pool: a block per sample and 32 vectors, 8 threads to a vector.
 // Sync: block_sum only, and mean_pool's exchange.
 // Determinism: sums in an order that depends on the shape alone; no atomics.
 // Registers: where __launch_bounds__ names two blocks per multiprocessor, ptxas would else keep registers for more of them, and spill.
@@ -121,70 +121,95 @@ __global__ void __launch_bounds__(kThreads) area_step_statistics_kernel(AreaStep
   }
 }
 
-// The state at an element of sample n. Without a value, which an area with no norm need not have, it is computed from the terms.
-template <int N, typename T>
+// The state at an element of sample n; kNorm: with a norm, whose gamma and beta are those there. Without a value, which an area with no norm
+// need not have, it is computed from the terms.
+template <int kNorm, int N, typename T>
 __device__ __forceinline__ void state_at(const AreaStepForwardParams<T>& p, int64_t n, int element, int channel,
-                                         float mean, float rstd, float (&h)[N]) {
+                                         float mean, float rstd, const float (&gamma)[N], const float (&beta)[N],
+                                         float (&h)[N]) {
   const int64_t offset = n * p.height * p.width * p.channels + element;
-  if (p.value == nullptr) {
+  if (kNorm == 0 && p.value == nullptr) {
     interact_at(p, offset, channel, h);
   } else {
     load(p.value + offset, h);
   }
-  if (p.gamma != nullptr) normalise(p.gamma + element, p.beta + element, mean, rstd, h);
   RNNDYN_UNROLL
-  for (int j = 0; j < N; ++j) h[j] = rounded<T>(p.rectify && h[j] < 0 ? 0.0f : h[j]);  // NaN stays NaN
+  for (int j = 0; j < N; ++j) {
+    if (kNorm != 0) h[j] = normalised(h[j], mean, rstd, gamma[j], beta[j]);
+    h[j] = rounded<T>(p.rectify && h[j] < 0 ? 0.0f : h[j]);  // NaN stays NaN
+  }
 }
 
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 2) area_step_finish_kernel(AreaStepForwardParams<T> p) {
+template <typename T>
+struct FinishLaunch {
+  AreaStepForwardParams<T> p;
+  int splits;  // shares of the samples
+};
+
+template <typename T, int N, int kNorm>
+__global__ void __launch_bounds__(kThreads, 2) area_step_finish_kernel(FinishLaunch<T> l) {
+  const AreaStepForwardParams<T>& p = l.p;
   const int groups = p.channels / N, columns = (p.width + 1) / 2, rows = (p.height + 1) / 2;
-  const int blocks_per_sample = int((int64_t(rows) * columns * groups + kThreads - 1) / kThreads);
-  const int64_t n = blockIdx.x / blocks_per_sample;
-  const int window = int(blockIdx.x % blocks_per_sample) * kThreads + int(threadIdx.x);
+  const int blocks_per_map = int((int64_t(rows) * columns * groups + kThreads - 1) / kThreads);
+  const int window = int(blockIdx.x % blocks_per_map) * kThreads + int(threadIdx.x);
   const int channel = window % groups * N, column = window / groups % columns * 2, row = window / groups / columns * 2;
   if (row >= p.height) return;
-  const float mean = p.gamma != nullptr ? p.mean[n] : 0, rstd = p.gamma != nullptr ? p.rstd[n] : 1;
-  float best[N];
-  uint8_t where[N] = {};
-  fill(best, 0);
+  float gamma[4][N], beta[4][N];
   RNNDYN_UNROLL
   for (int k = 0; k < 4; ++k) {
     const int r = row + k / 2, c = column + k % 2;
-    if (r >= p.height || c >= p.width) continue;
-    const int element = (r * p.width + c) * p.channels + channel;
-    float h[N];
-    state_at(p, n, element, channel, mean, rstd, h);
-    if (p.state != nullptr) store(p.state + n * p.height * p.width * p.channels + element, h);
+    if (kNorm == 0 || r >= p.height || c >= p.width) continue;
+    load(p.gamma + (r * p.width + c) * p.channels + channel, gamma[k]);
+    load(p.beta + (r * p.width + c) * p.channels + channel, beta[k]);
+  }
+  const bool pools = p.max_pooled != nullptr && row + 1 < p.height && column + 1 < p.width;
+  for (int64_t n = blockIdx.x / blocks_per_map; n < p.samples; n += l.splits) {
+    const float mean = kNorm != 0 ? p.mean[n] : 0, rstd = kNorm != 0 ? p.rstd[n] : 1;
+    float best[N];
+    uint8_t where[N] = {};
+    fill(best, 0);
     RNNDYN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      if (k == 0 || h[j] > best[j] || h[j] != h[j]) {
-        best[j] = h[j];
-        where[j] = uint8_t(k);
+    for (int k = 0; k < 4; ++k) {
+      const int r = row + k / 2, c = column + k % 2;
+      if (r >= p.height || c >= p.width) continue;
+      const int element = (r * p.width + c) * p.channels + channel;
+      float h[N];
+      state_at<kNorm>(p, n, element, channel, mean, rstd, gamma[k], beta[k], h);
+      if (p.state != nullptr) store(p.state + n * p.height * p.width * p.channels + element, h);
+      RNNDYN_UNROLL
+      for (int j = 0; j < N; ++j) {
+        if (k == 0 || h[j] > best[j] || h[j] != h[j]) {
+          best[j] = h[j];
+          where[j] = uint8_t(k);
+        }
       }
     }
+    if (!pools) continue;
+    const int64_t pooled = ((n * (p.height / 2) + row / 2) * (p.width / 2) + column / 2) * p.channels + channel;
+    store(p.max_pooled + pooled, best);
+    if (p.argmax != nullptr) store_bytes(p.argmax + pooled, where);
   }
-  if (p.max_pooled == nullptr || row + 1 >= p.height || column + 1 >= p.width) return;
-  const int64_t pooled = ((n * (p.height / 2) + row / 2) * (p.width / 2) + column / 2) * p.channels + channel;
-  store(p.max_pooled + pooled, best);
-  if (p.argmax != nullptr) store_bytes(p.argmax + pooled, where);
 }
 
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) area_step_mean_pool_kernel(AreaStepForwardParams<T> p) {
+template <typename T, int N, int kNorm>
+__global__ void __launch_bounds__(kThreads, 2) area_step_mean_pool_kernel(AreaStepForwardParams<T> p) {
   constexpr int parts = kThreads / kPoolLanes;
   RNNDYN_SHARED(float, sums, kThreads* N);
   const int vectors = p.channels / N, blocks_per_sample = (vectors + kPoolLanes - 1) / kPoolLanes;
   const int64_t n = blockIdx.x / blocks_per_sample;
   const int lane = int(threadIdx.x) % kPoolLanes, part = int(threadIdx.x) / kPoolLanes;
   const int channel = (int(blockIdx.x % blocks_per_sample) * kPoolLanes + lane) * N;
-  const float mean = p.gamma != nullptr ? p.mean[n] : 0, rstd = p.gamma != nullptr ? p.rstd[n] : 1;
+  const float mean = kNorm != 0 ? p.mean[n] : 0, rstd = kNorm != 0 ? p.rstd[n] : 1;
   float sum[N];
   fill(sum, 0);
   if (channel < p.channels) {
     for (int pixel = part; pixel < p.height * p.width; pixel += parts) {
-      float h[N];
-      state_at(p, n, pixel * p.channels + channel, channel, mean, rstd, h);
+      float h[N], gamma[N], beta[N];
+      if (kNorm != 0) {
+        load(p.gamma + pixel * p.channels + channel, gamma);
+        load(p.beta + pixel * p.channels + channel, beta);
+      }
+      state_at<kNorm>(p, n, pixel * p.channels + channel, channel, mean, rstd, gamma, beta, h);
       RNNDYN_UNROLL
       for (int j = 0; j < N; ++j) sum[j] += h[j];
     }
@@ -202,19 +227,23 @@ __global__ void __launch_bounds__(kThreads) area_step_mean_pool_kernel(AreaStepF
   store(p.mean_pooled + n * p.channels + channel, sum);
 }
 
-template <typename T, int N>
+template <typename T, int N, int kNorm>
 void launch_outputs(const AreaStepForwardParams<T>& p, Stream stream) {
   const int64_t vectors = p.channels / N;
   const bool modulator_left = p.value == nullptr && p.modulator_sum != nullptr;
   if (p.state != nullptr || p.max_pooled != nullptr || modulator_left) {
     const int64_t windows = int64_t((p.height + 1) / 2) * ((p.width + 1) / 2) * vectors;
-    launch(area_step_finish_kernel<T, N>, "area_step_finish_kernel",
-           blocks(p.samples * ceil_divide(windows, kThreads), "area_step_finish_kernel"), kThreads, 0, stream, p);
+    const char* name = "area_step_finish_kernel";
+    const int64_t blocks_per_map = ceil_divide(windows, kThreads);
+    const int splits =
+        splits_of(blocks_per_map, blocks_at_once(area_step_finish_kernel<T, N, kNorm>, name, kThreads, 0), p.samples);
+    launch(area_step_finish_kernel<T, N, kNorm>, name, blocks(blocks_per_map * splits, name), kThreads, 0, stream,
+           FinishLaunch<T>{p, splits});
   }
   if (p.mean_pooled == nullptr) return;
   AreaStepForwardParams<T> mean = p;
   mean.modulator_sum = nullptr;  // written above
-  launch(area_step_mean_pool_kernel<T, N>, "area_step_mean_pool_kernel",
+  launch(area_step_mean_pool_kernel<T, N, kNorm>, "area_step_mean_pool_kernel",
          blocks(p.samples * ceil_divide(vectors, kPoolLanes), "area_step_mean_pool_kernel"), kThreads, 0, stream, mean);
 }
 
@@ -228,7 +257,8 @@ void launch_vectors(const AreaStepForwardParams<T>& p, Stream stream) {
     launch(area_step_statistics_kernel<T>, "area_step_statistics_kernel",
            blocks(p.samples, "area_step_statistics_kernel"), kThreads, 0, stream, p);
   }
-  launch_outputs<T, N>(p, stream);
+  if (p.gamma != nullptr) return launch_outputs<T, N, 1>(p, stream);
+  launch_outputs<T, N, 0>(p, stream);
 }
 
 }  // namespace
@@ -246,7 +276,8 @@ void launch_area_step_forward(const AreaStepForwardParams<T>& p, Stream stream) 
   require_aligned_terms("area_step", p.drive, p.num_drive);
   require_aligned_terms("area_step", p.modulator, p.num_modulator);
   require_aligned("area_step", p.drive_bias, p.modulator_bias, p.gamma, p.beta, p.value, p.modulator_sum, p.state,
-                  p.max_pooled, p.argmax, p.mean_pooled);
+                  p.max_pooled, p.mean_pooled);
+  require_aligned_bytes<T>("area_step", p.argmax);
   launch_vectors<T, kWidest<T>>(p, stream);
 }
 

@@ -30,16 +30,6 @@ __device__ __forceinline__ float normalised(float z, float mean, float rstd, flo
 }
 
 template <int N>
-__device__ __forceinline__ void normalise(const float* gamma, const float* beta, float mean, float rstd,
-                                          float (&z)[N]) {
-  float scale[N], shift[N];
-  load(gamma, scale);
-  load(beta, shift);
-  RNNDYN_UNROLL
-  for (int j = 0; j < N; ++j) z[j] = normalised(z[j], mean, rstd, scale[j], shift[j]);
-}
-
-template <int N>
 __device__ __forceinline__ void store_bytes(uint8_t* to, const uint8_t (&from)[N]) {
   Vector<uint8_t, N> vector;
   RNNDYN_UNROLL
@@ -54,11 +44,18 @@ __device__ __forceinline__ void load_bytes(const uint8_t* from, uint8_t (&to)[N]
   for (int j = 0; j < N; ++j) to[j] = vector.v[j];
 }
 
-// Loads and stores are of 16 bytes where the channels allow it; then every buffer must begin at a multiple of that. Absent ones do.
+// Loads and stores are of 16 bytes where the channels allow it; then every buffer must begin at a multiple of that, but one of bytes at a
+// multiple of as many as it has to the others' 16. Absent ones do.
 template <typename... Pointers>
 void require_aligned(const char* op, const Pointers*... pointers) {
   if (((reinterpret_cast<uintptr_t>(pointers) % 16 != 0) || ...))
     throw std::invalid_argument(std::string(op) + ": expected buffers whose addresses are multiples of 16");
+}
+template <typename T>
+void require_aligned_bytes(const char* op, const uint8_t* bytes) {
+  if (reinterpret_cast<uintptr_t>(bytes) % kWidest<T> != 0)
+    throw std::invalid_argument(std::string(op) + ": expected a buffer of bytes whose address is a multiple of " +
+                                std::to_string(kWidest<T>));
 }
 template <typename T>
 void require_aligned_terms(const char* op, const T* const* terms, int num_terms) {

@@ -148,6 +148,15 @@ void readout_zones(const std::string& dtype, const Queue& queue, const Shape& sh
 std::array<int, 4> as_array(const MomentGroups& g) { return {g.groups, g.period, g.count, g.last_count}; }
 
 // Rows and columns of a tile, and the groups of moments.
+int weight_grad_splits(const std::string& dtype, int device, int64_t samples, int height, int width, int row_channels,
+                       int gathered_channels, int kernel) {
+  const DeviceGuard guard(device);
+  return by_half_dtype(dtype, [&](auto t) {
+    return recurrent_conv_weight_grad_splits<decltype(t)>(samples, height, width, row_channels, gathered_channels,
+                                                          kernel);
+  });
+}
+
 std::tuple<int, int, std::array<int, 4>> conv_tiles(int64_t samples, int height, int width, int channels) {
   const ConvTiles tiles = recurrent_conv_tiles(samples, height, width, channels);
   return {tiles.rows, tiles.columns, as_array(tiles.moment_groups)};
@@ -292,7 +301,7 @@ PYBIND11_MODULE(RNNDYN_CUDA_MODULE, m) {
   m.attr("MAX_CONV_TERMS") = kMaxConvTerms;
   m.def("recurrent_conv_tiles", &conv_tiles);
   m.def("recurrent_conv", &recurrent_conv);
-  m.def("recurrent_conv_weight_grad_splits", &recurrent_conv_weight_grad_splits);
+  m.def("recurrent_conv_weight_grad_splits", &weight_grad_splits);
   m.def("recurrent_conv_weight_grad", &recurrent_conv_weight_grad);
   m.def("gate_step", &gate_step);
   m.def("ctrnn_max_units", &ctrnn_max_units);

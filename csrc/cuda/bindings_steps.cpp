@@ -148,8 +148,10 @@ void bind_steps(py::module_& m) {
   m.def("norm_step_forward", &norm_step_forward);
   m.def("norm_step_backward", &norm_step_backward);
   m.def("depthwise_conv", &depthwise_conv);
-  m.def("depthwise_weight_grad_splits",
-        [](const DepthwiseSizes& sizes) { return depthwise_weight_grad_splits(depthwise_shape(sizes)); });
+  m.def("depthwise_weight_grad_splits", [](const std::string& dtype, int device, const DepthwiseSizes& sizes) {
+    const DeviceGuard guard(device);
+    return by_dtype(dtype, [&](auto t) { return depthwise_weight_grad_splits<decltype(t)>(depthwise_shape(sizes)); });
+  });
   m.def("depthwise_weight_grad", &depthwise_weight_grad);
   m.def("trajectory_norms", &trajectory_norms);
 }

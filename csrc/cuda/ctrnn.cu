@@ -11,6 +11,7 @@
 //   adjacent columns of W, and all of them the same rates.
 // Sync: two barriers per step: rates of the step are there before they are multiplied, and are no longer read when the next ones come.
 // Determinism: every number is one thread's, summed in one order; noise depends on seed and place alone.
+// Registers: __launch_bounds__ names two blocks per multiprocessor where ptxas would else keep registers for more of them, and spill.
 // Limits: 3 kTrials H floats of shared memory (ctrnn_max_units).
 #include "cuda/ctrnn.h"
 
@@ -102,7 +103,7 @@ __device__ __forceinline__ void add_products(const float* weight, int64_t column
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) ctrnn_forward_kernel(CtrnnLaunch<T> l) {
+__global__ void __launch_bounds__(kThreads, 2) ctrnn_forward_kernel(CtrnnLaunch<T> l) {
   const CtrnnParams& p = l.p;
   RNNDYN_DYNAMIC_SHARED(shared);
   const int units = int(p.shape.units), inputs = int(p.shape.inputs);

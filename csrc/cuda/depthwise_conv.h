@@ -29,7 +29,8 @@ struct DepthwiseWeightGradParams {
   float* grad_weight;  // [KH, KW, C] written
 };
 
-// Into how many parts, summed afterwards, the pixels of the weight's gradient are cut.
+// Into how many parts, summed afterwards, the pixels of the weight's gradient are cut, on the current device.
+template <typename T>
 int depthwise_weight_grad_splits(const DepthwiseShape& shape);
 
 template <typename T>

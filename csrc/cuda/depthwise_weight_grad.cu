@@ -6,7 +6,7 @@
 //   row of the kernel and the window of x that slides along a row of pixels in registers, two loads per K products; others a tap per block.
 // Launch shape: a block takes up to 32 vectors of channels, one row of the kernel (or one tap), and a part of the rows of pixels of all samples.
 // Sync: between the levels of a tree over threads, in shared memory; the parts are added by a second launch.
-// Determinism: parts depend on the shape alone, and no sum's order on the schedule.
+// Determinism: parts depend on the shape and the kind of device alone, and no sum's order on the schedule.
 // Limits: kernels up to kMaxDepthwiseKernel; the caller checks shapes.
 #include "cuda/depthwise_conv.h"
 #include "cuda/device.h"
@@ -15,9 +15,8 @@ namespace rnndyn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 4;               // 16 bytes of float, 8 of halves
-constexpr int64_t kWantedBlocks = 1024;  // several per multiprocessor
-constexpr int64_t kLeastRows = 4;        // of pixels, of a thread
+constexpr int kVector = 4;         // 16 bytes of float, 8 of halves
+constexpr int64_t kLeastRows = 4;  // of pixels, of a thread
 
 template <typename T>
 struct Launch {
@@ -34,8 +33,10 @@ int columns_of(int64_t vectors) {
 }
 
 // kKernel: both sides of the kernel, with step 1, a block per row of it; 0: any kernel and step, a block per tap.
+// Seven taps of float32 and their window take more registers on sm_100 than two blocks leave for a thread.
 template <typename T, int N, int kKernel>
-__global__ void __launch_bounds__(kThreads, 2) depthwise_weight_grad_kernel(Launch<T> l) {
+__global__ void __launch_bounds__(kThreads, kKernel == 7 && sizeof(T) == 4 ? 1 : 2)
+    depthwise_weight_grad_kernel(Launch<T> l) {
   constexpr int kTaps = kKernel == 0 ? 1 : kKernel, kSize = kTaps * N;
   RNNDYN_SHARED(float, shared, kThreads* kSize);
   const DepthwiseShape& s = l.p.shape;
@@ -134,12 +135,19 @@ void launch_kernel(const DepthwiseWeightGradParams<T>& p, Stream stream) {
 
 }  // namespace
 
+template <typename T>
 int depthwise_weight_grad_splits(const DepthwiseShape& s) {
   const int64_t vectors = ceil_divide(s.channels, kVector), columns = columns_of(vectors);
-  const int64_t blocks_of_one = ceil_divide(vectors, columns) * s.kernel_height;
   const int64_t most = ceil_divide(s.samples * s.out_height, kThreads / columns * kLeastRows);
-  const int64_t wanted = ceil_divide(kWantedBlocks, blocks_of_one);
-  return int(wanted < most ? wanted : most);
+  const int square = s.kernel_height == s.kernel_width && s.step == 1 ? int(s.kernel_width) : 0;
+  auto splits = [&](void (*kernel)(Launch<T>), int64_t rows_of_taps) {
+    return splits_of(ceil_divide(vectors, columns) * rows_of_taps,
+                     blocks_at_once(kernel, "depthwise_weight_grad_kernel", kThreads, 0), most);
+  };
+  if (square == 3) return splits(depthwise_weight_grad_kernel<T, kVector, 3>, 3);
+  if (square == 5) return splits(depthwise_weight_grad_kernel<T, kVector, 5>, 5);
+  if (square == 7) return splits(depthwise_weight_grad_kernel<T, kVector, 7>, 7);
+  return splits(depthwise_weight_grad_kernel<T, kVector, 0>, s.kernel_height * s.kernel_width);
 }
 
 template <typename T>
@@ -163,8 +171,11 @@ void launch_depthwise_weight_grad(const DepthwiseWeightGradParams<T>& p, Stream 
   launch_kernel<T, kVector, 0>(p, stream);
 }
 
+template int depthwise_weight_grad_splits<float>(const DepthwiseShape&);
 template void launch_depthwise_weight_grad<float>(const DepthwiseWeightGradParams<float>&, Stream);
+template int depthwise_weight_grad_splits<Half>(const DepthwiseShape&);
 template void launch_depthwise_weight_grad<Half>(const DepthwiseWeightGradParams<Half>&, Stream);
+template int depthwise_weight_grad_splits<BFloat16>(const DepthwiseShape&);
 template void launch_depthwise_weight_grad<BFloat16>(const DepthwiseWeightGradParams<BFloat16>&, Stream);
 
 }  // namespace rnndyn::cuda

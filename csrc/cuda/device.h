@@ -139,6 +139,22 @@ inline dim3 blocks(int64_t count, const char* kernel) {
 // dynamic shared memory together may take 48 KiB.
 void allow_dynamic_shared(const void* kernel, const char* name);
 
+// Blocks of a kernel that the current device holds at once: on all of its multiprocessors, as registers and shared memory allow.
+int64_t blocks_at_once(const void* kernel, const char* name, int threads, size_t shared_bytes);
+
+template <typename Params>
+int64_t blocks_at_once(void (*kernel)(Params), const char* name, int threads, size_t shared_bytes) {
+  if (shared_bytes > 0) allow_dynamic_shared(reinterpret_cast<const void*>(kernel), name);
+  return blocks_at_once(reinterpret_cast<const void*>(kernel), name, threads, shared_bytes);
+}
+
+// Into how many parts to cut the depth of a sum that `blocks_of_one` blocks compute otherwise: as many as the device still holds at once. One
+// more would leave few blocks to a second wave, which takes as long as the first; at least one, at most `most`.
+inline int splits_of(int64_t blocks_of_one, int64_t held, int64_t most) {
+  const int64_t wanted = held / blocks_of_one, splits = wanted < most ? wanted : most;
+  return int(splits < 1 ? 1 : splits);
+}
+
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));

@@ -26,6 +26,27 @@ py::dict build_info() {
   return info;
 }
 
+// A template only so that it says what it stores, as all kernels do.
+template <typename T>
+__global__ void probe_kernel(T* out) {
+  *out = 0;
+}
+
+// Why no kernel of this module can run on a device: the driver is older than the module's runtime needs, or there is no code for it. Empty if
+// they can.
+std::string device_error(int device) {
+  cudaFuncAttributes attributes;
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, probe_kernel<float>);  // loads the code
+    cudaSetDevice(before);
+  }
+  cudaGetLastError();  // forget it
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 // Devices that can be used; 0 without a driver.
 int device_count() {
   int count = 0;
@@ -55,6 +76,14 @@ void allow_dynamic_shared(const void* kernel, const char* name) {
   allowed.insert({kernel, device});
 }
 
+int64_t blocks_at_once(const void* kernel, const char* name, int threads, size_t shared_bytes) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), name);
+  return int64_t(multiprocessors) * blocks;
+}
+
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
   if (cudaGetDevice(&current) == cudaSuccess && current == device) return;
@@ -71,6 +100,7 @@ DeviceGuard::~DeviceGuard() {
 void bind_environment(py::module_& m) {
   m.def("build_info", &build_info);
   m.def("device_count", &device_count);
+  m.def("device_error", &device_error, py::arg("device"));
 }
 
 }  // namespace rnndyn::cuda

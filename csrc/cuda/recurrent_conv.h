@@ -65,6 +65,8 @@ struct ConvWeightGradParams {
   float* grad_weight;  // [row_channels, K, K, gathered_channels] written
 };
 
+// Of the current device: as many as keep all of its multiprocessors at work.
+template <typename T>
 int recurrent_conv_weight_grad_splits(int64_t samples, int height, int width, int row_channels, int gathered_channels,
                                       int kernel);
 

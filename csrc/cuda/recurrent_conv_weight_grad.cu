@@ -8,7 +8,7 @@
 // Launch shape: a block of 256 threads per tile and split of the depth; splits so that small weights fill the device too. Then a thread per
 //   element and split sums in order.
 // Sync: one barrier per slab, as in recurrent_conv_forward.cu.
-// Determinism: yes; splits are summed in order, no atomics.
+// Determinism: yes on one kind of device; splits, of which there are as many as it holds at once, are summed in order, no atomics.
 // Limits: sm_80 and later; channels multiples of 8; N H W below 2^31.
 #include "cuda/recurrent_conv.h"
 
@@ -20,8 +20,7 @@ namespace rnndyn::cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-constexpr int64_t kWantedBlocks = 264;  // two per multiprocessor of the largest device
-constexpr int64_t kLeastSlabs = 16;     // of a split: its sums cost a write and a read of the whole gradient
+constexpr int64_t kLeastSlabs = 16;  // of a split: its sums cost a write and a read of the whole gradient
 constexpr int64_t kMostSplits = 64;
 
 // Division by a number that does not change, by multiplication: exact for dividends below 2^31.
@@ -183,17 +182,25 @@ void launch_tiles(const ConvWeightGradParams<T>& p, Stream stream) {
          blocks(ceil_divide(size, 4 * kSumThreads), "recurrent_conv_weight_sum_kernel"), kSumThreads, 0, stream, p);
 }
 
+template <typename T, int kRows, int kColumns>
+int64_t held_at_once() {
+  using Kernel = WeightGradKernel<T, kRows, kColumns>;
+  return blocks_at_once(recurrent_conv_weight_grad_kernel<T, kRows, kColumns>, "recurrent_conv_weight_grad_kernel",
+                        Kernel::kThreads, Kernel::kSharedBytes);
+}
+
 bool small_tiles(int row_channels, int gathered_channels) { return row_channels <= 64 || gathered_channels <= 64; }
 
 }  // namespace
 
+template <typename T>
 int recurrent_conv_weight_grad_splits(int64_t samples, int height, int width, int row_channels, int gathered_channels,
                                       int kernel) {
-  const int size = small_tiles(row_channels, gathered_channels) ? 64 : 128;
+  const bool small = small_tiles(row_channels, gathered_channels);
+  const int size = small ? 64 : 128;
   const int64_t tiles = ceil_divide(row_channels, size) * ceil_divide(gathered_channels, size) * kernel * kernel;
   const int64_t most = ceil_divide(ceil_divide(samples * height * width, 32), kLeastSlabs);
-  const int64_t wanted = ceil_divide(kWantedBlocks, tiles);
-  return int(min(min(wanted, most), kMostSplits));
+  return splits_of(tiles, small ? held_at_once<T, 64, 64>() : held_at_once<T, 128, 128>(), min(most, kMostSplits));
 }
 
 template <typename T>
@@ -207,7 +214,9 @@ void launch_recurrent_conv_weight_grad(const ConvWeightGradParams<T>& p, Stream 
   launch_tiles<T, 128, 128>(p, stream);
 }
 
+template int recurrent_conv_weight_grad_splits<Half>(int64_t, int, int, int, int, int);
 template void launch_recurrent_conv_weight_grad<Half>(const ConvWeightGradParams<Half>&, Stream);
+template int recurrent_conv_weight_grad_splits<BFloat16>(int64_t, int, int, int, int, int);
 template void launch_recurrent_conv_weight_grad<BFloat16>(const ConvWeightGradParams<BFloat16>&, Stream);
 
 }  // namespace rnndyn::cuda

@@ -1,6 +1,7 @@
 // The harness: memory. What device code, and the compiler's checks in it, call at each access. Compiled without -fsanitize=thread.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "simt/harness.h"
 
@@ -162,8 +163,17 @@ void register_buffer(const std::string& name, uintptr_t base, size_t bytes, size
 }
 
 void forget_buffers() {
+  for (const Region& r : h.buffers) {
+    h.traffic[r.name].first += r.bytes_read;
+    h.traffic[r.name].second += r.bytes_written;
+  }
   h.buffers.clear();
   h.last_hit = 0;
+}
+
+std::map<std::string, std::pair<size_t, size_t>> traffic() {
+  forget_buffers();
+  return std::exchange(h.traffic, {});
 }
 
 // ---------------------------------------------------------------- what the compiler's checks call

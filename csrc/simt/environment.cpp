@@ -13,6 +13,9 @@ namespace py = pybind11;
 namespace rnndyn::cuda {
 
 void allow_dynamic_shared(const void* kernel, const char*) { simt::allow_dynamic_shared(kernel); }
+int64_t blocks_at_once(const void*, const char* name, int threads, size_t shared_bytes) {
+  return simt::blocks_at_once(name, threads, shared_bytes);
+}
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
@@ -24,10 +27,12 @@ void bind_environment(py::module_& m) {
       .value("REVERSED", simt::Order::kReversed)
       .value("RANDOM", simt::Order::kRandom);
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
-  m.def("set_limits", &simt::set_limits, py::arg("shared_bytes"), py::arg("registers"));
+  m.def("set_limits", &simt::set_limits, py::arg("shared_bytes"), py::arg("registers"),
+        py::arg("multiprocessors") = 132);
   m.def("register_buffer", &simt::register_buffer, py::arg("name"), py::arg("base"), py::arg("bytes"),
         py::arg("granule"), py::arg("writable"), py::arg("initialised"));
   m.def("forget_buffers", &simt::forget_buffers);
+  m.def("traffic", &simt::traffic);
   py::enum_<Planted>(m, "Planted")
       .value("NONE", Planted::kNone)
       .value("READ", Planted::kRead)

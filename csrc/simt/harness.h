@@ -19,6 +19,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kMaxSharedBytes = 227 * 1024;               // a block's on sm_90, the most of all architectures
 constexpr size_t kArenaBytes = kMaxSharedBytes + 32 * 1024;  // shared arrays lie apart in it
 constexpr size_t kDefaultSharedBytes = 48 * 1024;            // without the opt-in
+constexpr int kMostThreads = 2048;                           // of a multiprocessor, on sm_80 and sm_90
 constexpr int kRegisterFile = 64 * 1024;                     // of a multiprocessor, from sm_80 on
 constexpr int kRegisterUnit = 256;                           // a warp's registers are given out in this unit
 constexpr size_t kSharedGranule = 2;                         // device code shares nothing smaller than a half
@@ -58,13 +59,15 @@ struct StaticShared {
 struct Harness {
   std::vector<Region> buffers;  // by base
   size_t last_hit = 0;
+  std::map<std::string, std::pair<size_t, size_t>> traffic;  // of buffers that are forgotten: bytes read, bytes written
   Order order = Order::kForward;
   std::mt19937 random{0};
 
   size_t most_shared_bytes = 99 * 1024;  // with the opt-in: the least of all architectures, sm_86's
   std::map<std::string, int> registers;  // of a thread, by kernel
-  std::set<const void*> opted_in;        // kernels
-  size_t shared_limit = 0;               // of the launch
+  int multiprocessors = 132;
+  std::set<const void*> opted_in;  // kernels
+  size_t shared_limit = 0;         // of the launch
 
   bool in_device_code = false;  // else the compiler's checks in functions shared with device code mean nothing
   std::string kernel, fault;

@@ -46,6 +46,7 @@ class Region {
 
   // Null, or what is wrong with this access, which lies within the region.
   const char* check(uintptr_t address, size_t count, Access access, const Moment& now) {
+    (access == Access::kRead ? bytes_read : bytes_written) += count;
     if (!writable) return access == Access::kRead ? nullptr : "write to a buffer that is an input";
     const size_t first = (address - base) / granule, last = (address - base + count - 1) / granule;
     for (size_t i = first; i <= last; ++i) {
@@ -63,6 +64,7 @@ class Region {
   std::string name;
   uintptr_t base;
   size_t bytes, granule;
+  size_t bytes_read = 0, bytes_written = 0;
   bool writable, shared;
 
  private:

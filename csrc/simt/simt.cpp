@@ -279,13 +279,31 @@ std::string shared_fault() {
 
 void allow_dynamic_shared(const void* kernel) { h.opted_in.insert(kernel); }
 
-void set_limits(size_t shared_bytes, std::map<std::string, int> registers) {
+void set_limits(size_t shared_bytes, std::map<std::string, int> registers, int multiprocessors) {
   if (shared_bytes > kMaxSharedBytes)
     throw std::invalid_argument("shared_bytes: expected at most " + std::to_string(kMaxSharedBytes) + ", got " +
                                 std::to_string(shared_bytes));
   h.most_shared_bytes = shared_bytes;
   h.registers = std::move(registers);
+  h.multiprocessors = multiprocessors;
   h.opted_in.clear();
+}
+
+// Registers of a block; 0 if the kernel's are not known.
+static int block_registers(const char* name, size_t threads) {
+  const auto known = h.registers.find(name);
+  if (known == h.registers.end()) return 0;
+  const int per_warp = (known->second * kWarp + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
+  return int(threads + kWarp - 1) / kWarp * per_warp;
+}
+
+int64_t blocks_at_once(const char* name, int threads, size_t shared_bytes) {
+  const int registers = block_registers(name, size_t(threads));
+  int blocks = kMostThreads / threads;
+  if (registers > 0) blocks = std::min(blocks, kRegisterFile / registers);
+  // A block takes 1 KiB for the system besides, and a multiprocessor has as much more than a block can have.
+  blocks = std::min(blocks, int((h.most_shared_bytes + 1024) / (shared_bytes + 1024)));
+  return int64_t(blocks) * h.multiprocessors;
 }
 
 void launch(const char* name, const void* kernel, void (*entry)(const void*), const void* closure, size_t closure_bytes,
@@ -298,13 +316,9 @@ void launch(const char* name, const void* kernel, void (*entry)(const void*), co
   h.shared_limit = h.opted_in.count(kernel) != 0 ? h.most_shared_bytes : kDefaultSharedBytes;
   h.shared_used = shared_bytes;
   if (h.shared_used > h.shared_limit) throw Fault(h.kernel + ": " + shared_fault());
-  const auto registers = h.registers.find(name);
-  if (registers != h.registers.end()) {
-    const int per_warp = (registers->second * kWarp + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
-    if (int(count + kWarp - 1) / kWarp * per_warp > kRegisterFile)
-      throw Fault(h.kernel + ": blocks " + triple(block) + " of threads with " + std::to_string(registers->second) +
-                  " registers, and a multiprocessor has " + std::to_string(kRegisterFile));
-  }
+  if (block_registers(name, count) > kRegisterFile)
+    throw Fault(h.kernel + ": blocks " + triple(block) + " of threads with " + std::to_string(h.registers[name]) +
+                " registers, and a multiprocessor has " + std::to_string(kRegisterFile));
   if (h.num_stacks < count) {
     h.stacks.reset(new char[count * kStackBytes]);
     h.num_stacks = count;

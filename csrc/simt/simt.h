@@ -70,6 +70,8 @@ int atomic_add(int* address, int value);
 
 // The kernel opts in to more shared memory than the 48 KiB that any block may have.
 void allow_dynamic_shared(const void* kernel);
+// Blocks of a kernel that all multiprocessors hold at once.
+int64_t blocks_at_once(const char* name, int threads, size_t shared_bytes);
 void launch(const char* name, const void* kernel, void (*entry)(const void*), const void* closure, size_t closure_bytes,
             dim3 grid, dim3 block, size_t shared_bytes);
 

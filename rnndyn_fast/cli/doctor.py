@@ -79,7 +79,10 @@ def report() -> str:
     else:
         lines += _rows({"CUDA": f"no device that torch can use ({_launch_cuda.why_no_device()})"})
     try:
-        kernels = ", ".join(f"{name} {value}" for name, value in _launch_cuda.build_info().items())
+        built = _launch_cuda.build_info()
+        kernels = ", ".join(f"{name} {value}" for name, value in built.items())
+        if not built["devices"]:
+            kernels += f"; {_launch_cuda.device_error(0)}"
     except ImportError as error:
         kernels = f"{error}: networks run in PyTorch's operations there"
     lines += _rows({"CUDA kernels": kernels})
@@ -89,12 +92,15 @@ def report() -> str:
 
 
 def _device(index: int) -> str:
-    """A CUDA device, and whether it is too old."""
+    """A CUDA device, and why the kernels cannot run there if they cannot."""
     from rnndyn_fast.ops import _launch_cuda
 
     major, minor = _launch_cuda.capability(torch.device("cuda", index))
-    old = "" if major >= 8 else "; too old for the kernels, which need 8.0: networks run in PyTorch's operations there"
-    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}{old}"
+    why = "too old for the kernels, which need 8.0" if major < 8 else None
+    if why is None and _launch_cuda.unavailable is None:
+        why = _launch_cuda.device_error(index)
+    reason = f"; {why}: networks run in PyTorch's operations there" if why else ""
+    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}{reason}"
 
 
 def _rows(values: dict[str, Any]) -> list[str]:

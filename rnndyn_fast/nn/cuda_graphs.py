@@ -10,81 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-
-class Graphs(Protocol):
-    """What captures: :class:`CudaGraphs`; tests put another one in its place."""
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise ``ValueError`` unless tensors like these can be arguments of a graph."""
-
-    def aside(self, run: Callable[[], Any]) -> Any:
-        """Run once on the stream on which graphs are captured."""
-
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record what ``run`` launches, without running it: a function that replays it, and run's result, which replays overwrite."""
-
-
-class CudaGraphs:
-    """CUDA graphs of one device. They share a memory pool, and so must not run at the same time."""
-
-    def __init__(self) -> None:
-        self._device: torch.device | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise ``ValueError`` unless all are on one CUDA device, that of the first call."""
-        for i, tensor in enumerate(tensors):
-            if tensor.device.type != "cuda":
-                raise ValueError(f"argument {i}: a CUDA graph needs tensors on a CUDA device, got one on {tensor.device}")
-            if tensor.device != tensors[0].device:
-                raise ValueError(f"argument {i}: expected a tensor on {tensors[0].device} like the first one, got one on {tensor.device}")
-        if tensors and self._device is None:
-            self._device = tensors[0].device
-        if tensors and tensors[0].device != self._device:
-            raise ValueError(f"argument 0: expected a tensor on {self._device}, as in earlier calls, got one on {tensors[0].device}")
-
-    def _side(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        return self._stream
-
-    def aside(self, run: Callable[[], Any]) -> Any:
-        """Run once on the stream on which graphs are captured, in order with the current one."""
-        side, current = self._side(), torch.cuda.current_stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = run()
-        current.wait_stream(side)
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(current)
-        return result
-
-    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record what ``run`` launches."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"),
-            ):
-                result = run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"a CUDA graph could not be captured: {error}. What is captured must not wait for the device (.item(), print, shapes that "
-                "depend on values), and every tensor it uses must be on the device; without a graph the same call runs as ever"
-            ) from error
-        self._pool = graph.pool()
-        return graph.replay, result
+from rnndyn_fast.ops.capture import CudaGraphs, Graphs
 
 
 @dataclass
@@ -128,6 +60,13 @@ class _Cache:
         return len(self._graphs)
 
 
+def _precision() -> Hashable:
+    """Of float32 products: which kernels the vendor's libraries take is part of a graph."""
+    if hasattr(torch.backends.cudnn, "conv"):  # (of torch that has this, the older names raise where it has been used)
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
 def _described(tensors: Sequence[Tensor]) -> Hashable:
     return tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
 
@@ -164,7 +103,8 @@ class GraphedNetwork:
 
     Args:
         network: the module, on a CUDA device.
-        copy: whether calls return copies; without, the next call of the same shape overwrites what this one returned.
+        copy: whether calls return copies; without, the next call, of whatever shape, may overwrite what this one returned: graphs
+            of all shapes share one pool of memory.
         calls_before: calls of a shape that run as ever before it is captured.
         max_graphs: that many shapes are kept, those used last.
         call: a method of the network that is called in its place.
@@ -202,7 +142,7 @@ class GraphedNetwork:
         frozen = tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items()))
         autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         settings = tuple(getattr(self.network, name, None) for name in ("timesteps", "backend", "engine"))
-        key = (_described(inputs), frozen, autocast, settings, _versions(self.network), _storages(self.network))
+        key = (_described(inputs), frozen, autocast, settings, _precision(), _versions(self.network), _storages(self.network))
         with torch.no_grad():
             found = self._cache.get(key)
             if found is None:
@@ -271,7 +211,7 @@ class GraphedTrainingStep:
             RuntimeError: the step cannot be captured, with the reason; parameters are as before.
         """
         self._graphs.check(batch)
-        key = (_described(batch), _versions(self.network), _storages(self.network), self._settings())
+        key = (_described(batch), _precision(), _versions(self.network), _storages(self.network), self._settings())
         found = self._cache.get(key)
         if found is None:
             if not self._cache.due(key):

@@ -8,14 +8,15 @@ synchronises, and nothing is allocated but scratch, from torch's allocator.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops.addresses import Use, device_address, device_queue
+from rnndyn_fast.ops.addresses import Use, device_address, device_queue, first_element
 
 unavailable: str | None = None  # why there are no CUDA kernels, if there are none
 _module: Any = None
@@ -32,6 +33,18 @@ def build_info() -> dict[str, Any]:
     if unavailable:
         raise ImportError(unavailable)
     return {**_module.build_info(), "devices": _module.device_count()}
+
+
+@cache
+def device_error(index: int) -> str | None:
+    """Why the kernels cannot run on a CUDA device of this machine; None if they can. Asked once, when the device is in use already."""
+    error = _module.device_error(index)
+    if not error:
+        return None
+    info = _module.build_info()
+    driver = info["driver"]
+    supported = f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+    return f"the CUDA kernels cannot run on cuda:{index}: {error} (built by nvcc {info['nvcc']} for {info['architectures']}; {supported})"
 
 
 def module() -> Any:
@@ -73,37 +86,74 @@ def why_not(tensor: Tensor, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> st
     major, minor = capability(tensor.device)
     if major < 8:
         return f"{tensor.device} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    if error := device_error(tensor.device.index or 0):
+        return error
     if tensor.dtype not in dtypes:
         return f"it has {tensor.dtype} on {tensor.device}; expected {' or '.join(str(d) for d in dtypes)}"
     return None
 
 
 class Launch:
-    """Addresses of one launch's tensors, all of them on one device, and the device with its stream."""
+    """Addresses of one launch's tensors, all of them on one device, and the device with its stream.
 
-    def __init__(self, like: Tensor) -> None:
+    Args:
+        vectors_of: channels of a kernel whose loads and stores are of 16 bytes where the channels fill them, whatever the addresses are.
+            Tensors that begin elsewhere (views of flattened parameters, say) are replaced by copies; :meth:`run` copies results back.
+    """
+
+    def __init__(self, like: Tensor, *, vectors_of: int = 0) -> None:
         self.device = like.device
         self.dtype = like.dtype
         if self.dtype not in DTYPES:
             raise ValueError(f"expected float32, float16 or bfloat16, got {self.dtype}")
         self.queue = device_queue(self.device)
+        vector = 16 // self.dtype.itemsize
+        self._vector = vector if vectors_of and vectors_of % vector == 0 else 0
+        self._copies: list[Tensor] = []  # held until the launch, after which the allocator gives their memory to later work of the stream
+        self._results: list[tuple[Tensor, Tensor]] = []  # where the kernel writes, and where the caller wants it
+
+    def _aligned(self, tensor: Tensor | None, use: Use) -> Tensor | None:
+        """The tensor, or a copy where the kernel's loads or stores are wider than its address allows."""
+        if tensor is None or not self._vector or not tensor.is_contiguous():
+            return tensor
+        if first_element(tensor) % (self._vector if tensor.dtype == torch.uint8 else 16) == 0:
+            return tensor
+        copy = torch.empty_like(tensor) if use is Use.WRITE else tensor.clone()
+        if use is Use.READ:
+            self._copies.append(copy)
+        else:
+            self._results.append((copy, tensor))
+        return copy
+
+    def _address(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype, use: Use) -> int:
+        return device_address(self._aligned(tensor, use), name, shape, dtype, self.device, use)
+
+    def run(self, launch: Callable[..., None], *arguments: Any) -> None:
+        """Launch, and bring results to where the caller wants them."""
+        launch(*arguments)
+        for written, wanted in self._results:
+            wanted.copy_(written)
 
     def read(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
-        return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.READ)
+        return self._address(tensor, name, shape, dtype or self.dtype, Use.READ)
 
     def rows(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
         """Of rows that are contiguous, but may lie apart."""
         return device_address(tensor, name, shape, self.dtype, self.device, Use.READ, rows_apart=True)
 
+    def per_sample(self, tensor: Tensor | None, name: str, samples: int, use: Use) -> int:
+        """Of a float32 for each sample, which kernels read and write one by one."""
+        return device_address(tensor, name, (samples,), torch.float32, self.device, use)
+
     def terms(self, tensors: Sequence[Tensor], name: str, shape: Sequence[int]) -> list[int]:
         return [self.read(t, f"{name}[{i}]", shape) for i, t in enumerate(tensors)]
 
     def write(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
-        return device_address(tensor, name, shape, dtype or self.dtype, self.device, Use.WRITE)
+        return self._address(tensor, name, shape, dtype or self.dtype, Use.WRITE)
 
     def update(self, tensor: Tensor | None, name: str, shape: Sequence[int]) -> int:
         """A float32 sum that is added to."""
-        return device_address(tensor, name, shape, torch.float32, self.device, Use.UPDATE)
+        return self._address(tensor, name, shape, torch.float32, Use.UPDATE)
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -141,12 +191,13 @@ def area_step_forward(
     like = value if complete else drives[0]
     assert like is not None
     n, h, w, c = full = tuple(like.shape)
-    launch, pooled, single = Launch(like), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(like, vectors_of=c), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     groups = list(moment_groups) if moment_groups is not None else _module.area_step_moment_groups(dtype, h, w, c)
     if moments is None and gamma is not None:
         moments = launch.scratch(n, groups[0], 2)
-    _module.area_step_forward(
+    launch.run(
+        _module.area_step_forward,
         dtype,
         launch.queue,
         [n, h, w, c],
@@ -166,8 +217,8 @@ def area_step_forward(
         launch.write(max_pooled, "max_pooled", pooled),
         launch.write(argmax, "argmax", pooled, torch.uint8),
         launch.write(mean_pooled, "mean_pooled", (n, 1, 1, c)),
-        launch.write(mean, "mean", (n,), single),
-        launch.write(rstd, "rstd", (n,), single),
+        launch.per_sample(mean, "mean", n, Use.WRITE),
+        launch.per_sample(rstd, "rstd", n, Use.WRITE),
         (launch.read if complete else launch.write)(moments, "moments", (n, groups[0], 2), single),
         groups,
     )
@@ -198,12 +249,13 @@ def area_step_backward(
     """Launch ``area_step`` backward; grad_drive and grad_modulator are written, the other gradients are added to."""
     n, h, w, c = shape
     given = [t for t in (*grad_states, grad_max_pooled, grad_mean_pooled, value, *drives, grad_drive) if t is not None]
-    launch, pooled, single = Launch(given[0]), (n, h // 2, w // 2, c), torch.float32
+    launch, pooled, single = Launch(given[0], vectors_of=c), (n, h // 2, w // 2, c), torch.float32
     dtype = DTYPES[launch.dtype]
     slots, splits = _module.area_step_backward_scratch(dtype, n, h, w, c)
     sums = launch.scratch(n, slots, 2) if gamma is not None else None
     affine = launch.scratch(splits, 2, h, w, c) if gamma is not None else None
-    _module.area_step_backward(
+    launch.run(
+        _module.area_step_backward,
         dtype,
         launch.queue,
         list(shape),
@@ -216,8 +268,8 @@ def area_step_backward(
         launch.terms(drives, "drives", shape),
         launch.read(drive_bias, "drive_bias", (c,), single),
         launch.read(modulator_sum, "modulator_sum", shape),
-        launch.read(mean, "mean", (n,), single),
-        launch.read(rstd, "rstd", (n,), single),
+        launch.per_sample(mean, "mean", n, Use.READ),
+        launch.per_sample(rstd, "rstd", n, Use.READ),
         launch.read(gamma, "gamma", (h, w, c), single),
         launch.read(beta, "beta", (h, w, c), single),
         rectify,
@@ -312,7 +364,7 @@ def recurrent_conv(
     Value, modulator_sum (1 + s) and moments are written.
     """
     n, h, w, c = full = tuple(value.shape)
-    launch = Launch(value)
+    launch = Launch(value, vectors_of=c)
     groups = recurrent_conv_moment_groups(n, h, w, c)[0]
     given = []
     for k, term in enumerate(terms):
@@ -321,7 +373,8 @@ def recurrent_conv(
         x = launch.read(term.x, f"terms[{k}].x", (n, height, width, channels))
         weight = launch.read(term.weight, f"terms[{k}].weight", (c, kernel, kernel, channels))
         given.append((x, weight, [height, width, channels, kernel, term.stride, term.padding], term.transposed))
-    _module.recurrent_conv(
+    launch.run(
+        _module.recurrent_conv,
         DTYPES[launch.dtype],
         launch.queue,
         list(full),
@@ -345,10 +398,11 @@ def recurrent_conv_weight_grad(
     """Launch ``recurrent_conv_weight_grad``: grad_weight is written. Of a convolution, rows are the output's gradient and gathered is its
     input; of a transposed one, the other way round."""
     (n, h, w, a), (_, height, width, b), kernel = rows.shape, gathered.shape, grad_weight.shape[1]
-    launch = Launch(rows)
-    splits = _module.recurrent_conv_weight_grad_splits(n, h, w, a, b, kernel)
+    launch = Launch(rows, vectors_of=a)
+    splits = _module.recurrent_conv_weight_grad_splits(DTYPES[launch.dtype], launch.queue[0], n, h, w, a, b, kernel)
     partial = launch.scratch(splits, a, kernel, kernel, b) if splits > 1 else None
-    _module.recurrent_conv_weight_grad(
+    launch.run(
+        _module.recurrent_conv_weight_grad,
         DTYPES[launch.dtype],
         launch.queue,
         n,

@@ -128,7 +128,7 @@ def depthwise_weight_grad(
     """Launch ``depthwise_weight_grad``: grad_weight is written."""
     (n, h, w, c), (kh, kw, _), launch, single = x.shape, grad_weight.shape, Launch(x), torch.float32
     sizes = [n, c, h, w, grad.shape[1], grad.shape[2], kh, kw, step, 1, *before]
-    splits = _launch_cuda.module().depthwise_weight_grad_splits(sizes)
+    splits = _launch_cuda.module().depthwise_weight_grad_splits(DTYPES[launch.dtype], launch.queue[0], sizes)
     partial = launch.scratch(splits, kh, kw, c) if splits > 1 else None
     _launch_cuda.module().depthwise_weight_grad(
         DTYPES[launch.dtype],

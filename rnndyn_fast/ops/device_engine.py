@@ -27,9 +27,10 @@ def choose_device_engine(
 ) -> EngineChoice:
     """Choose how a linear map is computed on a CUDA device.
 
-    The rule of ``engine="auto"``: for each pass (the map, the gradient of its source, the gradient of its weight) the faster of the fused
-    convolution and the vendor's, where the former can run. Both are timed once per machine (:mod:`rnndyn_fast.ops.measured`), the first
-    time that a map of that shape is met; until then, and while a CUDA graph is captured, the vendor's.
+    The rule of ``engine="auto"``: for each pass (the map, the gradient of its source, the gradient of its weight) the fused convolution
+    where it can run and is faster by more than 3%, else the vendor's. Both are timed once per machine (:mod:`rnndyn_fast.ops.measured`),
+    the first time that a map of that shape is met. Where they cannot be timed (while a CUDA graph is captured), and where the fused
+    convolution fails, the vendor's computes. From compute capability 9.0 on it computes unless they have been timed (``RNNDYN_MEASURE=1``).
 
     Args:
         weight_shape: of the parameter.
@@ -51,11 +52,11 @@ def choose_device_engine(
     if engine == "fused":
         return EngineChoice(None, "asked for", fused=fused_conv.PASSES)
     if device is None:
-        return EngineChoice(None, "or fused: whichever is the faster, as measured at the first rollout on the device")
+        return EngineChoice(None, "or fused: whichever is the faster, as measured at the first rollout on the device (before sm_90)")
     case = measured.Case(geometry, weight_shape, height, width, dtype, samples)
-    times, why = measured.times_of(case, device)
+    times, why = measured.times_of(case, device, measured.why_not_now(device))
     if times is None:
         return EngineChoice(None, f"not measured: {why}")
-    passes = tuple(p for p in fused_conv.PASSES if times[p].fused <= times[p].direct)
-    said = ", ".join(f"{p} {1e3 * times[p].fused:.3g} against {1e3 * times[p].direct:.3g}" for p in fused_conv.PASSES)
+    passes = tuple(p for p in fused_conv.PASSES if times[p].prefers_fused)
+    said = ", ".join(f"{p} {times[p]}" for p in fused_conv.PASSES)
     return EngineChoice(None, f"measured on {why}, ms, fused against the vendor's: {said}", fused=passes)

@@ -1,18 +1,26 @@
 """Times of the fused convolution and of the vendor's on a CUDA device: measured once per machine and kept in a file.
 
-The file is ``convolutions.json`` in the folder ``RNNDYN_CACHE``, or ``~/.cache/rnndyn_fast``. Its entries name the device, the versions
-of torch, cuDNN and these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is measured, and what the file
-has is used.
+What is timed are replays of a CUDA graph that holds several calls: launching from Python takes longer than most small maps. An engine that
+fails is slower than any other, and a warning says what failed; that is not kept.
+
+The file is ``convolutions.json`` in the folder ``RNNDYN_CACHE``, or ``~/.cache/rnndyn_fast``. Its entries name the device, its driver, the
+versions of torch and cuDNN, the build of these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is
+measured, and what the file has is used; ``RNNDYN_MEASURE=1``: shapes are measured on devices of any compute capability.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import re
 import statistics
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,11 +29,16 @@ from torch import Tensor
 from rnndyn_fast.files import write_text
 from rnndyn_fast.ops import _launch_cuda
 from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.ops.capture import CudaGraphs, Graphs
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.fused_conv import PASSES
 
 MOST_SAMPLES = 256  # of a measurement: more fill no device better
 ROUNDS = 7
+REPLAYED_SECONDS = 1e-3  # that the calls of a graph take together, at least, where MOST_CALLS are enough for it
+MOST_CALLS = 32
+VENDOR_FROM = (9, 0)  # compute capability: `mma.sync` reaches some 60% of what the vendor's `wgmma` does there
+VENDOR_MARGIN = 0.03  # by which the fused convolution must be the faster: nearer, two measurements would differ, and results with them
 
 
 @dataclass(frozen=True)
@@ -55,15 +68,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one pass: medians."""
+    """Seconds of one pass: medians; infinite where the engine failed."""
 
     fused: float
     direct: float
+
+    @property
+    def prefers_fused(self) -> bool:
+        """Whether the fused convolution is the one to take."""
+        return self.fused < (1 - VENDOR_MARGIN) * self.direct
+
+    def __str__(self) -> str:
+        return "fused failed" if math.isinf(self.fused) else f"{1e3 * self.fused:.3g} against {1e3 * self.direct:.3g}"
 
 
 _lock = threading.Lock()
 _known: dict[str, dict[str, Times]] = {}
 _read: set[Path] = set()
+_warned: set[str] = set()
 
 
 def cache_file() -> Path:
@@ -77,6 +99,7 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _read.clear()
+        _warned.clear()
 
 
 def device_name(device: torch.device) -> str:
@@ -89,26 +112,60 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+@cache
+def build_id() -> str:
+    """Which build of the kernels this is: a digest of their module."""
+    path = getattr(_launch_cuda.module(), "__file__", None)
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest() if path else "none"
+
+
+@cache
+def driver() -> str:
+    """The version of the NVIDIA driver, or, where the system does not say, of the CUDA that it supports."""
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else f"for CUDA {_launch_cuda.build_info()['driver']}"
+
+
 def _machine(device: torch.device) -> str:
-    build = _launch_cuda.build_info()
-    return f"{device_name(device)}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, nvcc {build['nvcc']}"
+    return (
+        f"{device_name(device)}, driver {driver()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, kernels {build_id()}"
+    )
 
 
-def times_of(case: Case, device: torch.device) -> tuple[Mapping[str, Times] | None, str]:
-    """Times by pass, measured now if they are not known; and the device's name. Or None, and why not."""
+def why_not_now(device: torch.device) -> str | None:
+    """Why a rollout does not stop to measure on a device; None if it does."""
+    setting = os.environ.get("RNNDYN_MEASURE")
+    if setting == "0":
+        return "RNNDYN_MEASURE=0"
+    if setting != "1" and _launch_cuda.capability(device) >= VENDOR_FROM:
+        major, minor = VENDOR_FROM
+        return f"the vendor's is the default from compute capability {major}.{minor} on; RNNDYN_MEASURE=1 measures"
+    return None
+
+
+def times_of(case: Case, device: torch.device, unmeasured: str | None = None) -> tuple[Mapping[str, Times] | None, str]:
+    """Times by pass, measured now if they are not known; and the device's name. Or None, and why not.
+
+    ``unmeasured``: why nothing is to be measured now.
+    """
     key = f"{_machine(device)}: {case}"
     with _lock:
         _read_file(cache_file())
         if key in _known:
             return _known[key], device_name(device)
-    if os.environ.get("RNNDYN_MEASURE") == "0":
-        return None, "RNNDYN_MEASURE=0"
+    if unmeasured is not None:
+        return None, unmeasured
     if capturing():
         return None, "a CUDA graph is being captured; run once before capturing"
     try:
         found = measure(case, device)
     except torch.OutOfMemoryError:
         return None, f"{device} has too little free memory for it"
+    except Exception as error:  # of the vendor's own operations, whatever it is: they compute what could not be measured, or say why not
+        return None, _summary(error)
     with _lock:
         _known[key] = found
         _write_file(cache_file())
@@ -130,8 +187,9 @@ def _read_file(path: Path) -> None:
 def _write_file(path: Path) -> None:
     _read.discard(path)
     _read_file(path)  # what other processes have added
+    whole = {key: passes for key, passes in _known.items() if all(math.isfinite(t.fused) for t in passes.values())}
     try:
-        text = json.dumps({key: {p: [t.fused, t.direct] for p, t in passes.items()} for key, passes in _known.items()}, indent=1)
+        text = json.dumps({key: {p: [t.fused, t.direct] for p, t in passes.items()} for key, passes in whole.items()}, indent=1)
         write_text(path, text + "\n")
     except OSError:
         return  # a home that cannot be written: measured again by the next process
@@ -139,9 +197,32 @@ def _write_file(path: Path) -> None:
 
 def measure(case: Case, device: torch.device) -> dict[str, Times]:
     """Time both engines on random maps, alternating: each pass as a rollout runs it."""
-    contenders = passes(case, device)
+    found = {}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return {name: Times(*alternate([fused, direct], device)) for name, (fused, direct) in contenders.items()}
+        for name, (fused, direct) in passes(case, device).items():
+            try:
+                found[name] = Times(*alternate([fused, direct], device))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                times = alternate([direct], device)  # raises if it is the vendor's that fails
+                found[name] = Times(math.inf, times[0])
+                _warn(f"{name} of {case}", _summary(error))
+    return found
+
+
+def _summary(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _warn(where: str, error: str) -> None:
+    """Once per kernel and error, whatever the shape."""
+    with _lock:
+        if error in _warned:
+            return
+        _warned.add(error)
+    warnings.warn(f"the fused convolution failed, and the vendor's takes its place ({where}): {error}", stacklevel=2)
 
 
 def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -191,18 +272,37 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], obj
     return {"forward": (fused, direct), "data": (fused_data, back(data=True)), "weight": (fused_weight, back(data=False))}
 
 
-def alternate(contenders: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each contender on the device's current stream, one call of each per round."""
+def alternate(contenders: list[Callable[[], object]], device: torch.device, graphs: Graphs | None = None) -> list[float]:
+    """Median seconds of a call of each contender, over rounds in which a CUDA graph of several calls of each is replayed once."""
+    graphs = graphs if graphs is not None else CudaGraphs()
+    graphs.check([torch.empty(0, device=device)])
+    replays, calls = [], []
     for run in contenders:
-        for _ in range(2):
-            run()
+        graphs.aside(run)  # what is done at a first call only
+        single = seconds(partial(graphs.aside, run), device)
+        count = max(1, min(MOST_CALLS, math.ceil(REPLAYED_SECONDS / max(single, 1e-9))))
+        replay, _ = graphs.capture(partial(_repeat, run, count))
+        replay()  # uploads the graph
+        replays.append(replay)
+        calls.append(count)
     times: list[list[float]] = [[] for _ in contenders]
     for _ in range(ROUNDS):
-        for run, measured in zip(contenders, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(torch.cuda.current_stream(device))
-            run()
-            end.record(torch.cuda.current_stream(device))
-            end.synchronize()
-            measured.append(start.elapsed_time(end) / 1000)
+        for replay, count, measured in zip(replays, calls, times, strict=True):
+            measured.append(seconds(replay, device) / count)
     return [statistics.median(t) for t in times]
+
+
+def _repeat(run: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        run()
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """What a call takes on the device's current stream, which is waited for."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
+    run()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
