@@ -170,14 +170,12 @@ def test_both_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.M
 
         def alternate(contenders: list[Callable[[], Any]], device: torch.device) -> list[float]:
             launches.clear()
-            ours = contenders[0]()
+            ours = contenders[0]().clone()
             assert launches in (["recurrent_conv"], ["recurrent_conv_weight_grad"])
             theirs = contenders[1]()
             assert len(launches) == 1
-            for mine, vendor in zip(ours or (), theirs or (), strict=True):
-                assert (mine is None) == (vendor is None)
-                if mine is not None and vendor is not None:
-                    torch.testing.assert_close(mine.half(), vendor.half(), rtol=1e-2, atol=1e-2)
+            assert ours.abs().sum() > 0
+            torch.testing.assert_close(ours.half(), theirs.half(), rtol=1e-2, atol=1e-2)
             return [1.0, 2.0]
 
         monkeypatch.setattr(measured, "alternate", alternate)

@@ -396,6 +396,7 @@ def test_direct_convolutions_some_samples_at_a_time(monkeypatch: pytest.MonkeyPa
         (Operator.CONV, (5, 3, 7, 7), (2, 3, 0)),
         (Operator.CONV_TRANSPOSE, (3, 5, 3, 3), (2, 1, 1)),
         (Operator.LINEAR, (5, 3), ()),
+        (Operator.CONV, (5, 3, 1, 1), ()),  # a matrix product over pixels
     ):
         geometry, weight = Geometry(operator, *options), torch.randn(*shape, dtype=torch.float64)
         height, width = (1, 1) if operator is Operator.LINEAR else (6, 9)
@@ -453,3 +454,24 @@ def test_gradients_write_only_what_is_theirs() -> None:
     assert grads.take(("k",)) == (two, True)
     assert {view.value for i in b.instrs for view in i.writes} == {two.value}
     assert grads.take(("k",)) == (None, False)
+
+
+def test_scratch_that_stays_is_none_of_the_buffers() -> None:
+    """It would lie between two of them for good, and cut the memory that they leave."""
+    _launch.drop_workspace()
+    scratch, _ = _launch.workspace_of(1 << 19)
+    assert not buffers.lies_in_region(scratch)
+    assert _launch.workspace_of(1 << 19)[0] is scratch
+    _launch.drop_workspace()
+
+
+def test_large_weights_in_the_vendors_order_are_not_kept() -> None:
+    """Each pass puts them in order for itself, which costs less than their memory between the passes."""
+    with torch.device("meta"):
+        net = rcnn_sat("bl", 10, timesteps=3, image_size=64)
+    plan = plan_for(net.schedule(), "direct", torch.float32, 2, training=True)
+    program = plan.versions[0].executable.program
+    large = [v for v in instr_lives(program.instrs) if v.name.endswith("channels last") and v.nbytes >= 1 << 20]
+    assert len(large) > 8
+    lives = instr_lives(program.instrs)
+    assert not [v for v in large if lives[v][0] < program.split <= lives[v][1]]

@@ -225,8 +225,9 @@ def _warn(where: str, error: str) -> None:
     warnings.warn(f"the fused convolution failed, and the vendor's takes its place ({where}): {error}", stacklevel=2)
 
 
-def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Each pass by the fused convolution and by the vendor's, on random maps; the forward one with the sum of what else enters."""
+def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Each pass by the fused convolution and by the vendor's, on random maps; the forward one with the sum of what else enters. Both return
+    the same, if not rounded alike."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -249,27 +250,34 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], obj
     maps, grads = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
     options = [g.stride] * 2, [g.padding] * 2, [1, 1], transposed, [g.output_padding] * 2, 1
 
-    def fused() -> None:
+    def fused() -> Tensor:
         _launch_cuda.recurrent_conv([ConvTerm(x, outputs_first, g.stride, g.padding, transposed)], None, [added], None, value)
+        return value
 
-    def fused_data() -> None:
+    def fused_data() -> Tensor:
         _launch_cuda.recurrent_conv([ConvTerm(grad, inputs_first, g.stride, g.padding, not transposed)], None, [], None, grad_x)
+        return grad_x
 
-    def fused_weight() -> object:
+    def fused_weight() -> Tensor:
         _launch_cuda.recurrent_conv_weight_grad(rows, gathered, rearranged, g.stride, g.padding)
-        return rearranged.permute(0, 3, 1, 2).contiguous()
+        return rearranged.permute(0, 3, 1, 2).contiguous().reshape(case.weight_shape)
 
-    def direct() -> None:  # the vendor's convolution, and the pass that adds what else there is
+    def direct() -> Tensor:  # the vendor's convolution, and the pass that adds what else there is
         y = torch.mm(x.flatten(1), weight.t()).view(shape) if product else torch.convolution(maps, last, None, *options).permute(0, 2, 3, 1)
-        torch.add(y, added, out=value)
+        return torch.add(y, added, out=value)
 
-    def back(*, data: bool) -> Callable[[], object]:
+    def direct_data() -> Tensor:
         if product:
-            return lambda: torch.mm(grad.flatten(1), weight) if data else torch.mm(grad.flatten(1).t(), x.flatten(1))
-        wanted = [data, not data, False]
-        return lambda: torch.ops.aten.convolution_backward(grads, maps, last, None, *options, wanted)[0 if data else 1].contiguous()
+            return torch.mm(grad.flatten(1), weight).view(x.shape)
+        found = torch.ops.aten.convolution_backward(grads, maps, last, None, *options, [True, False, False])[0]
+        return found.permute(0, 2, 3, 1).contiguous()
 
-    return {"forward": (fused, direct), "data": (fused_data, back(data=True)), "weight": (fused_weight, back(data=False))}
+    def direct_weight() -> Tensor:
+        if product:
+            return torch.mm(grad.flatten(1).t(), x.flatten(1))
+        return torch.ops.aten.convolution_backward(grads, maps, last, None, *options, [False, True, False])[1].contiguous()
+
+    return {"forward": (fused, direct), "data": (fused_data, direct_data), "weight": (fused_weight, direct_weight)}
 
 
 def alternate(contenders: list[Callable[[], object]], device: torch.device, graphs: Graphs | None = None) -> list[float]:

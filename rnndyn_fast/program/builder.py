@@ -38,17 +38,18 @@ class Builder:
         reads: list[View] = []
         writes: list[View] = []
         for name, operand in operands.items():
-            if isinstance(operand, View):
-                views: tuple[View, ...] = (operand,)
-            elif isinstance(operand, list | tuple | dict):
-                views = tuple(views_in(operand))
-            else:
-                continue
-            if views:
-                read, written = name in row.reads, name in row.writes
-                assert read or written, (kind, name)
-                reads += views if read else ()
-                writes += views if written else ()
+            read, written = name in row.reads, name in row.writes
+            if not (read or written):
+                assert not isinstance(operand, View), (kind, name)
+            elif isinstance(operand, View):
+                if read:
+                    reads.append(operand)
+                if written:
+                    writes.append(operand)
+            elif operand is not None:
+                views = views_in(operand)
+                reads += views if read else []
+                writes += views if written else []
         self.instrs.append(Instr(kind, operands, tuple(reads), tuple(writes)))
 
     # ---------------------------------------------------------------- views of maps

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Value:
         return f"%{self.number}"
 
 
-def contiguous_strides(shape: Sequence[int]) -> Shape:
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: Shape) -> Shape:
     """Of a contiguous tensor, in elements."""
     strides, step = [], 1
     for n in reversed(shape):
@@ -91,7 +93,7 @@ class View:
     def is_contiguous(self) -> bool:
         """As ``torch.Tensor.is_contiguous``."""
         wanted = contiguous_strides(self.shape)
-        return all(n == 1 or s == w for n, s, w in zip(self.shape, self.strides, wanted, strict=True))
+        return self.strides == wanted or all(n == 1 or s == w for n, s, w in zip(self.shape, self.strides, wanted, strict=True))
 
     def __getitem__(self, index: int) -> View:
         """One entry of the first dimension."""
@@ -114,7 +116,7 @@ class View:
         """Of a contiguous view."""
         assert self.is_contiguous, self
         assert math.prod(shape) == self.numel, (self, shape)
-        return View(self.value, tuple(shape), contiguous_strides(shape), self.offset)
+        return View(self.value, shape, contiguous_strides(shape), self.offset)
 
     def parts(self, count: int) -> list[View]:
         """So many equal parts of the first dimension."""
@@ -135,16 +137,21 @@ def whole(value: Value) -> View:
     return View(value, value.shape, value.strides or contiguous_strides(value.shape))
 
 
-def views_in(operand: Any) -> Iterator[View]:
+def views_in(operand: Any) -> list[View]:
     """The views among operands, however they are nested."""
     if isinstance(operand, View):
-        yield operand
-    elif isinstance(operand, dict):
-        for part in operand.values():
-            yield from views_in(part)
-    elif isinstance(operand, list | tuple):
-        for part in operand:
-            yield from views_in(part)
+        return [operand]
+    if isinstance(operand, dict):
+        operand = operand.values()
+    elif not isinstance(operand, (list, tuple)):
+        return []
+    found: list[View] = []
+    for part in operand:
+        if isinstance(part, View):
+            found.append(part)
+        elif part is not None:
+            found += views_in(part)
+    return found
 
 
 def map_views(operand: Any, function: Callable[[View], Any]) -> Any:
@@ -215,10 +222,12 @@ class Program:
 
 def instr_lives(instrs: Sequence[Instr]) -> dict[Value, tuple[int, int]]:
     """The first and the last instruction that touches each value of the arena."""
-    lives: dict[Value, tuple[int, int]] = {}
+    first: dict[Value, int] = {}
+    last: dict[Value, int] = {}
     for k, instr in enumerate(instrs):
         for view in (*instr.reads, *instr.writes):
-            if view.value.role is Role.ARENA:
-                first, _ = lives.get(view.value, (k, k))
-                lives[view.value] = first, k
-    return lives
+            value = view.value
+            if value.role is Role.ARENA:
+                first.setdefault(value, k)
+                last[value] = k
+    return {value: (k, last[value]) for value, k in first.items()}

@@ -55,26 +55,26 @@ def placed(lives: Sequence[Life]) -> tuple[list[int], int]:
 def _in_order(lives: Sequence[Life], order: Sequence[int]) -> tuple[list[int], int]:
     """Places in an order. (Those that are placed are kept by ascending first byte, so that gaps are found in one sweep.)"""
     count = len(lives)
-    first, last, starts, ends = (np.zeros(count, np.int64) for _ in range(4))
+    table = np.zeros((4, count), np.int64)
+    first, last, starts, ends = table
     found, total = [0] * count, 0
     for k, i in enumerate(order):
         life = lives[i]
-        beside = np.flatnonzero((first[:k] <= life.last) & (last[:k] >= life.first))
+        (beside,) = ((first[:k] <= life.last) & (last[:k] >= life.first)).nonzero()
         place = 0
         if len(beside):
             reach = np.maximum.accumulate(ends[beside])  # (what is alive with this one may overlap, at other steps)
             gaps = starts[beside]
             gaps[1:] -= reach[:-1]
-            fitting = np.flatnonzero(gaps >= life.nbytes)
+            (fitting,) = (gaps >= life.nbytes).nonzero()
             if len(fitting):
                 gap = fitting[gaps[fitting].argmin()]
                 place = int(reach[gap - 1]) if gap else 0
             else:
                 place = int(reach[-1])
-        at = int(np.searchsorted(starts[:k], place, side="right"))
-        for array, value in ((first, life.first), (last, life.last), (starts, place), (ends, place + life.nbytes)):
-            array[at + 1 : k + 1] = array[at:k]
-            array[at] = value
+        at = starts[:k].searchsorted(place, side="right")
+        table[:, at + 1 : k + 1] = table[:, at:k]
+        table[:, at] = life.first, life.last, place, place + life.nbytes
         found[i] = place
         total = max(total, place + life.nbytes)
     return found, total
