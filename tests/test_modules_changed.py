@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from rnndyn_fast import accelerate
-from rnndyn_fast.models import BLTNet, blt_net_64, convrnn
-from rnndyn_fast.nn import BLTConv, ConvCell
+from rnndyn_fast.graph import Area, Connection, Input, Network, Norm, Role
+from rnndyn_fast.models import BLTNet, blt_net_64, blt_vs, convrnn
+from rnndyn_fast.nn import BLTConv, ConvCell, RecurrentNetwork
 
 SMALL: dict[str, Any] = {"widths": (2, 4, 8, 16, 32), "num_classes": 5, "timesteps": 3, "image_size": 32}
 
@@ -367,3 +369,49 @@ def test_changes_hold_for_compiled_calls() -> None:
     ours.v2.bottom_up.register_forward_hook(lambda *_: None)
     with pytest.raises(Exception, match=r"v2.bottom_up._forward_hooks"):
         torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_two_streams() -> None:
+    """Options of the network that no longer hold, and norms of its areas."""
+    torch.manual_seed(0)
+    net: Any = blt_vs(2, 3, 2, bio_unroll=False, image_size=128, backend="native").eval()
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        before = torch.stack(net(x))
+        net.connections["V4"].layer_norm_bu.eps = 0.5
+        net.connections["LOC"].td_conv.bias = None
+        found = torch.stack(net(x))
+        assert not torch.allclose(found, before, atol=1e-5)
+        net.backend = "reference"
+        torch.testing.assert_close(found, torch.stack(net(x)), rtol=1e-4, atol=1e-4)
+        net.connections["V4"].skip_bu_depthwise.groups = 1
+        with pytest.raises(TypeError, match=r"connections.V4.skip_bu_depthwise.groups: expected 64, as the connection was built, got 1"):
+            net(x)
+        net.connections["V4"].skip_bu_depthwise.groups = 64
+        net.bio_unroll = True
+        with pytest.raises(TypeError, match=r"bio_unroll: expected False, as the network was built, got True"):
+            net(x)
+
+
+class Held(nn.Module):
+    """A user's area, whose layers a network reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottom_up = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bottom_up(x)
+
+
+def test_modules_that_a_network_was_given() -> None:
+    """They may have a forward of their own, for other uses; what stands in their place later may not."""
+    spec = Network(
+        "given", (Input("image", 3, 4, 4),), (Area("a", 4, norm=Norm.NONE),), (Connection("image", "a", Role.BOTTOM_UP, kernel_size=3),)
+    )
+    held, x = Held(), torch.randn(1, 3, 4, 4)
+    net = RecurrentNetwork(spec, 1, modules={"a": held})
+    torch.testing.assert_close(net(x)["a"][0], torch.relu(held(x)))
+    net.a = nn.Sequential(OrderedDict(bottom_up=held.bottom_up))
+    with pytest.raises(TypeError, match=r"a: expected a module whose parameters are read, got Sequential with a forward of its own"):
+        net(x)

@@ -86,8 +86,11 @@ class _Snapshot:
         self._groups: list[tuple[Callable[[Any], Any], list[nn.Module], list[Any]]] = []
         for cls, names in _READ:
             self._watch([m for m in modules if isinstance(m, cls)], names)
+        flagged: dict[tuple[str, ...], list[nn.Module]] = {}
         for m in modules:
-            self._watch([m], tuple(name for name in FLAGS if name in vars(m)))
+            flagged.setdefault(tuple(name for name in FLAGS if name in vars(m)), []).append(m)
+        for names, some in flagged.items():
+            self._watch(some, names)
         self._absent = [(m._parameters, kind) for m in modules for kind in ("weight", "bias") if kind in m._parameters
                         and m._parameters[kind] is None]  # fmt: skip
         self.parameters = self._sources(there, derived.network.parameter_shapes)

@@ -64,7 +64,8 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
                 _place(self, path, leaf)
         read = {name.rpartition(".")[0] for name in (*network.parameter_shapes, *network.buffer_shapes)}
         unread = frozenset(path for path, m in self.named_modules() if m._parameters and path not in read)
-        self._reader = ModuleReader((BLTConv,), unread)
+        held = {type(part) for m in (modules or {}).values() for part in m.modules() if next(part.children(), None) is not None}
+        self._reader = ModuleReader((BLTConv, *held), unread)
         missing = network.parameter_shapes.keys() - dict(self.named_parameters()).keys()
         if missing:
             raise ValueError(f"modules: parameters {sorted(missing)} of the spec are missing")
