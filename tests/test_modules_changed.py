@@ -358,17 +358,27 @@ def test_layers_whose_spec_says_more_than_torch() -> None:
 
 
 def test_changes_hold_for_compiled_calls() -> None:
-    """Those that were made before the compilation."""
+    """Those made before the compilation, and after it."""
     _, ours, x = pair()
     ours.v2.lateral_connect, ours.it_ln.eps = False, 0.1
     ours.v2_ln = nn.LayerNorm((8, 16, 16), elementwise_affine=False).double()
-    expected = ours(x)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
-    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    changes = (
+        put("timesteps", 2),
+        put("it_ln.eps", 0.3),
+        put("it_ln.eps", 0.1),
+        put("v2.lateral_connect", value=True),
+        HONOURED["larger kernel"],
+    )
+    torch.testing.assert_close(compiled(x), ours(x))
+    for change in changes:
+        doubled(change, ours)
+        torch.testing.assert_close(compiled(x), ours(x))
     ours.v2.bottom_up.register_forward_hook(lambda *_: None)
+    torch._dynamo.reset()  # (by default a compiled call does not look at hooks again)
     with pytest.raises(Exception, match=r"v2.bottom_up._forward_hooks"):
-        torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+        compiled(x)
 
 
 def test_two_streams() -> None:

@@ -90,6 +90,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "training": lambda net: None,
     "evaluation": lambda net: net.eval() and None,
     "frozen in training": each(lambda norm: norm.eval()),
+    "one area frozen in training": lambda net: net.a_ln.eval() and None,
+    "the other area frozen in training": lambda net: net.b_ln.eval() and None,
+    "one area training in evaluation": in_order(lambda net: net.eval(), lambda net: net.b_ln.train()),
     "training in evaluation": in_order(lambda net: net.eval(), each(lambda norm: norm.train())),
     "momentum None": each(lambda norm: setattr(norm, "momentum", None)),
     "momentum of one": lambda net: setattr(norms(net)[0], "momentum", 0.7),
@@ -143,12 +146,11 @@ def test_as_the_layers_themselves(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_some_frozen_and_some_not(backend: str) -> None:
+def test_time_steps_of_an_area_are_frozen_together(backend: str) -> None:
     net, _, x = pair(backend)
     norms(net)[1].eval()
-    with pytest.raises(
-        TypeError, match=r"a_ln.1.training: expected the same for all batch norms of a rollout, got False there and True in a_ln.0"
-    ):
+    message = r"a_ln.1.training: expected the same at all time steps of area 'a', got False there and True in a_ln"
+    with pytest.raises(TypeError, match=message):
         net(x)
 
 

@@ -57,6 +57,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         self.timesteps = timesteps
         self.backend = backend
         self.engine = engine
+        self._changes = ()
         for name, module in (modules or {}).items():
             self.add_module(name, module)
         for path, leaf in leaf_layers(network):
