@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,10 @@ from rnndyn_fast.graph import Activation, Area, Connection, Input, Network, Norm
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import RecurrentNetwork
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 3
 BACKENDS = ["native", "reference"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(size: int = 6) -> Network:
