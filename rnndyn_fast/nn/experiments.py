@@ -120,7 +120,7 @@ class Experiments:
         given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in found.given.items()}
         return Current(found.network, {**now.parameters, **given}, now.snapshot, found.names)
 
-    def _check_functions(self, now: Current, inputs: Sequence[Tensor]) -> None:
+    def _check_functions(self, inputs: Sequence[Tensor]) -> None:
         if self.backend != "reference" and torch.is_grad_enabled() and len(inputs) and isinstance(inputs[0], Tensor):
             refuse_gradients_of_functions(self.interventions, self.network, inputs[0], self.timesteps)
 

@@ -198,7 +198,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         refuse_tracers(type(self).__name__, inputs)
         now = self.current()
         if self.interventions:
-            self._check_functions(now, inputs)
+            self._check_functions(inputs)
             names = [now.names.get(name, name) for name in names]
         parameters = now.parameters
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None
