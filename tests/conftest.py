@@ -76,3 +76,12 @@ def simt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.set_default_device(device)
     yield simt_harness.OnDevice()
     torch.set_default_device("cpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

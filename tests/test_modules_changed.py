@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from rnndyn_fast import accelerate
-from rnndyn_fast.models import BLTNet, blt_net_64, convrnn
-from rnndyn_fast.nn import BLTConv, ConvCell
+from rnndyn_fast.models import BLTNet, blt_net_64
+from rnndyn_fast.nn import BLTConv
 
 SMALL: dict[str, Any] = {"widths": (2, 4, 8, 16, 32), "num_classes": 5, "timesteps": 3, "image_size": 32}
 
@@ -181,16 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
 def pair() -> tuple[Any, Any, Tensor]:
@@ -315,55 +306,25 @@ def test_a_layer_by_itself() -> None:
         ours(*inputs)
 
 
-def test_norms_of_cells() -> None:
-    """A cell's norms are layers too, and show the eps that they use."""
-    torch.manual_seed(0)
-    cell = ConvCell("lstm", 3, 4, (6, 6), layer_norm=True, backend="native").double()
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    first, _ = cell(x)
-    norms = [m for m in cell.modules() if isinstance(m, nn.GroupNorm)]
-    assert {m.eps for m in norms} == {1e-12}
-    for m in norms:
-        m.eps = 0.5
-    second, _ = cell(x)
-    assert (first - second).abs().max() > 1e-3
-    cell.backend = "reference"
-    torch.testing.assert_close(cell(x)[0], second)
-    norms[0].eps = 0.1
-    with pytest.raises(TypeError, match=r"_norm.eps: expected .*, as in .* of the same cell"):
-        cell(x)
-    norms[0].eps, norms[0].num_groups = 0.5, 1
-    with pytest.raises(TypeError, match=r"_norm.num_groups: expected 4, got 1"):
-        cell(x)
-
-
-def test_layers_whose_spec_says_more_than_torch() -> None:
-    """SAME padding of one side, kernels that are cut: as they were built, or refused."""
-    net: Any = convrnn(
-        "gru_shallow", image_size=96, num_classes=10, widths=dict(conv1=2, conv2=2, conv3=3, conv4=3, conv5=3), backend="native"
-    ).eval()
-    x = torch.rand(1, 3, 96, 96)
-    net(x)
-    path = next(path for path, m in net.named_modules() if path.startswith("conv1") and isinstance(m, nn.Conv2d))
-    conv = net.get_submodule(path)
-    for name, value in (("stride", (1, 1)), ("dilation", (2, 2)), ("padding", (1, 1))):
-        before = getattr(conv, name)
-        setattr(conv, name, value)
-        with pytest.raises(TypeError, match=rf"{path}\.{name}: expected .*, got \({value[0]}"):
-            net(x)
-        setattr(conv, name, before)
-    net(x)
-
-
 def test_changes_hold_for_compiled_calls() -> None:
-    """Those that were made before the compilation."""
+    """Those made before the compilation, and after it."""
     _, ours, x = pair()
     ours.v2.lateral_connect, ours.it_ln.eps = False, 0.1
     ours.v2_ln = nn.LayerNorm((8, 16, 16), elementwise_affine=False).double()
-    expected = ours(x)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
-    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    changes = (
+        put("timesteps", 2),
+        put("it_ln.eps", 0.3),
+        put("it_ln.eps", 0.1),
+        put("v2.lateral_connect", value=True),
+        HONOURED["larger kernel"],
+    )
+    torch.testing.assert_close(compiled(x), ours(x))
+    for change in changes:
+        doubled(change, ours)
+        torch.testing.assert_close(compiled(x), ours(x))
     ours.v2.bottom_up.register_forward_hook(lambda *_: None)
+    torch._dynamo.reset()  # (by default a compiled call does not look at hooks again)
     with pytest.raises(Exception, match=r"v2.bottom_up._forward_hooks"):
-        torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+        compiled(x)

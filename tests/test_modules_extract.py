@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,9 @@ from rnndyn_fast.data import ImageFile, make_dataset, normalise
 from rnndyn_fast.extract import extract, load_results, trajectories_path
 from rnndyn_fast.train import QuietReporter, TrainConfig, load_checkpoint, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = QuietReporter()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

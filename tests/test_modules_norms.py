@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,10 @@ from rnndyn_fast.graph import Activation, Area, Connection, Input, Network, Norm
 from rnndyn_fast.models import rcnn_sat
 from rnndyn_fast.nn import RecurrentNetwork
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 3
 BACKENDS = ["native", "reference"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(size: int = 6) -> Network:
@@ -90,6 +83,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "training": lambda net: None,
     "evaluation": lambda net: net.eval() and None,
     "frozen in training": each(lambda norm: norm.eval()),
+    "one area frozen in training": lambda net: net.a_ln.eval() and None,
+    "the other area frozen in training": lambda net: net.b_ln.eval() and None,
+    "one area training in evaluation": in_order(lambda net: net.eval(), lambda net: net.b_ln.train()),
     "training in evaluation": in_order(lambda net: net.eval(), each(lambda norm: norm.train())),
     "momentum None": each(lambda norm: setattr(norm, "momentum", None)),
     "momentum of one": lambda net: setattr(norms(net)[0], "momentum", 0.7),
@@ -143,12 +139,11 @@ def test_as_the_layers_themselves(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_some_frozen_and_some_not(backend: str) -> None:
+def test_time_steps_of_an_area_are_frozen_together(backend: str) -> None:
     net, _, x = pair(backend)
     norms(net)[1].eval()
-    with pytest.raises(
-        TypeError, match=r"a_ln.1.training: expected the same for all batch norms of a rollout, got False there and True in a_ln.0"
-    ):
+    message = r"a_ln.1.training: expected the same at all time steps of area 'a', got False there and True in a_ln"
+    with pytest.raises(TypeError, match=message):
         net(x)
 
 

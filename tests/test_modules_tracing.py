@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from readme_blocks import code_blocks
 from torch import Tensor, nn
 
 from rnndyn_fast.models import blt_net_64, convrnn
@@ -75,3 +76,30 @@ def test_export(backend: str) -> None:
     names = set(program.state_dict)
     assert "v4.lateral.weight" in names
     assert "it_ln.weight" in names
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx() -> None:
+    """The reference is exported in PyTorch's operations; the native operation has no translation."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    net, x = network("reference"), torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = net(x)
+        file = io.BytesIO()
+        torch.onnx.export(net, (x,), dynamo=True, verbose=False).save(file)
+        session = runtime.InferenceSession(file.getvalue())
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected)
+        net.backend = "native"
+        with pytest.raises(Exception, match=r"rnndyn"):
+            torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["docs/modules.md", "docs/interventions.md"])
+def test_blocks_of_the_pages_run(page: str) -> None:
+    blocks = code_blocks(page, "python")
+    assert blocks
+    for block in blocks:
+        exec(block, {})

@@ -61,7 +61,8 @@ class Area:
 
     Without a cell: ``interaction``, ``drive_activation``, ``norm`` (LAYER if None), ``activation`` (RELU if None); with a ``cell`` the
     cell is all of it. ``norm_parameter`` is the prefix of the norm's parameters (``<prefix>.weight``, ``<prefix>.bias``; BATCH:
-    ``<prefix>.<t>.weight`` ... and the buffers ``<prefix>.<t>.running_mean``, ``running_var`` for t < ``norm_steps``). ``cell_parameter``
+    ``<prefix>.<t>.weight`` ... and the buffers ``<prefix>.<t>.running_mean``, ``running_var`` for t < ``norm_steps``; with
+    ``norm_frozen`` they are used in training too, and count as parameters). ``cell_parameter``
     is that of the cell's. ``initial``: what reads the area before its first state finds: "absent" (nothing: the term is left out), "zero",
     or the map of the input of that name; one for all states of a cell, or a tuple.
     """
@@ -76,6 +77,7 @@ class Area:
     drive_activation: Activation = Activation.IDENTITY
     norm_groups: int = 1
     norm_steps: int | None = None
+    norm_frozen: bool = False
     cell: Cell | None = None
     cell_parameter: str | None = None
     initial: str | tuple[str, ...] = ABSENT

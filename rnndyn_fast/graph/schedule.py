@@ -295,7 +295,7 @@ class Schedule:
         found = {
             f"{network.area(name).norm_parameter}.{self.slot_of[name].index(slot)}"
             for name, slot in self.terms
-            if network.area(name).norm is Norm.BATCH
+            if network.area(name).norm is Norm.BATCH and not network.area(name).norm_frozen
         }
         return sorted(found)
 

@@ -337,6 +337,9 @@ class Network:
             for prefix in self.norm_prefixes(area):
                 add(f"{prefix}.weight", self.norm_shape(area))
                 add(f"{prefix}.bias", self.norm_shape(area))
+                if area.norm is Norm.BATCH and area.norm_frozen:
+                    add(f"{prefix}.running_mean", (area.channels,))
+                    add(f"{prefix}.running_var", (area.channels,))
             if area.cell is not None:
                 for name, shape in area.cell.parameter_shapes(*self.shapes[area.name]).items():
                     add(f"{area.cell_parameter}.{name}", shape)
@@ -344,9 +347,9 @@ class Network:
 
     @cached_property
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the running statistics of its batch norms."""
+        """Names and shapes of the running statistics of its batch norms that are not frozen."""
         kinds = ("running_mean", "running_var")
-        prefixes = [(p, a.channels) for a in self.areas if a.norm is Norm.BATCH for p in self.norm_prefixes(a)]
+        prefixes = [(p, a.channels) for a in self.areas if a.norm is Norm.BATCH and not a.norm_frozen for p in self.norm_prefixes(a)]
         return {f"{prefix}.{kind}": (channels,) for prefix, channels in prefixes for kind in kinds}
 
     def norm_prefixes(self, area: Area) -> list[str]:

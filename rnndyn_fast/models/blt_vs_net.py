@@ -196,6 +196,9 @@ class BLTVS(RecurrentNetwork):
 
         Raises: ``ValueError`` for an unknown area or time step, which lists those there are.
         """
+        for name in ("num_classes", "add_feats", "image_size", "bio_unroll", "readout_type", "hook_type"):
+            if getattr(self, name) != self.config[name]:
+                raise TypeError(f"{name}: expected {self.config[name]!r}, as the network was built, got {getattr(self, name)!r}")
         wanted, steps = self._wanted(areas, timesteps) if extract_actvs else ((), ())
         hooked = AREAS if self.hook_type != "None" else ()
         nodes = [f"{name}.{stream}" for name in AREAS if name in wanted or name in hooked for stream in ("bu", "td")]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.spec import Network, Norm
+from rnndyn_fast.graph.spec import Area, Network, Norm
 
 
 def _takes_the_batch(norm: Any) -> bool:
@@ -15,21 +15,28 @@ def _takes_the_batch(norm: Any) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def norms_in_training(root: nn.Module, network: Network) -> bool:
-    """Whether batch norms take the statistics of the batch; False: they take the running ones.
+def takes_the_batch(root: nn.Module, network: Network, area: Area) -> bool:
+    """Whether an area's norms take the statistics of the batch; False: the running ones.
 
     Raises:
-        TypeError: some do and some do not, naming one of each.
+        TypeError: those of some time steps do and others do not, naming one of each.
     """
-    paths = [path for area in network.areas if area.norm is Norm.BATCH for path in network.norm_prefixes(area)]
+    paths = network.norm_prefixes(area)
     modes = [_takes_the_batch(root.get_submodule(path)) for path in paths]
     if any(modes) and not all(modes):
         batch, running = paths[modes.index(True)], paths[modes.index(False)]
         raise TypeError(
-            f"{running}.training: expected the same for all batch norms of a rollout, got False there and True in {batch}; freeze all of "
-            "them with .eval(), or none"
+            f"{running}.training: expected the same at all time steps of area {area.name!r}, got False there and True in {batch}; freeze "
+            "all of them with .eval(), or none"
         )
     return all(modes)
+
+
+def norms_in_training(root: nn.Module, network: Network) -> bool:
+    """Whether batch norms that are not said to be frozen take the statistics of the batch (all do then, or none)."""
+    # (Of the others too: what a compiler sees here, it looks at again in later calls.)
+    modes = [takes_the_batch(root, network, area) and not area.norm_frozen for area in network.areas if area.norm is Norm.BATCH]
+    return any(modes)
 
 
 def move_statistics(

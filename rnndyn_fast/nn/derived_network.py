@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rnndyn_fast.graph.spec import Area, Connection, Interaction, Network, Norm, Operator, Pool, Role
+from rnndyn_fast.nn.batch_norms import takes_the_batch
 from rnndyn_fast.nn.layer_checks import check_layer, check_same_conv, computes_as, conv_fields, refuse_hooks
 from rnndyn_fast.nn.layers import cell_layers, leaf_layers
 
@@ -186,7 +187,13 @@ class _Derivation:
     # ---------------------------------------------------------------- areas
 
     def areas(self) -> tuple[Area, ...]:
-        return tuple(self.area(area) for area in self.base.areas)
+        areas = [self.area(area) for area in self.base.areas]
+        # Batch norms of some areas are frozen, and those of others are not.
+        by_batch = {area.name: takes_the_batch(self.root, self.base, area) for area in areas if area.norm is Norm.BATCH}
+        if len(set(by_batch.values())) > 1:
+            self.changes += [f"batch norms of area {name!r} frozen" for name, batch in by_batch.items() if not batch]
+            areas = [replace(area, norm_frozen=not by_batch.get(area.name, True)) for area in areas]
+        return tuple(areas)
 
     def area(self, area: Area) -> Area:
         if area.cell is not None:

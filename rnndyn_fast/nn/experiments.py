@@ -32,11 +32,13 @@ class Experiments:
     network: Network
     timesteps: int
     backend: str | None
+    _changes: tuple[StateChange | Lesion, ...] = ()
+    _rewritten: tuple[Any, Rewritten] | None = None
 
     @property
     def interventions(self) -> tuple[StateChange | Lesion, ...]:
         """Those that are in force, in their order."""
-        return tuple(self.__dict__.get("_changes", ()))
+        return self._changes
 
     @contextmanager
     def intervene(
@@ -96,13 +98,12 @@ class Experiments:
 
     @contextmanager
     def _changed(self, change: StateChange | Lesion) -> Iterator[None]:
-        before: list[StateChange | Lesion] = self.__dict__.setdefault("_changes", [])
-        self.__dict__["_changes"] = [*before, change]
+        self._changes = (*self._changes, change)
         try:
             rewrite(self.network, self.timesteps, self.interventions)  # (raises now what would be raised in the block)
             yield
         finally:
-            self.__dict__["_changes"] = [one for one in self.__dict__["_changes"] if one is not change]
+            self._changes = tuple(one for one in self._changes if one is not change)
 
     def _with_interventions(self, now: Current) -> Current:
         """The network, with those that are in force."""
@@ -112,18 +113,17 @@ class Experiments:
                 "call the module itself"
             )
         key = (now.network, self.timesteps, self.interventions)
-        held = self.__dict__.get("_rewritten")
-        if held is None or held[0] != key:
-            held = self.__dict__["_rewritten"] = key, rewrite(*key)
-        found: Rewritten = held[1]
+        if self._rewritten is None or self._rewritten[0] != key:
+            self._rewritten = key, rewrite(*key)
+        found = self._rewritten[1]
         example = next(iter(now.parameters.values()))
         given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in found.given.items()}
         return Current(found.network, {**now.parameters, **given}, now.snapshot, found.names)
 
-    def _check_functions(self, now: Current, inputs: Sequence[Tensor]) -> None:
+    def _check_functions(self, inputs: Sequence[Tensor]) -> None:
         if self.backend != "reference" and torch.is_grad_enabled() and len(inputs) and isinstance(inputs[0], Tensor):
             refuse_gradients_of_functions(self.interventions, self.network, inputs[0], self.timesteps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of the network without what a ``with`` block changes."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_changes", "_rewritten")}
+        return {**self.__dict__, "_changes": (), "_rewritten": None}

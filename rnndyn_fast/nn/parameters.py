@@ -25,7 +25,7 @@ _READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.ConvTranspose2d, ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")),
     (nn.LayerNorm, ("normalized_shape", "eps")),
     (nn.GroupNorm, ("num_groups", "eps")),
-    (nn.BatchNorm2d, ("num_features", "eps")),
+    (nn.BatchNorm2d, ("num_features", "eps", "training")),
 )
 _NONE: Mapping[str, Any] = {}
 _MOST_NETWORKS = 16  # of one module: a layer has one for each size of its input
@@ -87,8 +87,11 @@ class _Snapshot:
         self._groups: list[tuple[Callable[[Any], Any], list[nn.Module], list[Any]]] = []
         for cls, names in _READ:
             self._watch([m for m in modules if isinstance(m, cls)], names)
+        flagged: dict[tuple[str, ...], list[nn.Module]] = {}
         for m in modules:
-            self._watch([m], tuple(name for name in FLAGS if name in vars(m)))
+            flagged.setdefault(tuple(name for name in FLAGS if name in vars(m)), []).append(m)
+        for names, some in flagged.items():
+            self._watch(some, names)
         self._absent = [(m._parameters, kind) for m in modules for kind in ("weight", "bias") if kind in m._parameters
                         and m._parameters[kind] is None]  # fmt: skip
         self.parameters = self._sources(there, derived.network.parameter_shapes)
@@ -201,6 +204,7 @@ class ModuleReader:
         if torch.compiler.is_compiling():
             _derive_while_tracing(self, root, base)
             derived = self.traced[base.to_json()]
+            _show_to_compiler(root, base)
             found = _walk(root, tuple(name for name in derived.network.parameter_shapes if name not in derived.filled))
             example = next(iter(found.values()))
             for name, value in derived.filled.items():
@@ -243,6 +247,36 @@ def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) 
     """A compiler traces calls, and so finds out here what the modules are; it does not see what is changed in them afterwards."""
     reader.traced[base.to_json()] = reader.derived(root, base)
     return True
+
+
+@torch.compiler.assume_constant_result
+def _constant(module: nn.Module, name: str) -> float:
+    return float(getattr(module, name))
+
+
+def _show_to_compiler(root: nn.Module, base: Network) -> int:
+    """Read, in code that is traced, what the network was derived from, so that compiled calls look at it again: compare each value."""
+    seen = 0
+    for _, module in _tree(root, (*base.parameter_shapes, *base.buffer_shapes)):
+        for cls, names in _READ:
+            if isinstance(module, cls):
+                for name in names:
+                    value = getattr(module, name)
+                    # (A number is compared with itself as a constant, else a compiler takes it for one that may vary.)
+                    seen += value == _constant(module, name) if isinstance(value, float) else value is None
+        for name in ("weight", "bias"):
+            if name in module._parameters:
+                seen += module._parameters[name] is None
+        for name in FLAGS:
+            if name in module.__dict__:
+                seen += getattr(module, name) is None
+    return seen
+
+
+def _tree(root: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+    owners = owners_of(tuple(dict.fromkeys(names)))
+    there = zip(owners, _modules_there(root, owners), strict=True)
+    return [(owner.path, module) for owner, module in there if module is not None and owner.path]
 
 
 def _walk(root: nn.Module, names: Any) -> dict[str, Tensor]:

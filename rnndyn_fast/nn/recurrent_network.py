@@ -57,6 +57,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         self.timesteps = timesteps
         self.backend = backend
         self.engine = engine
+        self._changes = ()
         for name, module in (modules or {}).items():
             self.add_module(name, module)
         for path, leaf in leaf_layers(network):
@@ -64,7 +65,8 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
                 _place(self, path, leaf)
         read = {name.rpartition(".")[0] for name in (*network.parameter_shapes, *network.buffer_shapes)}
         unread = frozenset(path for path, m in self.named_modules() if m._parameters and path not in read)
-        self._reader = ModuleReader((BLTConv,), unread)
+        held = {type(part) for m in (modules or {}).values() for part in m.modules() if next(part.children(), None) is not None}
+        self._reader = ModuleReader((BLTConv, *held), unread)
         missing = network.parameter_shapes.keys() - dict(self.named_parameters()).keys()
         if missing:
             raise ValueError(f"modules: parameters {sorted(missing)} of the spec are missing")
@@ -196,7 +198,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         refuse_tracers(type(self).__name__, inputs)
         now = self.current()
         if self.interventions:
-            self._check_functions(now, inputs)
+            self._check_functions(inputs)
             names = [now.names.get(name, name) for name in names]
         parameters = now.parameters
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None

@@ -207,7 +207,8 @@ class AreaRules:
                 and area.drive_activation in (Activation.IDENTITY, Activation.RELU)
                 and area.activation in ACTIVATION_NUMBERS
             )
-            kinds = {Norm.GROUP: NormKind.GROUP, Norm.BATCH: NormKind.BATCH if self.maps.setting.training else NormKind.FIXED}
+            by_batch = self.maps.setting.training and not area.norm_frozen
+            kinds = {Norm.GROUP: NormKind.GROUP, Norm.BATCH: NormKind.BATCH if by_batch else NormKind.FIXED}
             assert area.norm is not None
             assert area.activation is not None
             groups = area.norm_groups if area.norm is Norm.GROUP else 1
@@ -357,7 +358,7 @@ class AreaRules:
         given = [(list(port.connections), list(port.biases)) for port in ports.values()]
         samples, (channels, height, width) = self.maps.samples, network.shapes[area.name]
         inner = self.maps.sums_dtype
-        takes_statistics = area.norm is Norm.BATCH and self.maps.setting.training
+        takes_statistics = area.norm is Norm.BATCH and self.maps.setting.training and not area.norm_frozen
 
         def area_update(xs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
             rest, terms = list(xs), []

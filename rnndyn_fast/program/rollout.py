@@ -98,7 +98,7 @@ def _check_samples(network: Network, inputs: Sequence[Tensor]) -> None:
     samples = inputs[0].shape[-4]
     for area in network.areas:
         _, height, width = network.shapes[area.name]
-        if area.norm is Norm.BATCH and samples * height * width < 2:
+        if area.norm is Norm.BATCH and not area.norm_frozen and samples * height * width < 2:
             raise ValueError(
                 f"{network.inputs[0].name}: expected more than one value per channel for the batch norm of area {area.name!r} in training, "
                 f"got {samples} sample of a 1 x 1 map"

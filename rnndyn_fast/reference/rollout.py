@@ -66,7 +66,7 @@ def _normed(area: Area, value: Tensor, t: int, parameters: Mapping[str, Tensor],
         return functional.layer_norm(value, shape, gamma.reshape(shape), beta.reshape(shape), area.eps)
     if area.norm is Norm.GROUP:
         return torch.group_norm(value, area.norm_groups, gamma, beta, area.eps)
-    if statistics is None:
+    if statistics is None or area.norm_frozen:
         mean, var = parameters[f"{prefix}.running_mean"], parameters[f"{prefix}.running_var"]
         return functional.batch_norm(value, mean, var, gamma, beta, False, 0.0, area.eps)
     with torch.no_grad():
