@@ -250,7 +250,7 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     assert "forward fused failed, data fused failed, weight 0.04 against 0.04" in choice.reason
     assert json.loads(measured.cache_file().read_text(encoding="utf-8")) == {}
     # The vendor's own failure is its own: the rollout goes on to meet it, or not.
-    monkeypatch.setattr(measured, "convolve", failing)
+    monkeypatch.setattr(torch, "convolution", failing)
     assert choose_device_engine(CONV, (24, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE) == EngineChoice(
         None, "not measured: recurrent_conv_kernel: invalid argument"
     )
