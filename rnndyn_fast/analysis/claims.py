@@ -119,7 +119,7 @@ def _check_edge(result: ReadoutZoneResult) -> Claim:
         "over stable-correct samples, already stable minus not yet stable, averaged over the steps below "
         f"max_t_analysed with at least {MIN_GROUP} samples in both groups: the 95% intervals of the difference in norm "
         "and in cosine to the current class both lie above 0; it does not hold where either lies below 0 (the distance "
-        "to the nearest zone boundary is shown beside them and decides nothing)",
+        "to the nearest zone boundary is shown next to them and is not used for the decision)",
         holds,
         result.counts["stable_correct"],
         evidence,

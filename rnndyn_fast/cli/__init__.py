@@ -15,7 +15,7 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rnndyn` with these arguments (None: those of the process) and return its exit code.
 
-    0: done; 2: an error that the user can mend, told in one line on standard error (with RNNDYN_DEBUG=1 as a
+    0: done; 2: an error that the user can fix, reported in one line on standard error (with RNNDYN_DEBUG=1 as a
     traceback); 130: interrupted.
     """
     try:

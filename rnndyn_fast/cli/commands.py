@@ -129,11 +129,11 @@ def phase_sweep(**options: Any) -> None:
 
 
 def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: str) -> None:
-    """Run and print where the results are; stopped, how to go on."""
+    """Run and print where the results are; if stopped, how to continue."""
     try:
         path = run(config)
     except KeyboardInterrupt:
-        print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume")
+        print(f"\nstopped; to continue: rnndyn {command} --config {config.out}/{file} --resume")
         raise
     print(path)
 
@@ -226,7 +226,7 @@ def study(**options: Any) -> None:
     try:
         print(run_study(StudyConfig(**options)))
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on where it was (files in {options['out']})")
+        print(f"\nstopped; the same command continues (files in {options['out']})")
         raise
 
 

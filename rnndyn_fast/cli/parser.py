@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "plan": ("Print what a network computes: once, per component, per time step.", commands.plan),
     "train": ("Train a network.", commands.train),
     "extract": ("Stream images through a trained network into the analyses.", commands.extract),
-    "analyse": ("Write report, tables and figures of an extraction, or of anybody's trajectories.", commands.analyse),
+    "analyse": ("Write report, tables and figures of an extraction, or of trajectories from other software.", commands.analyse),
     "phase train": ("Train a continuous-time RNN on modulo arithmetic.", commands.phase_train),
     "phase sweep": ("Train a grid of continuous-time RNNs on modulo arithmetic together.", commands.phase_sweep),
     "phase analyse": ("Analyse networks of phase train or sweep: oscillation, automaton, kind of solution.", commands.phase_analyse),
@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "predict": ("Fit recorded responses of neurons from the activations of model areas.", commands.predict),
     "search": ("Search architectures: trials in a study that can be stopped and resumed.", commands.search),
     "compare": ("Train cells at equal numbers of parameters, and say which is best.", commands.compare),
-    "doctor": ("Say what runs on this machine, and what does not and why.", commands.doctor),
+    "doctor": ("Report what runs on this machine, and the reason for what does not.", commands.doctor),
     "study": ("Train or take four kinds of networks, compare their dynamics, and write a report.", commands.study),
     "demo": ("A small study on real images, in minutes.", commands.demo),
 }
@@ -223,7 +223,7 @@ def _add_field(parser: ArgumentParser, kind: type, name: str) -> None:
 def _extract(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint of rnndyn train: last.pt, best.pt")
     parser.add_argument("data", help="HDF5 image file, or a folder of image files with a subfolder per class")
-    _add(parser, "out", str, "result file to write; an interrupted extraction goes on when the same command is given again")
+    _add(parser, "out", str, "result file to write; an interrupted extraction continues when the same command is run again")
     _add(parser, "split", Literal["train", "val", "test", "testplus"], "images of an HDF5 file to run", "testplus")
     _add(parser, "reducers", str, "all, or some of readout_zones,norms,change,moments,rdm,decodability", "all")
     _add(parser, "areas", str, "areas for norms, change and moments, as v4,it,gap; default: the pooled representations", "")

@@ -1,4 +1,4 @@
-"""The report of one result: a network's, or that of anybody's trajectories."""
+"""The report of one result: a network's, or that of trajectories from other software."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def analyse(
     compare: str | os.PathLike[str] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> tuple[ReadoutZoneResult, list[Path]]:
-    """Write the report of a file: a result of an extraction, or anybody's trajectories (see `load_result`).
+    """Write the report of a file: a result of an extraction, or trajectories from other software (see `load_result`).
 
     Returns the result and the paths written. Raises what `load_result` and `write_report` raise; nothing is written then.
     """

@@ -207,7 +207,7 @@ def _training(page: Page, record: StudyRecord) -> None:
         speed = f"{np.median([row.images_per_s for row in run.metrics]):.0f}"
         rows.append([run.title, run.parameters, len(run.metrics), last.epoch, f"{first:.1f}%", f"{final:.1f}%", speed])
     if not rows:
-        section.text("The checkpoints were given, and no metrics lie beside them.")
+        section.text("The checkpoints were given, without metrics.")
         return
     section.plots(plots)
     section.table(

@@ -79,7 +79,7 @@ class StudyConfig:
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     backend: str | None = _option(None, "native, reference; default: whichever can run")
     quick: bool = _option(False, "tiny data and networks, to see that it runs; overrides sizes")
-    overwrite: bool = _option(False, "start from nothing; otherwise an interrupted study goes on where it stopped")
+    overwrite: bool = _option(False, "start from nothing; otherwise an interrupted study continues where it stopped")
 
     def __post_init__(self) -> None:
         for name in ("widths", "keep", "checkpoints", "networks"):

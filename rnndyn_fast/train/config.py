@@ -134,7 +134,7 @@ class TrainConfig:
         "float32", "of maps, by autocast; parameters stay float32; float16, on a GPU, with a gradient scaler"
     )
     cuda_graphs: bool = option(True, "on a GPU, replay training steps and validation as CUDA graphs")
-    resume: bool = option(False, "go on from the last checkpoint in `out`")
+    resume: bool = option(False, "continue from the last checkpoint in `out`")
     overwrite: bool = option(False, "replace a run that is in `out`")
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def train(
         ValueError: the data is not of the layout; the run to resume has other options or other data; no such device, and why.
         FloatingPointError: the loss is not finite; names epoch and batch. The last checkpoint stays.
 
-    Deterministic: on a CPU, for a fixed number of threads; a run may go on on another device.
+    Deterministic: on a CPU, for a fixed number of threads; a run may continue on another device.
     Memory: batches are read from disk as they are needed.
     """
     out = Path(config.out)
@@ -347,7 +347,7 @@ def _resume_from(config: TrainConfig, out: Path) -> Path | None:
             raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}")
         return found[0]
     if out.exists() and any(out.iterdir()) and not config.overwrite:
-        raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the run")
+        raise FileExistsError(f"out: {out} is not empty; use --resume to continue or --overwrite to replace the run")
     return None
 
 
