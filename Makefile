@@ -25,7 +25,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 # One stamp per requirement, so that `make test TORCH=...` installs what it says. (A target's name must not hold a "=".)
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf %s '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,6 +61,10 @@ bench: $(STAMPS)/test
 	sh scripts/bench.sh $(BIN)/python
 	$(BIN)/python scripts/benchmark_tables.py --update README.md docs/kernels.md docs/benchmarks.md
 
+# Warnings are errors (mkdocs.yml). The site is in build/site.
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --quiet
+
 clean:
 	rm -rf build $(VENV)
 
@@ -68,6 +72,11 @@ $(STAMPS)/venv:
 	@sh scripts/system.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS)
+	@touch $@
+
+# The API reference is read from the sources: nothing needs to be compiled for it.
+$(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
+	@$(PIP) install 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 	@touch $@
 
 # First and alone: with torch in place nothing else pulls another build of it (and CUDA with it) in.
@@ -85,11 +94,11 @@ $(STAMPS)/build: $(TORCH_STAMP)
 
 # Editable, so that what is imported has its native module beside it wherever Python is started, the repository's root included.
 $(STAMPS)/cli: $(STAMPS)/build $(NATIVE)
-	@echo "Installing rnndyn-fast"
+	@echo "Installing rnndyn-fast (compiles the native core: some minutes the first time)"
 	@$(PIP) install --no-build-isolation --editable '.[cli]'
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/build $(NATIVE)
-	@echo "Installing rnndyn-fast with what its tests need"
+	@echo "Installing rnndyn-fast with what its tests need (compiles the native core: some minutes the first time)"
 	@$(PIP) install --no-build-isolation --editable '.[test,lint]'
 	@touch $@ $(STAMPS)/cli

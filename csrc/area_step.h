@@ -74,7 +74,7 @@ struct AreaStepBackwardParams {
   double* partial;       // [N, num_chunks(H, W, C), 2] scratch; required with a norm
 };
 
-// (static: a copy per instruction set, see kernels.cpp.) Rows of a map are grouped into chunks of an even number of rows, by shape alone: statistics are summed per chunk and
+// (static: a copy per instruction set, see cpu/kernels.h.) Rows of a map are grouped into chunks of an even number of rows, by shape alone: statistics are summed per chunk and
 // the chunks in order, so a result does not depend on the number of threads.
 static inline int64_t rows_per_chunk(int64_t width, int64_t channels) {
   const int64_t row = width * channels;

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[io.BytesIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` (UTF-8) to `path` whole or not at all; returns the path."""
+    """Write `text` (UTF-8) to `path`, atomically; returns the path."""
     with replaced_atomically(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return Path(path)

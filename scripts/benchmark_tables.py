@@ -5,8 +5,8 @@
     python scripts/benchmark_tables.py --check README.md    fail where the page says something else
 
 Several pages may be named. A page that begins with GENERATED is made anew as a whole. Two kinds of file are read: of benchmarks
-that alternate their contenders (write_result in benchmarks/measure.py), and pytest-benchmark's own. README.md has a summary, the other
-pages have the tables.
+that alternate their contenders (write_result in benchmarks/measure.py), and pytest-benchmark's own. README.md has a few
+networks of the summary, the other pages have the tables.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ TITLES = {
     "device": "On a GPU",
 }
 PASS_OF_NETWORK = re.compile(r"(?:peak memory of )?(forward|training|latency)(?: of |, )(.+)")  # what a result of a network is of
+README_NETWORKS = ("blt_net_128, lateral", "blt_net_64, lateral", "blt_vs", "gru", "rcnn_sat_bl")
 SUMMARY = (
     "Times are medians; by how many times ours is the faster: against eager PyTorch, and against `torch.compile` of the same model where "
     "that was measured. Memory: our peak above the imports, as a share of eager's."
@@ -219,23 +220,25 @@ def network_rows(found: Mapping[str, Mapping[str, Json]]) -> list[str]:
     return lines
 
 
-def summary(folder: Path = RESULTS) -> str:
-    """Two short tables, of networks and of other work; empty where there are no results of either."""
+def summary(folder: Path = RESULTS, only: tuple[str, ...] = ()) -> str:
+    """Two short tables, of networks and of other work; empty where there are no results. With `only`: one table, of these networks."""
     networks: dict[str, dict[str, Json]] = {}
-    others, machines = [], []
+    others = []
     for path in sorted(folder.glob("[!.]*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         section = section_of(results)
         if section in ("rollout", "memory", "networks") and (known := PASS_OF_NETWORK.fullmatch(results["what"])):
             network = known[2].replace(", lateral_additive", ", lateral").replace(", topdown_multiplicative", ", all terms, multiplicative")
             networks.setdefault(network, {})[f"{known[1]} memory" if "peak_bytes" in results else known[1]] = results
-            machines.append(results["machine"])
         elif section in ("ctrnn", "memory", "extraction"):
             others.append((extraction if section == "extraction" else alternated)(results))
         elif section == "analysis":
             others += [row for rows in pytest_benchmark(results).values() for row in rows]
     parts = []
+    if only:
+        networks, others = {name: networks[name] for name in only if name in networks}, []
     if networks:
+        machines = [result["machine"] for results in networks.values() for result in results.values()]
         commits = ", ".join(sorted({machine["commit"] for machine in machines}))
         parts.append("\n".join(network_rows(networks)))
         parts.append(f"{SUMMARY} {conditions({**machines[0], 'commit': commits}, {})}.")
@@ -262,6 +265,8 @@ def whole_page(folder: Path = RESULTS) -> str:
         "Contenders of a row ran in one process, alternating, and their results were checked against float64 there. Losses are listed like "
         "wins. [kernels.md](kernels.md) explains the kernels."
     )
+    if short := summary(folder):
+        parts += ["## Summary", short]
     for section, title in TITLES.items():
         parts += [f"## {title}", tables(folder, (section,), commands=True) or (NOT_YET_ON_DEVICE if section == "device" else NOT_YET)]
     return "\n\n".join(parts) + "\n"
@@ -273,7 +278,7 @@ def renewed(page: str, folder: Path = RESULTS) -> str:
         return whole_page(folder)
     if KERNELS[0] in page:
         return replaced(page, tables(folder, ("convolutions",)) or NOT_YET, KERNELS)
-    return replaced(page, summary(folder))
+    return replaced(page, summary(folder, README_NETWORKS))
 
 
 def main() -> int:

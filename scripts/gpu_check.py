@@ -92,7 +92,7 @@ def build(capability: str) -> int:
     shutil.copytree(ROOT / "rnndyn_fast", installed / "rnndyn_fast", ignore=left_out)
     for cuda in ("OFF", "ON"):
         settings = {
-            "CMAKE_MAKE_PROGRAM": ninja, "RNNDYN_PORTABLE": "ON", "RNNDYN_CUDA": cuda, "RNNDYN_CUDA_ARCHITECTURES": capability,
+            "CMAKE_MAKE_PROGRAM": ninja, "RNNDYN_ISAS": "portable", "RNNDYN_CUDA": cuda, "RNNDYN_CUDA_ARCHITECTURES": capability,
             "SKBUILD_PROJECT_VERSION": "0.1.0", "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11,
         }  # fmt: skip
         configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *(f"-D{name}={value}" for name, value in settings.items())]

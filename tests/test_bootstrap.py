@@ -1,4 +1,4 @@
-"""The bootstrap over images: weights, point values, coverage; and anybody's trajectories in files."""
+"""The bootstrap over images: weights, point values, coverage; and trajectories from other software in files."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_full_disk(whole: dict[str, bytes], tmp_path: Path) -> None:
                 run(out)
             except OSError as error:
                 assert "r.h5.partial: cannot be written" in str(error)  # noqa: PT017
-                assert "make room and run the same again" in str(error)  # noqa: PT017
+                assert "free space and run the same command again" in str(error)  # noqa: PT017
             else:
                 pytest.fail(f"{size} bytes were enough")
             finally:

@@ -152,7 +152,7 @@ def test_commands_in_a_bare_install(bare: Path, tmp_path: Path) -> None:
     runs = {
         "": "data make.*phase train.*doctor",
         "--help": "data make.*phase train.*doctor",
-        "doctor --help": "Say what runs on this machine",
+        "doctor --help": "Report what runs on this machine",
         "doctor": 'jsonargparse +missing, needed for .*: pip install "rnndyn-fast\\[cli\\]"',
     }
     needs_more = ["train --data images.h5 --out run", "train --help", "plan blt_net_64", "analyse a.npz --out b"]

@@ -62,8 +62,8 @@ def texts(suffixes: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def kernel_commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Compiler and flags for the kernels of each instruction set, as CMake has them, without input and output."""
+def kernel_commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Path, list[str]]]:
+    """Compiler and flags for each file of kernels of each instruction set, as CMake has them, without input and output."""
     import pybind11
 
     folder = tmp_path_factory.mktemp("cmake")
@@ -76,12 +76,11 @@ def kernel_commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     run(cmake, "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items()))
-    found = {}
+    found: dict[str, dict[Path, list[str]]] = {}
     for entry in json.loads((folder / "compile_commands.json").read_text(encoding="utf-8")):
-        if entry["file"].endswith("kernels.cpp"):
-            words = shlex.split(entry["command"])
-            isa = next(word.partition("=")[2] for word in words if word.startswith("-DRNNDYN_ISA="))
-            found[isa] = words[: words.index("-o")]
+        words = shlex.split(entry["command"])
+        for isa in (word.partition("=")[2] for word in words if word.startswith("-DRNNDYN_ISA=")):
+            found.setdefault(isa, {})[Path(entry["file"])] = words[: words.index("-o")]
     return found
 
 
@@ -99,16 +98,44 @@ def outside(names: list[str], isa: str) -> list[str]:
     return [name for name in names if not inside.match(name)]
 
 
-def test_no_function_is_shared_between_instruction_sets(kernel_commands: dict[str, list[str]], tmp_path: Path) -> None:
+def test_no_function_is_shared_between_instruction_sets(kernel_commands: dict[str, dict[Path, list[str]]], tmp_path: Path) -> None:
     """The linker would keep one copy, compiled for any of the instruction sets, and call it on every processor."""
     assert set(rnndyn_fast.build_info()["isa_supported"]) <= kernel_commands.keys()
-    for isa, command in kernel_commands.items():
-        names = weak_functions(command, ROOT / "csrc" / "cpu" / "kernels.cpp", tmp_path / f"{isa}.o")
+    sources = set((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
+    assert kernel_commands["portable"].keys() == sources
+    for isa, files in kernel_commands.items():
+        names = [name for source, command in files.items() for name in weak_functions(command, source, tmp_path / f"{isa}.o")]
         assert names, "expected the kernels' own templates among the weak functions"
         assert not outside(names, isa), "give these internal linkage (static), or put them into rnndyn::<isa>"
 
 
-def test_the_check_for_shared_functions_finds_them(kernel_commands: dict[str, list[str]], tmp_path: Path) -> None:
+def test_matrix_units_are_emulated_once(kernel_commands: dict[str, dict[Path, list[str]]]) -> None:
+    of = {isa for isa, files in kernel_commands.items() if any(path.name == "kernels_amx_conv.cpp" for path in files)}
+    assert of <= {"portable", "amx"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("avx2", "portable;avx2"), ("amx", "portable;avx512;amx"), ("portable", "portable"), ("avx3", None)]
+)
+def test_fewer_instruction_sets_can_be_built(asked: str, expected: str | None, tmp_path: Path) -> None:
+    if "avx2" not in rnndyn_fast.build_info()["isa_supported"]:
+        pytest.skip("can_run_avx2: not an x86-64 processor")
+    import pybind11
+
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert cmake
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DRNNDYN_CUDA=OFF"]
+    environment = {**os.environ, "RNNDYN_ISAS": asked}
+    words = [cmake, "-S", str(ROOT), "-B", str(tmp_path), *options]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    if expected is None:
+        assert done.returncode != 0
+        assert "RNNDYN_ISAS: expected some of" in " ".join(done.stderr.split())
+    else:
+        assert f"CPU kernels for {expected}:" in done.stdout
+
+
+def test_the_check_for_shared_functions_finds_them(kernel_commands: dict[str, dict[Path, list[str]]], tmp_path: Path) -> None:
     source = tmp_path / "shared.cpp"
     source.write_text(
         textwrap.dedent("""\
@@ -122,7 +149,7 @@ def test_the_check_for_shared_functions_finds_them(kernel_commands: dict[str, li
         }
         """)
     )
-    found = outside(weak_functions(kernel_commands["portable"], source, tmp_path / "shared.o"), "portable")
+    found = outside(weak_functions(next(iter(kernel_commands["portable"].values())), source, tmp_path / "shared.o"), "portable")
     assert len(found) == 2
     assert any("loose" in name for name in found)
     assert any("max" in name for name in found)
@@ -198,6 +225,7 @@ def test_one_file_takes_addresses_of_tensors() -> None:
 def test_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == rnndyn_fast.__version__ == rnndyn_fast.build_info()["version"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
@@ -208,7 +236,7 @@ def test_source_distribution_has_what_a_build_needs(tmp_path: Path, monkeypatch:
     with tarfile.open(tmp_path / build_sdist(str(tmp_path))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {name for name in texts((".py", ".h", ".cpp")) if name.startswith(("csrc/", "rnndyn_fast/"))}
-    assert {"csrc/bindings.cpp", "csrc/cpu/kernels.cpp"} <= sources
+    assert {"csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/kernels_area_step.cpp"} <= sources
     assert sources | {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"} <= names
     unwanted = re.compile(r"(^|/)(\.venv|\.git|\.ci|build|demo|runs|__pycache__|\.\w+_cache)/|\.(so|o|pyc)$")
     assert [name for name in names if unwanted.search(name)] == []
@@ -283,7 +311,9 @@ def test_benchmark_tables(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(page: str) -> None:
     folder = (ROOT / page).parent
     targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
@@ -296,22 +326,37 @@ def test_docstring_examples(name: str) -> None:
     assert failed == 0
 
 
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/install.md", "docs/commands.md", "docs/python.md")
+
+
+def test_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_picture_is_that_of_its_script(tmp_path: Path) -> None:
+    run(sys.executable, ROOT / "scripts" / "overview_figure.py", tmp_path / "overview.svg")
+    assert (tmp_path / "overview.svg").read_bytes() == (ROOT / "docs" / "overview.svg").read_bytes()
+
+
 def test_readme_make_commands_are_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"^make (\w+)|`make (\w+)`", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    words = {word for pair in named for word in pair if word}
-    assert {"demo", "test", "bench"} <= words <= targets
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    words = {word for pair in re.findall(r"^make (\w+)|`make (\w+)`", text, re.MULTILINE) for word in pair if word}
+    assert {"demo", "test", "bench", "docs"} <= words <= targets
 
 
-def test_readme_python_blocks_run() -> None:
-    """In order and in one namespace, as somebody types them; `net` stands for an instance of the published class."""
-    namespace: dict[str, object] = {}
-    exec(STAND_IN, namespace)
-    blocks = code_blocks("README.md", "python")
-    assert len(blocks) >= 5
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+def test_python_blocks_run() -> None:
+    """Of each page in order and in one namespace, as somebody types them; `net` stands for an instance of the published class."""
+    for page, least in (("README.md", 3), ("docs/python.md", 6)):
+        namespace: dict[str, object] = {}
+        exec(STAND_IN, namespace)
+        blocks = code_blocks(page, "python")
+        assert len(blocks) >= least
+        for block in blocks:
+            exec(compile(block, page, "exec"), namespace)
+        if page == "README.md":
+            assert namespace["log_probs"].shape == (10, 4, 100)  # type: ignore[attr-defined]
     assert namespace["state"].shape == (4, 128, 16, 16)  # type: ignore[attr-defined]
     assert namespace["log_probs"].shape == (8, 4, 10)  # type: ignore[attr-defined]
     torch.testing.assert_close(namespace["result"].accuracy, namespace["reducer"].result().accuracy)  # type: ignore[attr-defined]
@@ -336,7 +381,9 @@ def test_readme_commands_run_one_after_the_other(
     from rnndyn_fast.cli import main
 
     monkeypatch.chdir(tmp_path)
-    commands = [line for block in code_blocks("README.md", "sh") for line in block.splitlines() if line.startswith("rnndyn ")]
+    pages = [code_blocks(page, "sh") for page in ("docs/commands.md", "README.md")]
+    lines = [line for blocks in pages for block in blocks for line in block.splitlines() if line.startswith("rnndyn ")]
+    commands = list(dict.fromkeys(lines))
     assert {shlex.split(line)[1] for line in commands} == SMALLER.keys()
     for line in commands:
         words = shlex.split(line)[1:]
@@ -352,7 +399,8 @@ def test_readme_names_only_options_there_are(capsys: pytest.CaptureFixture[str])
     for name in COMMANDS:
         assert main([*name.split(), "--help"]) == 0
     known = {option.replace("_", "-") for option in re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)}
-    text = re.sub(r"```.*?```|<!--.*?-->", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/commands.md", "docs/python.md"))
+    text = re.sub(r"```.*?```|<!--.*?-->", "", pages, flags=re.DOTALL)
     named = {option.replace("_", "-") for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
     assert {"--save", "--overwrite"} <= named <= known
 

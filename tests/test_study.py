@@ -1,4 +1,4 @@
-"""The study from end to end at a tiny size: what it writes, that it goes on where it was, what it refuses."""
+"""The study from end to end at a tiny size: what it writes, that it continues where it stopped, what it refuses."""
 
 from __future__ import annotations
 

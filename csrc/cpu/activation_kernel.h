@@ -1,4 +1,4 @@
-// activation_backward: the gradient of an area that is only an activation of its drive, from its value. Included by kernels.cpp inside namespace
+// activation_backward: the gradient of an area that is only an activation of its drive, from its value. Included by its family inside namespace
 // rnndyn::<isa>, after gate_step_kernel.h; parameters are documented in gate_step.h.
 //
 // Maths: dd = (g + g') f'(h), with f' from the value h; its sum over pixels for the bias.

@@ -1,5 +1,5 @@
 // area_step: interaction, layer normalisation, relu and pooling of one time step of one area; forward (backward: area_step_backward_kernel.h).
-// Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are documented in area_step.h.
+// Included by its family inside namespace rnndyn::<isa>; parameters are documented in area_step.h.
 //
 // Maths (per sample; b_i drives, m_j modulators, sums over the terms that are present):
 //   additive        z = sum_i b_i + beta_b

@@ -1,4 +1,4 @@
-// channels_last: y[n, p, c] = x[n, c, p]. Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are documented in channels_last.h.
+// channels_last: y[n, p, c] = x[n, c, p]. Included by its family inside namespace rnndyn::<isa>; parameters are documented in channels_last.h.
 //
 // Traffic: x and y once, in squares of a register by a register, whose rows are read and whose columns are written whole; lines of the next square
 //   are asked for meanwhile. Bound by memory. Threads: over samples and registers of channels. Determinism: nothing is computed.

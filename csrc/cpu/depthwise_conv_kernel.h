@@ -1,4 +1,4 @@
-// depthwise_conv: forward, gradient of the data, gradient of the weight. Included by kernels.cpp inside namespace rnndyn::<isa>; parameters
+// depthwise_conv: forward, gradient of the data, gradient of the weight. Included by its family inside namespace rnndyn::<isa>; parameters
 // are documented in depthwise_conv.h.
 //
 // Maths: y[i, j, c] = b[c] + sum over (u, v) and channels k of c's group of w[u, v, k, c] x[s i + u - p, s j + v - q, k];  dw[u, v, k, c] = sum over

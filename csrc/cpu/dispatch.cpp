@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(RNNDYN_X86) && defined(__linux__)
+#if defined(RNNDYN_HAS_amx) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,10 +15,11 @@
 namespace rnndyn {
 namespace {
 
+#ifdef RNNDYN_HAS_amx
 // Matrix units of bfloat16: the processor has them (leaf 7: AMX-BF16, AMX-TILE, AVX512-BF16 in subleaf 1), and the system lets this process use
 // their registers, which has to be asked for once.
 bool matrix_units() {
-#if defined(RNNDYN_X86) && defined(__linux__)
+#if defined(RNNDYN_HAS_amx) && defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
@@ -29,14 +30,19 @@ bool matrix_units() {
   return false;
 #endif
 }
+#endif
 
 std::atomic<const KernelTable*> current{nullptr};
 
 const KernelTable* find(const char* name) {
   if (std::strcmp(name, "portable") == 0) return &kernel_table_portable();
-#ifdef RNNDYN_X86
+#ifdef RNNDYN_HAS_avx2
   if (std::strcmp(name, "avx2") == 0) return &kernel_table_avx2();
+#endif
+#ifdef RNNDYN_HAS_avx512
   if (std::strcmp(name, "avx512") == 0) return &kernel_table_avx512();
+#endif
+#ifdef RNNDYN_HAS_amx
   if (std::strcmp(name, "amx") == 0) return &kernel_table_amx();
 #endif
   return nullptr;
@@ -46,13 +52,19 @@ const KernelTable* find(const char* name) {
 
 bool isa_supported(const char* name) {
   if (std::strcmp(name, "portable") == 0) return true;
-#ifdef RNNDYN_X86
+#if defined(RNNDYN_HAS_avx2) || defined(RNNDYN_HAS_avx512)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef RNNDYN_HAS_avx2
   if (std::strcmp(name, "avx2") == 0) return avx2;
+#endif
+#ifdef RNNDYN_HAS_avx512
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(name, "avx512") == 0) return avx512;
+#endif
+#ifdef RNNDYN_HAS_amx
   if (std::strcmp(name, "amx") == 0) return avx512 && matrix_units();
 #endif
   return false;

@@ -1,4 +1,4 @@
-// gate_step: gate arithmetic of a cell, forward and backward. Included by kernels.cpp inside namespace rnndyn::<isa>; parameters are
+// gate_step: gate arithmetic of a cell, forward and backward. Included by its family inside namespace rnndyn::<isa>; parameters are
 // documented in gate_step.h, equations in rnndyn_fast/ops/cells.py.
 //
 // Maths: rules in gate_rules_kernel.h, a few registers of channels at a time. Backward computes the gates again from the ports: nothing but ports is kept.

@@ -1,5 +1,5 @@
-// The CPU kernels of one instruction set, as plain function pointers. kernels.cpp is compiled once per instruction set and
-// each build exports one table; dispatch.cpp chooses among them at run time.
+// The CPU kernels of one instruction set, as plain function pointers. Each kernels_<family>.cpp is
+// compiled once per instruction set, kernels.cpp makes a table of each set, and dispatch.cpp chooses among them at run time.
 #pragma once
 #include "amx_conv.h"
 #include "area_step.h"

@@ -1,104 +1,94 @@
-// Compiled once per instruction set with RNNDYN_ISA set to its name (see CMakeLists.txt). Everything the kernel headers define
-// lives in rnndyn::<isa>, and they use no inline function of the standard library: the linker keeps one copy of those, which might
-// then hold instructions that the processor at hand does not have.
-#include <omp.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <cstdint>
-#include <stdlib.h>
-
+// The table of each instruction set, from the functions that kernels_<family>.cpp define. Compiled once, without flags of any instruction set.
 #include "cpu/kernel_table.h"
 
-#define RNNDYN_CONCAT_(a, b) a##b
-#define RNNDYN_CONCAT(a, b) RNNDYN_CONCAT_(a, b)
-#define RNNDYN_STRING_(a) #a
-#define RNNDYN_STRING(a) RNNDYN_STRING_(a)
+#define RNNDYN_DECLARE_KERNELS(isa)                  \
+  namespace isa {                                    \
+  void add_area_step(KernelTable& table);            \
+  void add_ctrnn(KernelTable& table);                \
+  void add_ctrnn_train(KernelTable& table);          \
+  void add_gate_step(KernelTable& table);            \
+  void add_norm_step(KernelTable& table);            \
+  void add_depthwise_conv(KernelTable& table);       \
+  void add_analysis(KernelTable& table);             \
+  void add_winograd_conv(KernelTable& table);        \
+  void add_winograd_weight_grad(KernelTable& table); \
+  void add_amx_conv(KernelTable& table);             \
+  }
+
+// All families but that of matrix units.
+#define RNNDYN_VECTOR_KERNELS(set, table) \
+  (table).isa = #set;                     \
+  set::add_area_step(table);              \
+  set::add_ctrnn(table);                  \
+  set::add_ctrnn_train(table);            \
+  set::add_gate_step(table);              \
+  set::add_norm_step(table);              \
+  set::add_depthwise_conv(table);         \
+  set::add_analysis(table);               \
+  set::add_winograd_conv(table);          \
+  set::add_winograd_weight_grad(table)
 
 namespace rnndyn {
-namespace RNNDYN_ISA {
-#include "cpu/area_step_kernel.h"
-#include "cpu/area_step_backward_kernel.h"
-#include "cpu/ctrnn_math_kernel.h"
-#include "cpu/ctrnn_kernel.h"
-#include "cpu/ctrnn_op_kernel.h"
-#include "cpu/ctrnn_train_kernel.h"
-#include "cpu/gate_math_kernel.h"
-#include "cpu/gate_rules_kernel.h"
-#include "cpu/gate_step_kernel.h"
-#include "cpu/activation_kernel.h"
-#include "cpu/norm_step_kernel.h"
-#include "cpu/depthwise_conv_kernel.h"
-#include "cpu/channels_last_kernel.h"
-#include "cpu/winograd_transform_kernel.h"
-#include "cpu/gemm_kernel.h"
-#include "cpu/readout_zones_kernel.h"
-#include "cpu/trajectory_norms_kernel.h"
-#include "cpu/conv_epilogue_kernel.h"
-#include "cpu/amx_tile_kernel.h"
-#include "cpu/winograd_units_kernel.h"
-#include "cpu/winograd_taps_kernel.h"
-#include "cpu/winograd_pack_kernel.h"
-#include "cpu/winograd_conv_kernel.h"
-#include "cpu/winograd_weight_grad_kernel.h"
-#include "cpu/separable_conv_kernel.h"
-#include "cpu/amx_pack_kernel.h"
-#include "cpu/amx_conv_kernel.h"
-#include "cpu/amx_weight_grad_kernel.h"
-}  // namespace RNNDYN_ISA
 
-const KernelTable& RNNDYN_CONCAT(kernel_table_, RNNDYN_ISA)() {
-  static const KernelTable table = {
-      RNNDYN_STRING(RNNDYN_ISA),
-      RNNDYN_ISA::area_step_forward<float>,
-      RNNDYN_ISA::area_step_forward<double>,
-      RNNDYN_ISA::area_step_backward<float>,
-      RNNDYN_ISA::area_step_backward<double>,
-      RNNDYN_ISA::gate_step<float>,
-      RNNDYN_ISA::gate_step<double>,
-      RNNDYN_ISA::activation_backward<float>,
-      RNNDYN_ISA::activation_backward<double>,
-      RNNDYN_ISA::norm_step_forward<float>,
-      RNNDYN_ISA::norm_step_forward<double>,
-      RNNDYN_ISA::norm_step_backward<float>,
-      RNNDYN_ISA::norm_step_backward<double>,
-      RNNDYN_ISA::norm_step_workspace,
-      RNNDYN_ISA::depthwise_conv<float>,
-      RNNDYN_ISA::depthwise_conv<double>,
-      RNNDYN_ISA::depthwise_weight_grad<float>,
-      RNNDYN_ISA::depthwise_weight_grad<double>,
-      RNNDYN_ISA::separable_conv,
-      RNNDYN_ISA::channels_last<float>,
-      RNNDYN_ISA::channels_last<double>,
-      RNNDYN_ISA::readout_zones<float>,
-      RNNDYN_ISA::readout_zones<double>,
-      RNNDYN_ISA::trajectory_norms<float>,
-      RNNDYN_ISA::trajectory_norms<double>,
-      RNNDYN_ISA::ctrnn_forward<float>,
-      RNNDYN_ISA::ctrnn_forward<double>,
-      RNNDYN_ISA::ctrnn_backward<float>,
-      RNNDYN_ISA::ctrnn_backward<double>,
-      RNNDYN_ISA::ctrnn_train<float>,
-      RNNDYN_ISA::ctrnn_train<double>,
-      RNNDYN_ISA::ctrnn_forward_workspace<double>,
-      RNNDYN_ISA::ctrnn_backward_workspace<double>,
-      RNNDYN_ISA::ctrnn_train_workspace<double>,
-      RNNDYN_ISA::winograd_conv,
-      RNNDYN_ISA::winograd_conv_workspace,
-      RNNDYN_ISA::winograd_pack_weight,
-      RNNDYN_ISA::winograd_packed_size,
-      RNNDYN_ISA::winograd_weight_grad,
-      RNNDYN_ISA::winograd_weight_grad_workspace,
-      RNNDYN_ISA::winograd_weight_grad_sums,
-      RNNDYN_ISA::amx_conv,
-      RNNDYN_ISA::amx_conv_workspace,
-      RNNDYN_ISA::amx_pack_weight,
-      RNNDYN_ISA::amx_packed_size,
-      RNNDYN_ISA::amx_weight_grad,
-      RNNDYN_ISA::amx_weight_grad_workspace,
-  };
+RNNDYN_DECLARE_KERNELS(portable)
+
+namespace {
+
+KernelTable portable_table() {
+  KernelTable table{};
+  RNNDYN_VECTOR_KERNELS(portable, table);
+  portable::add_amx_conv(table);  // emulated
   return table;
 }
+
+}  // namespace
+
+const KernelTable& kernel_table_portable() {
+  static const KernelTable table = portable_table();
+  return table;
+}
+
+#ifdef RNNDYN_HAS_avx2
+RNNDYN_DECLARE_KERNELS(avx2)
+
+const KernelTable& kernel_table_avx2() {
+  static const KernelTable table = [] {
+    KernelTable made = portable_table();  // the emulation of matrix units is in the portable build alone
+    RNNDYN_VECTOR_KERNELS(avx2, made);
+    return made;
+  }();
+  return table;
+}
+#endif
+
+#ifdef RNNDYN_HAS_avx512
+RNNDYN_DECLARE_KERNELS(avx512)
+
+const KernelTable& kernel_table_avx512() {
+  static const KernelTable table = [] {
+    KernelTable made = portable_table();
+    RNNDYN_VECTOR_KERNELS(avx512, made);
+    return made;
+  }();
+  return table;
+}
+#endif
+
+#ifdef RNNDYN_HAS_amx
+RNNDYN_DECLARE_KERNELS(amx)
+
+// What has no use for matrix units is that of AVX-512, whose flags are the same.
+const KernelTable& kernel_table_amx() {
+  static const KernelTable table = [] {
+    KernelTable made = kernel_table_avx512();
+    made.isa = "amx";
+    amx::add_winograd_conv(made);
+    amx::add_winograd_weight_grad(made);
+    amx::add_amx_conv(made);
+    return made;
+  }();
+  return table;
+}
+#endif
 
 }  // namespace rnndyn

@@ -1,4 +1,4 @@
-// norm_step: drive, squashed modulator, norm per channel, activation; forward and backward. Included by kernels.cpp inside namespace
+// norm_step: drive, squashed modulator, norm per channel, activation; forward and backward. Included by its family inside namespace
 // rnndyn::<isa>, after gate_math_kernel.h (activations) and area_step_kernel.h (Moments); parameters are documented in norm_step.h.
 //
 // Maths: d = sum of drives + bias, m = sum of modulators + bias, s the logistic sigmoid, a the identity or relu, f the activation

@@ -1,5 +1,5 @@
 // readout_zones: norm, change, predicted class, margin, boundary distance and cosines of representations over time.
-// Included by kernels.cpp inside namespace rnndyn::<isa>, after gemm_kernel.h (vector type, rows of a register block);
+// Included by its family inside namespace rnndyn::<isa>, after gemm_kernel.h (vector type, rows of a register block);
 // parameters are documented in readout_zones.h.
 //
 // Maths (per sample and step; l_c = w_c . r + b_c):

@@ -1,4 +1,4 @@
-// trajectory_norms: ||x[t, n]|| and ||x[t + 1, n] - x[t, n]|| of long rows. Included by kernels.cpp inside namespace
+// trajectory_norms: ||x[t, n]|| and ||x[t + 1, n] - x[t, n]|| of long rows. Included by its family inside namespace
 // rnndyn::<isa>; parameters are documented in trajectory_norms.h.
 //
 // Precision: sums over a block of kNormBlock elements in Real, in vector lanes; sums of blocks in double.

@@ -35,7 +35,7 @@ FIGURES: dict[str, Callable[[ReadoutZoneResult], Figure]] = {
 
 
 def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
-    """Write a figure to ``<stem>.png``, ``.svg`` and ``.pdf``, each whole or not at all; returns the paths."""
+    """Write a figure to ``<stem>.png``, ``.svg`` and ``.pdf``, atomically; returns the paths."""
     written = []
     for suffix in ("png", "svg", "pdf"):
         path = Path(f"{os.fspath(stem)}.{suffix}")

@@ -15,7 +15,7 @@ from rnndyn_fast.files import reads, written_whole
 
 
 def save_npz(path: str | os.PathLike[str], result: Any, format_name: str) -> Path:
-    """Write the fields of a dataclass to an NPZ file, whole or not at all; those that are None are left out, descriptors are JSON."""
+    """Write the fields of a dataclass to an NPZ file, atomically; those that are None are left out, descriptors are JSON."""
     arrays = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
     arrays = {name: value for name, value in arrays.items() if value is not None}
     arrays |= {"format": format_name, "descriptors": json.dumps(dict(result.descriptors))}

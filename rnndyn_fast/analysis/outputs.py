@@ -143,7 +143,7 @@ def _text(value: Any) -> str:
 
 
 def write_csv(rows: Iterable[Row], path: str | os.PathLike[str]) -> Path:
-    """Write rows with the same keys to a CSV file, whole or not at all; NaN becomes an empty field."""
+    """Write rows with the same keys to a CSV file, atomically; NaN becomes an empty field."""
     rows = list(rows)
     with replaced_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         write_rows(rows, file)

@@ -348,7 +348,7 @@ class ReadoutZoneResult:
         return cls(sums, weight, bias, samples, dict(descriptors or {}))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result to an HDF5 file, whole or not at all; an existing file is replaced only when the new one is
+        """Write the result to an HDF5 file, atomically; an existing file is replaced only when the new one is
         complete.
 
         The file holds the arrays of ``arrays()``, the descriptors (attribute ``descriptors``, JSON), and for other

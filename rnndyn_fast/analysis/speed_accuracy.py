@@ -138,7 +138,7 @@ class ReactionTimeResult:
         return MatchedThreshold(*(float(part[best_k]) for part in (curve.threshold, curve.accuracy, curve.mean_step, curve.mean_cost)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to an NPZ file, whole or not at all."""
+        """Write to an NPZ file, atomically."""
         return save_npz(path, self, FORMAT)
 
     @classmethod

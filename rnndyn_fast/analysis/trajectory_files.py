@@ -31,7 +31,7 @@ _REQUIRED = ("trajectories", "readout_weight", "labels")
 
 @reads("result or file of trajectories")
 def load_result(path: str | os.PathLike[str], names: Mapping[str, str] | None = None, *, backend: str | None = None) -> ReadoutZoneResult:
-    """The result in a file of ``rnndyn extract``, or that of the trajectories in anybody's file.
+    """The result in a file of ``rnndyn extract``, or that of the trajectories in a file from other software.
 
     Args:
         path: a result; or an NPZ or HDF5 file with ``trajectories`` [T, N, D], ``readout_weight`` [C, D], ``labels`` [N], and

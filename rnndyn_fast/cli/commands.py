@@ -336,7 +336,7 @@ def study(**options: Any) -> None:
     try:
         print(run_study(StudyConfig(**options)))
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on where it was (files in {options['out']})")
+        print(f"\nstopped; the same command continues (files in {options['out']})")
         raise
 
 

@@ -41,7 +41,7 @@ def report() -> str:
     try:
         info: dict[str, Any] = dict(rnndyn_fast.build_info())
     except ImportError as error:
-        info = {"not there": str(error)}
+        info = {"not available": str(error)}
     lines += _rows({name: ", ".join(value) if isinstance(value, list | tuple) else value for name, value in info.items()})
 
     lines += ["engines"]

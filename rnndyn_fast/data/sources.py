@@ -92,7 +92,7 @@ def load_source(source: str = "auto", *, folder: str | os.PathLike[str] | None =
 
     Raises:
         ValueError: unknown `source`, or a damaged file (names it).
-        FileNotFoundError: Fashion-MNIST asked for but not there; says how to get it.
+        FileNotFoundError: Fashion-MNIST requested but not installed; says how to get it.
         ImportError: digits without scikit-learn.
 
     Deterministic: yes. Memory: all images (Fashion-MNIST 55 MB).

@@ -91,7 +91,7 @@ def stream(
 ) -> Path:
     """Run images through `forward` and its activations through the reducers; write their results, and trajectories if asked for.
 
-    Killed at any moment and called again with the same arguments it goes on (see `Journal`), and the final files are the same, byte for
+    Killed at any moment and called again with the same arguments it continues (see `Journal`), and the final files are the same, byte for
     byte. Under `torchrun` every process takes some of the shards; the files are those of one process (given the same number of threads
     each), and must lie in a folder that all processes see.
 
@@ -381,7 +381,7 @@ def _naming(journal: Journal) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"{journal.folder}: cannot be written: {error}; what was complete is kept there: make room and run the same again to go on"
+            f"{journal.folder}: cannot be written: {error}; completed work is kept there: free space and run the same command again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What an unfinished extraction has on disk: a folder ``<out>.partial`` that always holds a state to go on from.
+"""What an unfinished extraction has on disk: a folder ``<out>.partial`` that always holds a state to continue from.
 
 ::
 

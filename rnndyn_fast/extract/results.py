@@ -21,7 +21,7 @@ Result = ReadoutZoneResult | ReducerResult
 
 
 def save_results(path: str | os.PathLike[str], results: Mapping[str, Result], descriptors: Mapping[str, Any]) -> Path:
-    """Write results by name to an HDF5 file, whole or not at all; equal results give equal bytes::
+    """Write results by name to an HDF5 file, atomically; equal results give equal bytes::
 
     <name>/<table>        with an attribute `axes`; of readout zones as ReadoutZoneResult.save lays them out
     attributes            format, descriptors (JSON); of <name>: n, options (JSON)

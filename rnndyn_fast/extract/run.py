@@ -77,7 +77,7 @@ def extract(
     Images are normalised with the statistics of the data that the network was trained on. Activations pass through the reducers batch by
     batch and are gone then, unless `save` names areas: those go to ``<stem of out>_trajectories.h5`` beside `out`. The results'
     descriptors hold the checkpoint (SHA-256), the data (a hash of what was read), these options and versions. An interrupted extraction
-    goes on when it is called again, and under `torchrun` it is shared: see `stream`.
+    continues when it is called again, and under `torchrun` it is shared: see `stream`.
 
     Args:
         checkpoint: file written by `train`.
@@ -121,7 +121,7 @@ def extract(
             those of the network; an image or activation with NaN; damaged files; another unfinished extraction; no such device, and why.
         FileNotFoundError: no checkpoint, data, or (with `untrained`) no initial checkpoint.
         FileExistsError: an output exists and `overwrite` is False.
-        OSError: an image cannot be read, or a file not be written (a full disk); run the same again to go on.
+        OSError: an image cannot be read, or a file not be written (a full disk); run the same command again to continue.
 
     Deterministic: yes on a CPU with a fixed number of threads. Memory: a few batches, and the reducers.
 

@@ -34,7 +34,7 @@ class Source(Protocol):
         """Where an image is, for messages."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another at little cost; an extraction goes on only with an equal one."""
+        """What tells this source from another at little cost; an extraction continues only with an equal one."""
 
     def describe(self) -> dict[str, Any]:
         """Where the images come from, for the record."""

@@ -1,7 +1,7 @@
 """Networks and training steps as CUDA graphs: launched once from the host instead of kernel by kernel.
 
 At batches of a few dozen images the host is the slower part of a rollout. A graph is captured per shape of the arguments, after some
-calls that run as ever (they are real calls: nothing is computed twice, and the engines of convolutions are measured then); later calls
+calls that run normally (they are real calls: nothing is computed twice, and the engines of convolutions are measured then); later calls
 copy their arguments into the graph's own tensors and replay it.
 """
 
@@ -105,7 +105,7 @@ class GraphedNetwork:
         network: the module, on a CUDA device.
         copy: whether calls return copies; without, the next call, of whatever shape, may overwrite what this one returned: graphs
             of all shapes share one pool of memory.
-        calls_before: calls of a shape that run as ever before it is captured.
+        calls_before: calls of a shape that run normally before it is captured.
         max_graphs: that many shapes are kept, those used last.
         call: a method of the network that is called in its place.
 
@@ -170,7 +170,7 @@ class GraphedTrainingStep:
         optimizer: of the network's parameters.
         scaler: a ``torch.amp.GradScaler``, for float16.
         autocast: dtype of CUDA autocast around ``loss``; None: none.
-        calls_before: steps of a shape that run as ever before it is captured; they are steps like all others.
+        calls_before: steps of a shape that run normally before it is captured; they are steps like all others.
         max_graphs: that many shapes are kept, those used last.
         before_update: what is done to the gradients, which are whole and unscaled then; it is captured with an optimiser that is.
 

@@ -74,7 +74,7 @@ class CudaGraphs:
         except RuntimeError as error:
             raise RuntimeError(
                 f"a CUDA graph could not be captured: {error}. What is captured must not wait for the device (.item(), print, shapes that "
-                "depend on values), and every tensor it uses must be on the device; without a graph the same call runs as ever"
+                "depend on values), and every tensor it uses must be on the device; without a graph the same call runs normally"
             ) from error
         self._pool = graph.pool()
         return graph.replay, result

@@ -46,7 +46,7 @@ class PhaseAnalysis:
         return str(self.facts["name"])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one .npz file, whole or not at all."""
+        """Write one .npz file, atomically."""
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"path: expected a name that ends in .npz, got {path.name}")

@@ -70,7 +70,7 @@ class Oscillation:
 
     @property
     def oscillates(self) -> bool:
-        """Whether it goes on moving."""
+        """Whether it keeps moving."""
         return self.kind != "fixed point"
 
 

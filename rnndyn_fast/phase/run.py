@@ -76,7 +76,7 @@ def analyse_networks(
 ) -> list[PhaseAnalysis]:
     """Analyse every network of a file, one result file each, and write a table of all results in the folder.
 
-    A network whose result is already there is not analysed again, so that an interrupted call goes on where it stopped. A network
+    A network whose result is already there is not analysed again, so that an interrupted call continues where it stopped. A network
     that cannot be analysed (one that left the finite numbers in training) is told and left out.
 
     Args:

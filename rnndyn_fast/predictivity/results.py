@@ -70,7 +70,7 @@ class PredictivityResult:
         return np.asarray(getattr(self, name))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to an NPZ file, whole or not at all."""
+        """Write to an NPZ file, atomically."""
         return save_npz(path, self, FORMAT)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The report of one result: a network's, or that of anybody's trajectories."""
+"""The report of one result: a network's, or that of trajectories from other software."""
 
 from __future__ import annotations
 

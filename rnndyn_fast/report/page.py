@@ -202,7 +202,7 @@ class Page:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to `path`, whole or not at all."""
+        """Write the page to `path`, atomically."""
         return write_text(path, self.html())
 
 

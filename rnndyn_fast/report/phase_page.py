@@ -211,7 +211,7 @@ def _dynamics_text(facts: dict[str, Any]) -> str:
     kind = facts["oscillation.kind"]
     if kind == "fixed point":
         return f"Undisturbed, it comes to rest. Trials end in {facts['end.attractors']} different places if nothing more comes."
-    text = f"Undisturbed, it goes on for ever ({kind})"
+    text = f"Without input it continues indefinitely ({kind})"
     if facts["oscillation.period"] is not None:
         text += f", one turn in {facts['oscillation.period']:.4f} steps (published detector: {facts['oscillation.published_period']})"
     if "floquet.multipliers" in facts:

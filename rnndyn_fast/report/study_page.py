@@ -228,7 +228,7 @@ def _training(page: Page, record: StudyRecord) -> None:
         speed = float(np.median([row.images_per_s for row in run.metrics]))
         rows.append([run.title, run.seed, run.parameters, len(run.metrics), last.epoch, first, final, speed])
     if not rows:
-        section.text("The checkpoints were given, and no metrics lie beside them.")
+        section.text("The checkpoints were given, without metrics.")
         return
     section.plots(plots)
     section.table(

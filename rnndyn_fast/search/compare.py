@@ -67,7 +67,7 @@ def compare(config: CompareConfig, *, say: Say = print) -> Path:
     """Train networks of matched parameter counts and compare them.
 
     In the folder ``config.out``: ``<network>/seed_<k>/`` (each a training run with its ``results.json``), ``networks.csv``,
-    ``report.html`` and ``compare.yaml``. Stopped at any moment, it goes on with ``resume``.
+    ``report.html`` and ``compare.yaml``. Stopped at any moment, it continues with ``resume``.
 
     Returns:
         The path of the report.
@@ -101,7 +101,7 @@ def _percent(trained: Trained) -> str:
 
 
 def _train(config: CompareConfig, folder: Path, one: Architecture, network: Network, seed: int) -> Trained:
-    """Train, or go on with it; then run the test images through the best epoch's network."""
+    """Train or resume; then run the test images through the best epoch's network."""
     options = config.training(str(folder), network_to_plain(network), seed)
     started = any((folder / name).exists() for name in (LAST, INITIAL))
     with warnings.catch_warnings():
@@ -148,5 +148,5 @@ def _prepare(config: CompareConfig, out: Path) -> None:
         if different:
             raise ValueError(f"resume: the comparison in {out} was begun with other options: {'; '.join(different)}")
     elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the comparison")
+        raise FileExistsError(f"out: {out} is not empty; use --resume to continue or --overwrite to replace the comparison")
     write_text(out / CONFIG, yaml.safe_dump({**config.to_dict(), "resume": False, "overwrite": False}, sort_keys=False))

@@ -12,7 +12,7 @@ from rnndyn_fast.search.space import Space, load_space
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.options import check_least, check_type, option
 
-# What a search that goes on may change: how long and how it runs, not what a trial computes.
+# What a resumed search may change: how long and how it runs, not what a trial computes.
 FREE_ON_RESUME = (
     "data",
     "out",
@@ -78,7 +78,7 @@ class SearchConfig:
     heartbeat_s: int = option(60, "seconds between signs of life; a trial without one for five times as long is run again")
     backend: Literal["native", "reference"] | None = option(None, "as in rnndyn train")
     engine: Literal["auto", "direct", "winograd", "amx"] = option("auto", "as in rnndyn train")
-    resume: bool = option(False, "go on with the search in `out`, or join the one in `storage`")
+    resume: bool = option(False, "continue the search in `out`, or join the one in `storage`")
     overwrite: bool = option(False, "replace the search that is in `out`")
 
     def __post_init__(self) -> None:
@@ -119,5 +119,5 @@ class SearchConfig:
         return dataclasses.asdict(self)
 
     def settings(self) -> dict[str, Any]:
-        """What makes trials comparable: goes on record in the study, and a search that goes on must have the same."""
+        """What makes trials comparable: goes on record in the study, and a resumed search must have the same."""
         return {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}

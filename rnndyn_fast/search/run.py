@@ -51,7 +51,7 @@ def search(config: SearchConfig, *, say: Say = print) -> Path:
 
     In the folder ``config.out``: ``study.db`` (unless there is another storage), ``trials/<number>/`` (each a training run with
     its ``train.yaml``), ``search.yaml``, and at the end ``report.html``, ``trials.csv`` and ``best/<rank>.yaml``. A search that was
-    killed goes on with ``resume``: trials whose worker is gone are run again from their last epoch.
+    killed continues with ``resume``: trials whose worker is gone are run again from their last epoch.
 
     Args:
         config: what to do.
@@ -84,7 +84,7 @@ def search(config: SearchConfig, *, say: Say = print) -> Path:
         _workers(config)
     done = finished(study.get_trials(deepcopy=False))
     if len(done) < config.trials:
-        raise ChildProcessError(f"search: {len(done)} of {config.trials} trials are finished; --resume goes on")
+        raise ChildProcessError(f"search: {len(done)} of {config.trials} trials are finished; --resume continues")
     from rnndyn_fast.search.report import write_report
 
     return write_report(study, config, space)
@@ -101,7 +101,7 @@ def _prepare(config: SearchConfig, out: Path) -> None:
         if config.storage is None and not (out / STORAGE).exists():
             raise FileNotFoundError(f"resume: no {STORAGE} in {out}")
     elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the search")
+        raise FileExistsError(f"out: {out} is not empty; use --resume to continue or --overwrite to replace the search")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -281,7 +281,7 @@ def _take_over(trial: Trial, folder: Path) -> bool:
         old = folder.with_name(f"{before:04d}")
         if (old / LAST).exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # whole or not at all
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # atomically
                 shutil.copytree(old, Path(scratch) / folder.name)
                 os.replace(Path(scratch) / folder.name, folder)
     return any((folder / name).exists() for name in (LAST, INITIAL))

@@ -66,7 +66,7 @@ class Space:
 
     ``choices`` by name: fields of :class:`Architecture`, feedback edges ``feedback_<from>_<to>`` (booleans), and options of training
     (TRAINING). What is not named has its default. A choice that means nothing with what was chosen before (peepholes of a GRU,
-    feedback from a layer that is not there) is not made.
+    feedback from a layer that does not exist) is not sampled.
 
     >>> space = Space.from_plain({"cell": ["gru", "lstm"], "depth": 2, "feedback_2_1": [True, False], "lr": {"low": 1e-3, "high": 1e-2}})
     >>> sorted(space.choices)

@@ -40,7 +40,7 @@ def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
 
     In the folder ``config.out``: ``images.h5`` (unless data are given), a folder per network with its run, results and
     analysis, ``comparison`` with the tables and figures over the networks, and ``report.html``. A study that was stopped goes
-    on where it was: finished steps are found by their files, training goes on from its last checkpoint.
+    on where it was: finished steps are found by their files, training continues from its last checkpoint.
 
     Args:
         config: sizes and where to.
@@ -52,7 +52,7 @@ def run_study(config: StudyConfig, *, reporter: Reporter | None = None) -> Path:
     Raises:
         FileExistsError: there is a report and `overwrite` is False.
         ValueError: the folder holds an interrupted study with other options; checkpoints are of other networks.
-        FileNotFoundError, ImportError: images or checkpoints are not there; says how to get them.
+        FileNotFoundError, ImportError: images or checkpoints are missing; says how to get them.
     """
     out = Path(config.out)
     if (out / REPORT).exists() and not config.overwrite:
@@ -125,7 +125,7 @@ def _make_data(config: StudyConfig, record: StudyRecord, shown: Callable[[], Rep
         **{f"num_{name}": count for name, count in counts.items()},
     }
     with _step(record, shown, "data make", "data make", {"out": record.data_path, **options}) as reporter:
-        if not record.data_path.exists() or config.overwrite:  # a file is there whole or not at all
+        if not record.data_path.exists() or config.overwrite:  # writes are atomic
             with reporter:
                 make_dataset(record.data_path, **options, overwrite=config.overwrite, progress=split_progress(reporter))
 

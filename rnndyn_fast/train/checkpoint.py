@@ -26,7 +26,7 @@ _OF_DATA = ("path", "image_size", "categories", "mean", "std")
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> Path:
-    """Write `checkpoint` to `path`, whole or not at all.
+    """Write `checkpoint` to `path`, atomically.
 
     Args:
         path: the file; an existing one is replaced when the new one is complete.

@@ -52,7 +52,7 @@ class EpochMetrics:
 
 
 def write_metrics(folder: str | os.PathLike[str], rows: Sequence[EpochMetrics]) -> None:
-    """Write all rows to metrics.csv and metrics.jsonl in `folder`, each whole or not at all.
+    """Write all rows to metrics.csv and metrics.jsonl in `folder`, atomically.
 
     The files are written anew each epoch from the rows that the checkpoint also keeps: a resumed run leaves no
     duplicates.

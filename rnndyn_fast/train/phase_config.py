@@ -53,7 +53,7 @@ class _PhaseConfig(ABC):
     backend: Literal["native", "reference"] | None = option(None, "native kernels, plain PyTorch, or whichever can run")
     threads: int | None = option(None, "CPU threads; default: PyTorch's. Results do not depend on it")
     save_every_s: float = option(30.0, "seconds between checkpoints")
-    resume: bool = option(False, "go on from the checkpoint in `out`")
+    resume: bool = option(False, "continue from the checkpoint in `out`")
     overwrite: bool = option(False, "replace a run that is in `out`")
 
     def __post_init__(self) -> None:

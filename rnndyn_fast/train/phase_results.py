@@ -49,7 +49,7 @@ class NetworkResult:
 
 
 def save_networks(path: str | os.PathLike[str], net: CTRNN, rows: Sequence[NetworkResult]) -> Path:
-    """Write networks and their rows as one .npz, under the published parameter names with a model axis in front; whole or not at all."""
+    """Write networks and their rows as one .npz, under the published parameter names with a model axis in front; the write is atomic."""
     arrays: dict[str, Any] = {name: net.get_parameter(ours).detach().numpy() for name, ours in PUBLISHED_NAMES.items()}
     arrays |= {"alpha": net.alpha.numpy(), "noise_const": net.noise_std.numpy(), "h0": net.h0.numpy()}
     arrays["activation"] = np.array([a.value for a in net.activations])

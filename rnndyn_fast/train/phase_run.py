@@ -1,4 +1,4 @@
-"""Training of networks on modulo arithmetic: one, or a sweep of many together, each stopping when it is good enough."""
+"""Training of networks on modulo arithmetic: one, or a sweep of many together, each stopping at its criterion."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class _Run:
         return f"{count} of {len(self.jobs)} networks reached a validation error of {self.config.stop_loss:g}; {self.seconds:.0f} s"
 
     def save(self) -> None:
-        """Results, networks and checkpoint, each whole or not at all. The checkpoint comes last: a run killed before it takes up the
+        """Results, networks and checkpoint, atomically. The checkpoint comes last: a run killed before it takes up the
         one before and writes the others again."""
         rows = self.results()
         write_results(self.out, rows, self.config.to_dict(), self.seconds, getattr(self.config, "published", None))
