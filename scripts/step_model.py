@@ -30,10 +30,10 @@ from rnndyn_fast.graph import compile_schedule
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops._launch import Use
+from rnndyn_fast.ops.addresses import Use
 from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.program.passes import run_backward, run_forward
-from rnndyn_fast.program.plan import default_gradients, make_plan
+from rnndyn_fast.program.plan import Request, default_gradients, make_plan
 
 VENDOR = " (the vendor's)"
 START, END = "<!-- step model -->", "<!-- end of step model -->"
@@ -169,7 +169,7 @@ def training_step(network: RecurrentNetwork, batch: int, engine: str = "fused", 
     given = {"image": torch.empty(batch, 3, size, size, dtype=torch.float16, device="meta")}
     parameters = {name: torch.empty(shape, device="meta") for name, shape in spec.parameter_shapes.items()}
     with buffers_on(torch.device("meta")), torch.no_grad(), noting() as noted:
-        plan = make_plan(schedule, given, parameters, frozenset(parameters), engine, training=False)
+        plan = make_plan(Request(schedule, given, parameters, frozenset(parameters), engine, training=False))
         layouts = [one for one in default_gradients(plan.states) if one is not None]
         grads = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in layouts]
         forward = run_forward(plan.versions[0], {**given, **parameters})
