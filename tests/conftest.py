@@ -45,6 +45,27 @@ def golden_module(name: str) -> Any:
     return module
 
 
+# Files that take long, the longest first: they are marked slow, and begin first, so that none is left alone at the end of a run that has
+# several processes.
+SLOW = (
+    "test_sanitized", "test_repository", "test_simt_bites", "test_gpu_check", "test_networks_cuda", "test_program_rollout",
+    "test_networks_native",
+    "test_search", "test_train_resume", "test_train_parallel", "test_train_options", "test_train_models", "test_study", "test_install",
+    "test_extract_engine", "test_cli", "test_claims", "test_phase_report", "test_modules_changed", "test_analysis_results",
+    "test_disk_full",
+    "test_report_numbers", "test_report_browser", "test_cuda_build", "test_cli_dialect", "test_device_engine", "test_cuda_graphs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark and order."""
+    rank = {name: number for number, name in enumerate(SLOW)}
+    for item in items:
+        if item.path.stem in rank:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
