@@ -9,7 +9,8 @@ from typing import Any
 
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.names import check_choice
-from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
+from rnndyn_fast.nn.cell_graphs import add_cell
+from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
 from rnndyn_fast.ops.cells import Gain, ReciprocalGated
 
 # Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
