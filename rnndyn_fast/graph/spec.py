@@ -242,11 +242,11 @@ class Network:
         shapes: dict[str, Shape] = {node.name: (node.channels, node.height, node.width) for node in self.inputs}
         pending = list(self.areas)
         while pending:
-            for area in [a for a in pending if a.like in shapes]:
-                shapes[area.name] = (area.channels, *shapes[str(area.like)][1:])
-                pending.remove(area)
-            if not pending:
-                break
+            alike = next((a for a in pending if a.like in shapes), None)
+            if alike is not None:
+                shapes[alike.name] = (alike.channels, *shapes[str(alike.like)][1:])
+                pending.remove(alike)
+                continue
             ready = [
                 (area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes and c.sizes_target
             ]

@@ -186,7 +186,7 @@ def _check_kernels(options: Mapping[str, Any], size: tuple[int, int]) -> None:
     """Kernels that the caller names are no larger than the map; those of presets are as published."""
     for name, value in options.items():
         if name.endswith("kernel_size") and value is not None:
-            given = kernel_size(name, value)
+            given = kernel_size(name, value, zero=name == "gate_kernel_size")
             height, width = (given, given) if isinstance(given, int) else given or (0, 0)
             if height > size[0] or width > size[1]:
                 raise ValueError(

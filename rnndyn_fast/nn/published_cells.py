@@ -102,10 +102,8 @@ def _reciprocal(values: dict[str, Any], form: str) -> dict[str, Any]:
     """Options of the reciprocal gated cell, without those that have no effect beside the others."""
     values = dict(values)
     check_choice("config: feedback_entry", values["feedback_entry"], ENTRIES)
-    if not values["cell_tau_filter_size"]:
-        values["cell_tau_filter_size"] = None
-    no_cell = kernel_size("gate_kernel_size", values["gate_filter_size"]) == 0
-    if no_cell:
+    values["cell_tau_filter_size"] = values["cell_tau_filter_size"] or None
+    if _value("gate_filter_size", values["gate_filter_size"]) == 0:
         for name in ("cell_to_out", "cell_residual", "residual_to_cell_tau", "residual_to_cell_gate"):
             values[name] = False
     if form == "shallow":
@@ -121,6 +119,10 @@ def _reciprocal(values: dict[str, Any], form: str) -> dict[str, Any]:
 def _value(name: str, value: Any) -> Any:
     if name == "cell_depth":
         return _whole(name, value)
+    if name.endswith("filter_size"):
+        return kernel_size(f"config: {name}", value, none=name == "cell_tau_filter_size", zero=name == "gate_filter_size")
+    if name.endswith("separable") and not isinstance(value, bool):
+        raise ValueError(f"config: {name}: expected true or false, got {value!r}")
     if name.endswith(("activation", "nonlinearity")):
         word = getattr(value, "__name__", value)
         words = [activation.value for activation in Activation]

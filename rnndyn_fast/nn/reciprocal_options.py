@@ -100,7 +100,9 @@ class ReciprocalOptions:
                 check_choice(name, value, [activation.value for activation in Activation])
                 object.__setattr__(self, name, Activation(value))
         for name in _KERNELS:
-            object.__setattr__(self, name, kernel_size(name, getattr(self, name), optional=name == "cell_tau_kernel_size"))
+            object.__setattr__(
+                self, name, kernel_size(name, getattr(self, name), none=name == "cell_tau_kernel_size", zero=name == "gate_kernel_size")
+            )
         for name in _NUMBERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -127,11 +129,9 @@ class ReciprocalOptions:
         if not self.has_cell:
             for name in ("residual_to_out_gate", "input_to_gate", "cell_to_out", "cell_residual", "residual_to_cell_tau"):
                 if getattr(self, name):
-                    raise ValueError(f"{name}: it needs a cell memory and its gates, expected gate_kernel_size > 0, got 0")
+                    raise ValueError(f"{name}: there is no cell memory and no gate with a gate kernel of size 0, expected false, got true")
         elif not (self.input_to_cell or self.cell_residual):
-            raise ValueError(
-                "input_to_cell: nothing enters the cell memory, expected input_to_cell or cell_residual (or gate_kernel_size=0)"
-            )
+            raise ValueError("input_to_cell: nothing enters the cell memory, expected it or cell_residual (or gates of size 0)")
 
     @property
     def has_cell(self) -> bool:
@@ -144,18 +144,18 @@ class ReciprocalOptions:
         return ("c", "o") if self.has_cell else ("o",)
 
 
-def kernel_size(name: str, value: Any, *, optional: bool = False) -> KernelSize | None:
-    """A kernel size as a number where it is square, else (height, width); 0 is a size of the gates only.
+def kernel_size(name: str, value: Any, *, none: bool = False, zero: bool = False) -> KernelSize | None:
+    """A kernel size as a number where it is square, else (height, width); ``none``, ``zero``: whether it may be None, or 0.
 
     Raises: ``ValueError`` naming the option.
     """
-    if optional and value is None:
+    if none and value is None:
         return None
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | float) or n != int(n) for n in pair):
         raise ValueError(f"{name}: expected a whole number or (height, width), got {value!r}")
     height, width = int(pair[0]), int(pair[1])
-    if min(height, width) < 1 and not (name == "gate_kernel_size" and (height, width) == (0, 0)):
+    if min(height, width) < 1 and not (zero and (height, width) == (0, 0)):
         raise ValueError(f"{name}: expected at least 1, got {value!r}")
     return height if height == width else (height, width)
 
