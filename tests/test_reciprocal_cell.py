@@ -210,6 +210,22 @@ def test_gates_are_one_kernel(case: str) -> None:
     assert ("by_torch" in kinds) == (case in other)
 
 
+@pytest.mark.parametrize("form", ["shallow", "median"])
+def test_without_gates_both_halves_take_their_drives_whole(form: str) -> None:
+    """The control is the cell whose gate gains are 1, without the gates' parameters."""
+    gains = {"gate_multiplier": 0.0, "gate_offset": 1.0, "residual_to_out_gate": False}
+    gated = ConvCell("rgc", 4, 4, (5, 5), form=form, kernel_size=3, **gains).double()
+    control = ConvCell("rgc", 4, 4, (5, 5), form=form, kernel_size=3, gating=False).double()
+    parameters = gated.state_dict()
+    gates = {name for name in parameters if ".gate" in name or "out_to_cell" in name}
+    assert set(control.state_dict()) == parameters.keys() - gates
+    assert gates
+    control.load_state_dict({name: value for name, value in parameters.items() if name not in gates})
+    x = torch.randn(3, 2, 4, 5, 5, dtype=torch.float64)
+    for a, b in zip(gated.sequence(x), control.sequence(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def random_config(rng: random.Random, form: str) -> tuple[dict[str, Any], int, int]:
     """Options drawn at random, of those that may stand together, and channels of residual and feedback."""
     config: dict[str, Any] = {"out_depth": 3, "cell_depth": rng.choice((2, 3))}

@@ -109,6 +109,11 @@ class _Cell:
     def _before(self, target: str, area: Area) -> None:
         self.graph.areas.insert([a.name for a in self.graph.areas].index(target), area)
 
+    def _gains(self, gate_bias: float) -> tuple[Gain, Gain]:
+        o = self.o
+        tau = Gain(o.tau_offset, o.tau_multiplier, o.tau_nonlinearity, o.tau_bias)
+        return tau, Gain(o.gate_offset, o.gate_multiplier, o.gate_nonlinearity, gate_bias) if o.gating else Gain(1.0, 0.0)
+
     def _half(self, half: Source, state: str, cell: ReciprocalGated, norm: str) -> str:
         """The areas of one half; the name of the one whose ports are to be filled."""
         activation, name = cell.activation, half.name
@@ -144,15 +149,12 @@ class _Cell:
     def _cell_half(self, x: Source, c: Source) -> None:
         o, residual = self.o, self.spec.residual
         cell_tau = o.tau_kernel_size if o.cell_tau_kernel_size is None else o.cell_tau_kernel_size
-        cell = ReciprocalGated(
-            Gain(o.tau_offset, o.tau_multiplier, o.tau_nonlinearity, o.tau_bias),
-            Gain(o.gate_offset, o.gate_multiplier, o.gate_nonlinearity, o.gate_bias),
-            o.cell_activation,
-        )
+        cell = ReciprocalGated(*self._gains(o.gate_bias), o.cell_activation)
         area = self._half(c, "c", cell, "cell.layer_norm" if self.median else "cell.cell_layer_norm")
         tau, gate = (("cell.cell_to_cell", "cell.tau"), "cell.out_to_cell") if self.median else ("cell.tau", "cell.gate")
         self._conv(c, area, cell_tau, tau, port="tau", separable=o.tau_separable)
-        self._conv(self.out, area, o.gate_kernel_size, gate, port="gate", separable=o.gate_separable)
+        if o.gating:
+            self._conv(self.out, area, o.gate_kernel_size, gate, port="gate", separable=o.gate_separable)
         drive: dict[str, Any] = {"role": Role.BOTTOM_UP, "separable": o.ff_separable}
         if o.cell_residual:
             assert residual is not None
@@ -177,8 +179,7 @@ class _Cell:
         gated = c is not None and not o.cell_to_out
         dense_from_cell = c is not None and not o.gate_separable
         cell = ReciprocalGated(
-            Gain(o.tau_offset, o.tau_multiplier, o.tau_nonlinearity, o.tau_bias),
-            Gain(o.gate_offset, o.gate_multiplier, o.gate_nonlinearity, o.gate_bias if gated and dense_from_cell else 0.0),
+            *self._gains(o.gate_bias if gated and dense_from_cell else 0.0),
             o.out_activation,
             drive_bias=o.gate_bias if o.cell_to_out and dense_from_cell else 0.0,
         )
@@ -190,7 +191,7 @@ class _Cell:
                        cut=o.in_out_separable)  # fmt: skip
         else:
             self.graph.identity(x, area, Role.BOTTOM_UP)
-        if c is not None:
+        if c is not None and (o.gating or o.cell_to_out):
             separable = "out.gate" if gated else "out.cell_to_out"
             names = ("out.cell_to_out", separable) if self.median else "out.gate"
             self._conv(c, area, o.gate_kernel_size, names, port="gate" if gated else "drive", separable=o.gate_separable)

@@ -49,6 +49,7 @@ class ReciprocalOptions:
     kernel sizes: a number, or (height, width). ``gate_kernel_size=0``: there is no cell memory c. ``cell_tau_kernel_size`` None: tau's.
     separable_repeat: (shallow) a depthwise convolution of the same size, and elu, before each separable one.
     feedback_entry: where F enters: "input", "cell" or "out".
+    gating: False (a control, not published): no gate, ``g_gate`` is 1.
     """
 
     form: str = "shallow"
@@ -90,6 +91,7 @@ class ReciprocalOptions:
     input_to_out: bool = False
     cell_to_out: bool = False
     layer_norm: bool = False
+    gating: bool = True
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
@@ -126,6 +128,10 @@ class ReciprocalOptions:
                 raise ValueError(f"{gain}_bias: it has no effect on separable convolutions, expected 0 with {gain}_separable")
         if self.separable_repeat and not any(getattr(self, f"{name}_separable") for name in ("tau", "gate", "ff", "in_out", "feedback")):
             raise ValueError("separable_repeat: expected a separable convolution (tau_separable, gate_separable, ...)")
+        if not self.gating:
+            for name in ("residual_to_out_gate", "residual_to_cell_gate", "input_to_gate", "gate_bias"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: there is no gate with gating=False, got {getattr(self, name)!r}")
         if not self.has_cell:
             for name in ("residual_to_out_gate", "input_to_gate", "cell_to_out", "cell_residual", "residual_to_cell_tau"):
                 if getattr(self, name):
@@ -187,6 +193,6 @@ def reciprocal_options(options: Mapping[str, Any]) -> ReciprocalOptions:
     for name in given:
         if name not in known:
             raise ValueError(f"options: a reciprocal gated cell has no option {name!r}{nearest(name, known)}; there are {known}")
-    if given.get("gate_kernel_size") in (0, (0, 0), [0, 0]):
+    if given.get("gate_kernel_size") in (0, (0, 0), [0, 0]) or given.get("gating") is False:  # (the preset's, not the caller's)
         given.setdefault("residual_to_out_gate", False)
     return dataclasses.replace(PRESETS[form], **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interact
 from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.cell_graphs import add_cell
 from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
-from rnndyn_fast.ops.cells import Gain, ReciprocalGated
 
 # Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
 GATED = {
@@ -171,19 +169,12 @@ def _cell(graph: Graph, a: Architecture, name: str, entry: str, width: int) -> N
     if a.cell in _WITH_LAYER_NORM:
         options["layer_norm"] = a.cell_norm
     if a.cell == "rgc_separable":
-        options["cell_channels"] = width
+        options |= {"cell_channels": width, "input_activation": "identity"}  # (x is rectified already)
     if a.cell == "lstm":
         options["peepholes"] = a.peepholes
-    first = len(graph.areas), len(graph.connections)
+    if a.cell in _RECIPROCAL:
+        options["gating"] = a.gating
     add_cell(graph, GATED[a.cell], CellSpec(name, Source(entry, width), width, name), **options)
-    if a.cell in _RECIPROCAL and not a.gating:
-        graph.areas[first[0] :] = [_ungated(area) for area in graph.areas[first[0] :]]
-        graph.connections[first[1] :] = [c for c in graph.connections[first[1] :] if c.port != "gate"]
-
-
-def _ungated(area: Area) -> Area:
-    assert isinstance(area.cell, ReciprocalGated)
-    return dataclasses.replace(area, cell=dataclasses.replace(area.cell, gate_gain=Gain(1.0, 0.0)))
 
 
 def _feedback(graph: Graph, a: Architecture, source: int, target: int, image_size: int, bias: bool) -> None:
