@@ -158,6 +158,19 @@ def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
     return page
 
 
+SAMPLERS = {
+    "tpe": "a tree-structured Parzen estimator after {} random ones",
+    "random": "random draws",
+    "cmaes": "CMA-ES in the choices of numbers, from a tree-structured Parzen estimator in the others, after {} random ones",
+    "nsga2": "evolution (NSGA-II) in generations of {}",
+}
+PRUNERS = {
+    "median": "A trial that is worse than the median of the earlier ones after the same epoch is pruned.",
+    "hyperband": "Trials are pruned by successive halving in several brackets (Hyperband).",
+    "none": "No trial is pruned for being worse than others.",
+}
+
+
 def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[FrozenTrial]) -> None:
     require("yaml")
 
@@ -172,9 +185,9 @@ def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[Fro
     section = page.section("What was run")
     goal = "at the last time step" if config.objective == "last" else "mean over time steps"
     section.text(
-        f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. A "
-        "trial that is worse than the median of the earlier ones after the same epoch is pruned. Architectures come from a tree-structured "
-        f"Parzen estimator after {config.startup_trials} random ones. Training took {seconds / 60:.1f} minutes in all workers together."
+        f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. "
+        f"{PRUNERS[config.pruner]} Architectures come from {SAMPLERS[config.sampler].format(config.startup_trials)}. "
+        f"Training took {seconds / 60:.1f} minutes in all workers together."
     )
     section.table(["trials", "number"], [[name, count] for name, count in sorted(states.items())], "Trials by what became of them.")
     section.text("The space:").code(yaml.safe_dump(space.to_plain(), sort_keys=False, default_flow_style=None).strip())

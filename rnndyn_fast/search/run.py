@@ -110,6 +110,8 @@ def _check_record(study: Study, config: SearchConfig, space: Space) -> None:
     own = {"settings": config.settings(), "space": space.to_plain()}
     for name, values in own.items():
         before = study.user_attrs.get(name)
+        if name == "settings" and before is not None:  # (options that came later had their defaults)
+            before = {f.name: f.default for f in dataclasses.fields(config) if f.name in values} | before
         if before is None:
             study.set_user_attr(name, values)
         elif before != values:
@@ -204,7 +206,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
     """Train the architecture that the trial chooses; returns the best epoch's validation accuracy.
 
     Raises:
-        optuna.TrialPruned: it is worse than the median, its loss is not finite, or it is passed over (too large, or no network).
+        optuna.TrialPruned: the pruner ends it, its loss is not finite, or it is passed over (too large, or no network).
     """
     optuna = import_optuna()
     architecture, training = space.suggest(trial)
@@ -239,7 +241,7 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
         told = len(rows)
         trial.set_user_attr("seconds", sum(row.seconds for row in rows))
         if len(rows) < options.epochs and trial.should_prune():
-            raise optuna.TrialPruned(f"worse than the median after epoch {len(rows)}")
+            raise optuna.TrialPruned(f"worse than others ({config.pruner}) after epoch {len(rows)}")
 
     started = _take_over(trial, folder)
     options = dataclasses.replace(options, resume=started, overwrite=not started)
