@@ -16,6 +16,7 @@ from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.search import SPACES, Architecture, SearchConfig, Space, build_network, count_parameters, load_space, search
 from rnndyn_fast.search.architecture import PER_LAYER
 from rnndyn_fast.search.reciprocal_choices import DEFAULTS, MEANT
+from rnndyn_fast.search.report import completed
 from rnndyn_fast.search.study import finished, open_study
 
 optuna = pytest.importorskip("optuna")
@@ -211,13 +212,35 @@ def test_samplers_and_pruners(sampler: Any, pruner: Any, kinds: tuple[str, str],
     ).read_text()  # fmt: skip
 
 
+def test_evolution_for_accuracy_and_few_parameters(images: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({"cell": ["feedforward", "blt"], "depth": 1, "width": {"low": 2, "high": 8, "step": 2}}))
+    config = SearchConfig(
+        data=str(images), out=str(tmp_path / "s"), space=str(space), trials=6, sampler="nsga2", pruner="none", minimise="parameters",
+        startup_trials=3, epochs=1, timesteps=2, batch_size=32, backend="reference",
+    )  # fmt: skip
+    lines: list[str] = []
+    search(config, say=lines.append)
+    trials = open_study(config, create=False).get_trials()
+    assert [t.values[1] for t in trials] == [t.user_attrs["parameters"] for t in trials]
+    assert [t.values[0] for t in completed(open_study(config, create=False))] == sorted(
+        (t.values[0] for t in trials if "same_as" not in t.user_attrs), reverse=True
+    )  # fmt: skip
+    assert all("%" in line for line in lines)
+    assert "Accuracy against parameters" in (Path(config.out) / "report.html").read_text()
+    with pytest.raises(ValueError, match="pruner: with two objectives no trial can be pruned, expected 'none'"):
+        SearchConfig(data="d", out="o", minimise="parameters")
+    with pytest.raises(ValueError, match="sampler: CMA-ES has one objective"):
+        SearchConfig(data="d", out="o", minimise="parameters", pruner="none", sampler="cmaes")
+
+
 def test_studies_from_before_the_option_go_on(images: Path, tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({"cell": ["feedforward", "blt"], "depth": 1, "width": [2, 4]}))
     config = SearchConfig(data=str(images), out=str(tmp_path / "s"), space=str(space), trials=1, epochs=1, timesteps=2, backend="reference")
     search(config, say=lambda _: None)
     study = open_study(config, create=False)
-    before = {name: value for name, value in study.user_attrs["settings"].items() if name not in ("sampler", "pruner")}
+    before = {name: value for name, value in study.user_attrs["settings"].items() if name not in ("sampler", "pruner", "minimise")}
     study.set_user_attr("settings", before)
     search(SearchConfig(**{**config.to_dict(), "trials": 2, "resume": True}), say=lambda _: None)
     with pytest.raises(ValueError, match="other settings: sampler was 'tpe', is 'random'"):

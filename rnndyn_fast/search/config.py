@@ -65,6 +65,7 @@ class SearchConfig:
     max_parameters: int | None = option(None, "architectures with more parameters are passed over")
     sampler: Literal["tpe", "random", "cmaes", "nsga2"] = option("tpe", "what proposes architectures; nsga2 is evolution")
     pruner: Literal["median", "hyperband", "none"] = option("median", "what ends trials early")
+    minimise: Literal["none", "parameters", "multiply_adds"] = option("none", "what is minimised beside the accuracy that is maximised")
     startup_trials: int = option(10, "trials drawn at random before the sampler learns from them; of nsga2 the size of a generation")
     pruning_trials: int = option(5, "trials that must have finished before any is pruned (median)")
     pruning_epochs: int = option(1, "epochs before a trial may be pruned; of hyperband the fewest that a trial gets")
@@ -101,6 +102,10 @@ class SearchConfig:
             check_least(name, getattr(self, name), least)
         if self.max_parameters is not None:
             check_least("max_parameters", self.max_parameters, 1)
+        if self.minimise != "none" and self.pruner != "none":
+            raise ValueError(f"pruner: with two objectives no trial can be pruned, expected 'none' with minimise, got {self.pruner!r}")
+        if self.minimise != "none" and self.sampler == "cmaes":
+            raise ValueError("sampler: CMA-ES has one objective, expected tpe, random or nsga2 with minimise, got 'cmaes'")
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of them, got both")
         if self.storage is not None and self.overwrite:

@@ -66,8 +66,9 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
             heartbeat_stale_trial_callback=queue_again,
         )
         if create:
+            directions = ["maximize"] if config.minimise == "none" else ["maximize", "minimize"]
             return optuna.create_study(
-                storage=storage, sampler=sampler, pruner=pruner, study_name=config.study, direction="maximize", load_if_exists=True
+                storage=storage, sampler=sampler, pruner=pruner, study_name=config.study, directions=directions, load_if_exists=True
             )
         return optuna.load_study(study_name=config.study, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError as error:
@@ -176,6 +177,11 @@ def retried(trial: FrozenTrial) -> int | None:
 
     history = RetryHeartbeatStaleTrialCallback.retry_history(trial)
     return history[-1] if history else None
+
+
+def accuracy(trial: FrozenTrial) -> float:
+    """What a trial is worth: its validation accuracy, the first (or only) objective; 0 where it came to none."""
+    return float(trial.values[0]) if trial.values else 0.0
 
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
