@@ -17,6 +17,7 @@ class OptionalPackage(NamedTuple):
 # By the name under which it is imported.
 OPTIONAL_PACKAGES = {
     "h5py": OptionalPackage("h5py", "image files, results and trajectories"),
+    "cmaes": OptionalPackage("cmaes", "the search by CMA-ES (--sampler cmaes)", "search"),
     "jsonargparse": OptionalPackage("jsonargparse", "the options of commands"),
     "kornia": OptionalPackage("kornia", "augmentation in training"),
     "matplotlib": OptionalPackage("matplotlib", "figures"),

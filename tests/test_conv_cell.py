@@ -15,7 +15,7 @@ from rnndyn_fast.graph.spec import SAME, Activation, Area, Connection, Input, Ne
 from rnndyn_fast.models.checkpoint_names import load_mapped
 from rnndyn_fast.models.convrnn_checkpoint import entries_of
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
-from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell, bypass
+from rnndyn_fast.nn.cell_graphs import add_cell
 from rnndyn_fast.nn.decoders import (
     ConfidenceAverage,
     Decoder,
@@ -26,6 +26,7 @@ from rnndyn_fast.nn.decoders import (
     TimeMax,
     WeightedAverage,
 )  # fmt: skip
+from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source, bypass
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "simplernn": ("simplernn", {}),

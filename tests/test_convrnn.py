@@ -93,6 +93,17 @@ def test_parameter_counts(base: str) -> None:
         assert layers == RGC_LAYERS
 
 
+def test_initial_values_of_separable_gates() -> None:
+    """TensorFlow's fan-in of a depthwise kernel counts all its channels."""
+    torch.manual_seed(0)
+    net = convrnn("rgc_intermediate", image_size=224, num_classes=5, widths={"conv4": 64, "conv5": 64})
+    parameters = dict(net.named_parameters())
+    scope = "conv4.ReciprocalGateCell.out.tau"
+    depthwise, pointwise = parameters[f"{scope}_depthwise.weight"], parameters[f"{scope}_pointwise.weight"]
+    assert float(depthwise.std()) == pytest.approx((0.6393378386273998 / (64 * 7 * 7)) ** 0.5, rel=0.05)
+    assert float(pointwise.std()) == pytest.approx((0.6393378386273998 / 64) ** 0.5, rel=0.05)
+
+
 def test_published_names() -> None:
     assert len(PUBLISHED) == 20
     assert set(PUBLISHED) <= set(NAMES)

@@ -25,6 +25,7 @@ CELLS: dict[str, Cell] = {
     "intersection_rnn_norm": IntersectionRNN(layer_norm=True),
     "reciprocal": ReciprocalGated(),
     "reciprocal_median": ReciprocalGated(Gain(0.92, -0.92), Gain(0.7, -0.7, Activation.TANH)),
+    "reciprocal_constants": ReciprocalGated(Gain(bias=0.7), Gain(0.7, -0.7, Activation.TANH, bias=-0.4), drive_bias=0.3),
     **{f"reciprocal_{a.value}": ReciprocalGated(activation=a) for a in (Activation.IDENTITY, Activation.RELU, Activation.TANH)},
 }
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 4), (1, 33, 3, 7), (3, 64, 4, 4)]
@@ -158,7 +159,8 @@ def test_biases_and_buffers_in_place(name: str, terms: int, isa: str) -> None:
     grads = torch.autograd.grad(sum((s * w).sum() for s, w in zip(expected, weights, strict=True)), leaves)
     sums = [p[0] for p in flat]
     states = [torch.empty(2, 3, 4, 5, dtype=torch.float64) for _ in expected]
-    _launch.gate_step(gate_scalars(cell), flat, biases, sums, states, [], backward=False)
+    added = [b + cell.constants.get(port, 0.0) for port, b in zip(cell.ports, biases, strict=True)]  # (a constant comes as a bias)
+    _launch.gate_step(gate_scalars(cell), flat, added, sums, states, [], backward=False)
     for ours, theirs in zip(states, expected, strict=True):
         torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
     upstream = [w.permute(0, 2, 3, 1).contiguous() for w in weights]

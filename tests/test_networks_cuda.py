@@ -137,6 +137,15 @@ def test_cells(kind: str, engine: str, dtype: torch.dtype, kernels: list[str]) -
 
 
 @by_dtype
+def test_a_reciprocal_cell_of_many_terms(dtype: torch.dtype, kernels: list[str]) -> None:
+    """Dense gates with constants, a layer norm, and feedback through an activation: still the same kernels."""
+    options = {"form": "median", "tau_separable": False, "gate_separable": False, "kernel_size": 3, "tau_bias": 0.4, "gate_bias": -0.3}
+    options |= {"input_to_gate": True, "residual_to_out_gate": True, "layer_norm": True, "feedback_activation": "tanh"}
+    cell_run("rgc", feedback_channels=8, residual_channels=8, cell_channels=8, **options).check(dtype, "direct")
+    assert kernels.count("gate_step") == 3 * 2 * 3 or DEVICE is not None  # three steps of two halves: forward, backward, without gradients
+
+
+@by_dtype
 def test_a_cell_with_norms_is_pytorchs(dtype: torch.dtype, kernels: list[str]) -> None:
     cell_run("gru", 4, layer_norm=True).check(dtype)
     assert "gate_step" not in kernels

@@ -44,7 +44,8 @@ def random_cell(rng: random.Random) -> Any:
         (
             TimeDecay(), GRUGates(layer_norm=normed, eps=1e-3), GRUUpdate(layer_norm=normed, eps=1e-3), UGRNN(),
             LSTM(layer_norm=normed, peepholes=rng.random() < 0.4, eps=1e-3), IntersectionRNN(layer_norm=normed, eps=1e-3),
-            ReciprocalGated(gain, Gain(), rng.choice((Activation.ELU, Activation.TANH))),
+            ReciprocalGated(gain, Gain(bias=rng.choice((0.0, 0.6))), rng.choice((Activation.ELU, Activation.TANH)),
+                            drive_bias=rng.choice((0.0, -0.4))),
         )
     )  # fmt: skip
 

@@ -64,7 +64,8 @@ class Area:
     ``<prefix>.<t>.weight`` ... and the buffers ``<prefix>.<t>.running_mean``, ``running_var`` for t < ``norm_steps``; with
     ``norm_frozen`` they are used in training too, and count as parameters). ``cell_parameter``
     is that of the cell's. ``initial``: what reads the area before its first state finds: "absent" (nothing: the term is left out), "zero",
-    or the map of the input of that name; one for all states of a cell, or a tuple.
+    or the map of the input of that name; one for all states of a cell, or a tuple. ``like``: the node whose height and width it has, where
+    all that enters is resized.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Area:
     cell: Cell | None = None
     cell_parameter: str | None = None
     initial: str | tuple[str, ...] = ABSENT
+    like: str | None = None
 
     def __post_init__(self) -> None:
         plain = self.cell is None

@@ -57,7 +57,8 @@ class Connection:
 
     The map of the source is pooled, resized, and goes through the linear map. Fields:
 
-    ``padding``: one number for all sides; None keeps the size ((K-1)/2); "same" is that of TensorFlow (out = ceil(in / stride), an odd
+    ``kernel_size``: a number, or (height, width). ``padding``: one number for all sides; None keeps the size ((K-1)/2; of a kernel that is
+    not square: "same"); "same" is that of TensorFlow (out = ceil(in / stride), an odd
     total puts the larger half after the map). ``output_padding`` (transposed): a number; None is stride - 1; "fit" is what makes the
     target's map. ``delay`` in time steps: 0 (the source's map of the same step), 1, or None: what the network's ``unroll`` says.
     ``parameter`` is the prefix of ``<prefix>.weight`` and ``<prefix>.bias``; connections of one source with one prefix share the term.
@@ -78,7 +79,7 @@ class Connection:
     target: str
     role: Role
     operator: Operator = Operator.CONV
-    kernel_size: int = 1
+    kernel_size: int | tuple[int, int] = 1
     stride: int = 1
     padding: int | Literal["same"] | None = None
     output_padding: int | Literal["fit"] | None = None
@@ -97,10 +98,14 @@ class Connection:
     steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.kernel_size, list | tuple):  # a square one is one number
+            height, width = self.kernel_size
+            object.__setattr__(self, "kernel_size", height if height == width else (height, width))
         if self.operator is not Operator.IDENTITY and self.parameter is None:
             object.__setattr__(self, "parameter", f"{self.target}.{self.role.value}")
         if self.padding is None:
-            object.__setattr__(self, "padding", (self.kernel_size - 1) // 2)
+            size = self.kernel_size
+            object.__setattr__(self, "padding", (size - 1) // 2 if isinstance(size, int) else SAME)
         if self.output_padding is None:
             object.__setattr__(self, "output_padding", self.stride - 1 if self.operator is Operator.CONV_TRANSPOSE else 0)
         if self.concat is not None:
@@ -111,6 +116,11 @@ class Connection:
     def is_there(self, t: int) -> bool:
         """Whether the connection is there at a time step."""
         return self.steps is None or t in self.steps
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the kernel, before it is cut."""
+        return (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
 
     @property
     def geometry(self) -> Geometry:
@@ -156,7 +166,7 @@ class Connection:
 
     def window(self, size: tuple[int, int], target: tuple[int, int] | None = None) -> Window:
         """The kernel on a map of this size (after pooling and resizing); ``target``: the map to make, where "fit" asks for it."""
-        kernel = [min(self.kernel_size, n) if self.cut_kernel else self.kernel_size for n in size]
+        kernel = [min(k, n) if self.cut_kernel else k for k, n in zip(self.kernel, size, strict=True)]
         if self.padding == SAME:
             total = [max((-(-n // self.stride) - 1) * self.stride + k - n, 0) for n, k in zip(size, kernel, strict=True)]
             before, after = [n // 2 for n in total], [n - n // 2 for n in total]
@@ -198,7 +208,7 @@ class Connection:
 
     def check(self) -> None:
         """Raise ``ValueError`` naming the field that makes no sense, whatever the maps are."""
-        if self.kernel_size < 1 or self.stride < 1:
+        if min(self.kernel) < 1 or self.stride < 1:
             raise ValueError(f"connection {self.label}: expected kernel_size and stride >= 1, got {self.kernel_size} and {self.stride}")
         if self.operator is Operator.IDENTITY and (self.bias or self.middle_channels or self.concat):
             named = "bias=False" if self.bias else "no middle_channels, no concat"

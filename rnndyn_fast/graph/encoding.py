@@ -26,6 +26,7 @@ _DECODERS: dict[str, Any] = {
     "cell": lambda v: v if v is None else cell_from_plain(v),
     "concat": lambda v: v if v is None else tuple(v),
     "steps": lambda v: v if v is None else tuple(v),
+    "kernel_size": lambda v: tuple(v) if isinstance(v, list) else v,
     "initial": lambda v: v if isinstance(v, str) else tuple(v),
 }
 

@@ -118,6 +118,8 @@ class Network:
                 raise ValueError(f"input {node.name!r}: off_at: expected a time step >= 1 of an input without frames, got {node.off_at}")
         for area in self.areas:
             area.check()
+            if area.like is not None and (area.like == area.name or area.like not in names):
+                raise ValueError(f"area {area.name!r}: like: expected another of {names}, got {area.like!r}")
         for c in self.connections:
             if c.source not in names:
                 raise ValueError(f"connection {c.label}: unknown source {c.source!r}; there are {names}")
@@ -240,6 +242,11 @@ class Network:
         shapes: dict[str, Shape] = {node.name: (node.channels, node.height, node.width) for node in self.inputs}
         pending = list(self.areas)
         while pending:
+            alike = next((a for a in pending if a.like in shapes), None)
+            if alike is not None:
+                shapes[alike.name] = (alike.channels, *shapes[str(alike.like)][1:])
+                pending.remove(alike)
+                continue
             ready = [
                 (area, c) for area in pending for c in self.connections if c.target == area.name and c.source in shapes and c.sizes_target
             ]

@@ -20,7 +20,18 @@ _NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "lstm": {"gates_norm": ("input", "transform", "forget", "output"), "state_norm": ("state",)},
     "intersectionrnn": {"gates_norm": ("gh_act", "h_act", "gy_act", "y_act")},
     "simplernn": {"layer_norm": ("layer_norm",)},
+    "rgc_shallow": {"cell_layer_norm": ("cell_layer_norm",), "out_layer_norm": ("out_layer_norm",)},
+    "rgc_median": {"layer_norm": ("layer_norm",)},
 }
+# Convolutions whose variables have no scope of their own: <name>_weights, <name>_bias.
+_UNSCOPED = {
+    "rgc_shallow": ("input_to_out",),
+    "rgc_median": (
+        "cell_to_cell", "out_to_cell", "residual_to_cell", "input_to_cell", "input_to_cell_tau", "input_to_cell_gate",
+        "residual_to_cell_tau", "residual_to_cell_gate", "out_to_out", "cell_to_out", "input_to_out", "input_to_out_tau",
+        "input_to_out_gate", "residual_to_out_tau", "residual_to_out_gate", "feedback_to_input", "feedback_to_cell", "feedback_to_out",
+    ),
+}  # fmt: skip
 _KIND = {"weight": "weights", "bias": "bias"}
 _AFFINE = {"weight": "gamma", "bias": "beta"}
 
@@ -48,12 +59,14 @@ def _entry(name: str, cell: str) -> Entry:
         convert = dense
     elif owner == "gates" and scope[-2] in ("ConvLSTMCell", "ConvUGRNNCell", "ConvIntersectionRNNCell"):
         scope = scope[:-1]
+    elif owner.endswith("_depthwise_0"):
+        scope, theirs, convert = [*scope[:-1], owner.removesuffix("_depthwise_0")], "depthwise_weights_0", depthwise
     elif owner.endswith("_depthwise"):
         scope, theirs, convert = [*scope[:-1], owner.removesuffix("_depthwise")], "depthwise_weights", depthwise
     elif owner.endswith("_pointwise"):
         scope = [*scope[:-1], owner.removesuffix("_pointwise")]
         theirs = "pointwise_weights" if leaf == "weight" else "bias"
-    elif owner == "residual_add" or (owner in ("input_to_cell", "input_to_out", "feedback_to_out") and cell == "rgc_median"):
+    elif owner == "residual_add" or owner in _UNSCOPED.get(cell, ()):
         scope, theirs = scope[:-1], f"{owner}_{theirs}"
     return Entry(name, ("/".join([*scope, theirs]),), convert)
 

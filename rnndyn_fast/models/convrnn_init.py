@@ -17,9 +17,11 @@ LSTM_SHALLOW = {
 }
 
 
-def variance_scaling_(weight: Tensor, scale: float) -> None:
-    """Truncated normal (two standard deviations) of variance scale / fan-in."""
-    deviation = math.sqrt(scale / weight[0].numel()) / 0.87962566103423978  # that of a standard normal cut at two
+def variance_scaling_(weight: Tensor, scale: float, *, depthwise: bool = False) -> None:
+    """Truncated normal (two standard deviations) of variance scale / fan-in; of a depthwise kernel [C, 1, kh, kw] TensorFlow takes all its
+    C kh kw entries for the fan-in."""
+    fan_in = weight.numel() if depthwise else weight[0].numel()
+    deviation = math.sqrt(scale / fan_in) / 0.87962566103423978  # that of a standard normal cut at two
     nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
 
@@ -47,7 +49,7 @@ def initialise(net: Any) -> None:
             elif "residual_add" in name:
                 nn.init.xavier_uniform_(p)
             elif cell and layers.kind == "rgc_median":
-                variance_scaling_(p, MEDIAN_SCALE)
+                variance_scaling_(p, MEDIAN_SCALE, depthwise="_depthwise." in name)
             elif cell and layers.kind == "lstm" and layers.shallow:
                 variance_scaling_(p, LSTM_SHALLOW[layer][0])
             elif cell:

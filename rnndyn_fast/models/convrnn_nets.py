@@ -16,8 +16,9 @@ from torch import Tensor
 from rnndyn_fast.graph.spec import SAME, ZERO, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.models.convrnn_init import initialise
 from rnndyn_fast.names import nearest
-from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell, bypass, cell_states, sequence, state_source
+from rnndyn_fast.nn.cell_graphs import add_cell, cell_states, sequence, state_source
 from rnndyn_fast.nn.decoders import DECODERS, Decoder
+from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source, bypass
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 CELL_NAMES = ("timedecay", "simplernn", "gru", "lstm", "intersectionrnn", "ugrnn", "rgc")
@@ -86,7 +87,8 @@ def _cell_options(layers: Layers, layer: str) -> dict[str, Any]:
         return LSTM_SHALLOW[layer]
     if layers.kind == "simplernn":
         return {"layer_norm": layers.shallow}
-    return {"cell_channels": layers.cell_channels} if layers.kind == "rgc_median" else {}
+    # (The activation of the input is that of the area before.)
+    return {"cell_channels": layers.cell_channels, "input_activation": "identity"} if layers.kind == "rgc_median" else {}
 
 
 def _layer(graph: Graph, layers: Layers, layer: str, below: Source) -> Source:

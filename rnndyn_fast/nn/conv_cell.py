@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import Activation, Area, Input, Network, Norm, Role
+from rnndyn_fast.graph.spec import Input, Network
 from rnndyn_fast.names import check_choice
-from rnndyn_fast.nn.cell_graphs import CELLS, CellSpec, Graph, Source, add_cell, cell_states, state_source
+from rnndyn_fast.nn.cell_graphs import KINDS, RECIPROCAL, add_cell, cell_states, resolved, state_source
+from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
+from rnndyn_fast.nn.published_cells import published_cell
+from rnndyn_fast.nn.reciprocal_options import kernel_size, reciprocal_options
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 from rnndyn_fast.nn.tracing import refuse_tracers
 
@@ -22,15 +26,18 @@ class ConvCell(RecurrentNetwork):
     r"""A published cell (equations: :mod:`rnndyn_fast.ops.cells`), with TensorFlow's SAME padding.
 
     Args:
-        kind: "timedecay", "simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow" or "rgc_median".
-        in_channels, channels: of the input x and of the output (timedecay, intersectionrnn, rgc_shallow: equal).
+        kind: "timedecay", "simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", or the reciprocal gated cell "rgc" (its published forms:
+            "rgc_shallow", "rgc_median").
+        in_channels, channels: of the input x and of the output (timedecay, intersectionrnn, and rgc without input_to_out: equal).
         map_size: height and width of all maps.
-        residual_channels: reciprocal gated cells: of the layer's own input, which reaches the output half.
-        feedback_channels: rgc_median: of the feedback, or 0.
-        options: of the cell: kernel_size, forget_bias, layer_norm, peepholes, cell_channels.
+        residual_channels: rgc: of the layer's own input, or 0.
+        feedback_channels: rgc: of the feedback, or 0.
+        published: as published, kernels may be larger than the map, and an input may have no effect; else both are errors.
+        options: of the cell: kernel_size, forget_bias (gru, lstm, ugrnn, intersectionrnn), layer_norm (not of ugrnn), peepholes (lstm),
+            activation (simplernn, gru, lstm); of rgc all of :class:`~rnndyn_fast.nn.reciprocal_options.ReciprocalOptions`.
         backend, engine: see :func:`rnndyn_fast.rollout`.
 
-    States are concatenated along channels as published: LSTM [c, h], reciprocal gated [c, o], else [h].
+    States are concatenated along channels as published: LSTM [c, h], reciprocal gated [c, o] (without a cell memory: o), else [h].
 
     Raises: ``ValueError`` naming the argument.
 
@@ -51,47 +58,85 @@ class ConvCell(RecurrentNetwork):
         *,
         residual_channels: int = 0,
         feedback_channels: int = 0,
+        published: bool = False,
         backend: str | None = None,
         engine: str = "auto",
         **options: Any,
     ) -> None:
-        check_choice("kind", kind, list(CELLS))
-        if (residual_channels and not kind.startswith("rgc")) or (feedback_channels and kind != "rgc_median"):
-            name = "feedback_channels" if feedback_channels else "residual_channels"
-            raise ValueError(f"{name}: a {kind} cell reads no such input")
+        check_choice("kind", kind, list(KINDS))
         size = (map_size[0], map_size[1])
+        if not published:
+            _check_kernels(options, size)
+        cell, options = resolved(kind, options)
+        extra = {"residual": residual_channels, "feedback": feedback_channels}
+        for name, width in extra.items():
+            if width and cell != RECIPROCAL:
+                raise ValueError(f"{name}_channels: a {kind} cell reads no such input")
         graph, inputs = Graph(), [_frames("x", in_channels, size)]
-        x, residual = Source("x", in_channels), None
-        feedback: tuple[Source, ...] = ()
-        if kind == "rgc_median":
-            graph.areas.append(Area("a", in_channels, norm=Norm.NONE, activation=Activation.ELU))
-            graph.identity(x, "a", Role.BOTTOM_UP)
-            x = Source("a", in_channels)
-        if residual_channels:
-            inputs.append(_frames("residual", residual_channels, size))
-            residual = Source("residual", residual_channels)
-        if feedback_channels:
-            inputs.append(_frames("feedback", feedback_channels, size))
-            feedback = (Source("feedback", feedback_channels),)
-        self.kind = kind
-        self.state_names = cell_states(kind)
-        other = options.get("cell_channels", 64) if kind == "rgc_median" else channels
+        inputs += [_frames(name, width, size) for name, width in extra.items() if width]
+        residual = Source("residual", residual_channels) if residual_channels else None
+        feedback = (Source("feedback", feedback_channels),) if feedback_channels else ()
+        self.state_names = cell_states(cell, options)
+        self.kind, other = cell, channels
+        if cell == RECIPROCAL:
+            given = reciprocal_options(options)
+            self.kind, other = f"{RECIPROCAL}_{given.form}", given.cell_channels or channels
         self.state_channels = [other if state == "c" else channels for state in self.state_names]
         for state, width in zip(self.state_names, self.state_channels, strict=True):
             inputs.append(Input(f"initial_{state}", width, *size))
         initial = {state: f"initial_{state}" for state in self.state_names}
-        if kind == "intersectionrnn":
+        if cell == "intersectionrnn":
             initial["z"] = "zero"
-        spec = CellSpec("cell", x, channels, "", residual, feedback, initial)
+        spec = CellSpec("cell", Source("x", in_channels), channels, "", residual, feedback, initial)
         try:
-            add_cell(graph, kind, spec, **options)
+            add_cell(graph, cell, spec, **options)
         except TypeError:
             raise ValueError(f"options: a {kind} cell does not take all of {sorted(options)}") from None
+        read = {c.source for c in graph.connections}
+        for name in () if published else ("residual", "feedback"):
+            if extra[name] and name not in read:
+                raise ValueError(f"{name}_channels: with these options nothing reads that input, expected 0, got {extra[name]}")
         network = Network(kind, tuple(inputs), tuple(graph.areas), tuple(graph.connections))
         self.recorded = tuple(
-            dict.fromkeys(["cell", *(_record(*state_source(kind, "cell", state)) for state in self.state_names)])
+            dict.fromkeys(["cell", *(_record(*state_source(cell, "cell", state)) for state in self.state_names)])
         )  # fmt: skip
         super().__init__(network, 1, backend=backend, engine=engine)
+
+    @classmethod
+    def from_published(
+        cls,
+        config: Mapping[str, Any],
+        in_channels: int,
+        map_size: tuple[int, int],
+        form: str = "shallow",
+        residual_channels: int = 0,
+        feedback_channels: int = 0,
+        *,
+        backend: str | None = None,
+        engine: str = "auto",
+    ) -> ConvCell:
+        """A cell from the arguments of a published constructor, as they are: sizes may be floats or lists, functions their names.
+
+        Args:
+            config: by published name (``out_depth``, ``gate_filter_size``, ``tau_multiplier``, ``residual_to_out_gate``, ...); what is left
+                out has the published default. What has no effect on the numbers in that form, as initial values and weight decay, is
+                ignored.
+            form: of the reciprocal gated cell, "shallow" or "median"; or another cell: "simplernn", "gru", "lstm", "ugrnn",
+                "intersectionrnn".
+            in_channels, map_size, residual_channels, feedback_channels, backend, engine: as of the class.
+
+        Raises: ``ValueError`` naming the published argument: unknown (with the nearest), missing, of no meaning, or asking for what is
+            not here (batch norm, dropout, the layer norm of the UGRNN, which fails in the published code too).
+
+        >>> config = {"out_depth": 4, "filter_size": [3, 3], "layer_norm": False}
+        >>> ConvCell.from_published(config, 5, (6, 6), form="simplernn").kind
+        'simplernn'
+        """
+        kind, channels, options = published_cell(config, form, (map_size[0], map_size[1]))
+        return cls(
+            kind, in_channels, channels, map_size, residual_channels=residual_channels, feedback_channels=feedback_channels,
+            published=True, backend=backend, engine=engine, **options,
+        )  # fmt: skip
 
     def sequence(
         self,
@@ -138,3 +183,16 @@ class ConvCell(RecurrentNetwork):
 
 def _record(area: str, state: str | None) -> str:
     return area if state is None else f"{area}:{state}"
+
+
+def _check_kernels(options: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Kernels that the caller names are no larger than the map; those of presets are as published."""
+    for name, value in options.items():
+        if name.endswith("kernel_size") and value is not None:
+            given = kernel_size(name, value, zero=name == "gate_kernel_size")
+            height, width = (given, given) if isinstance(given, int) else given or (0, 0)
+            if height > size[0] or width > size[1]:
+                raise ValueError(
+                    f"{name}: expected at most the size of the map, {size[0]} x {size[1]}, got {height} x {width} "
+                    "(published=True takes larger ones, and keeps or cuts them as the published code does)"
+                )

@@ -38,6 +38,11 @@ class Cell:
     ports: ClassVar[dict[str, int]]
     states: ClassVar[tuple[str, ...]]
 
+    @property
+    def constants(self) -> dict[str, float]:
+        """Constants that are added to ports, by name."""
+        return {}
+
     def parameter_shapes(self, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Its own parameters, by name."""
         return {}
@@ -79,13 +84,17 @@ class GRUGates(Cell):
 
 @dataclass(frozen=True)
 class GRUUpdate(Cell):
-    """Second half of a GRU: ``h' = update . memory + (1 - update) . tanh(LN?(candidate))``."""
+    """Second half of a GRU: ``h' = update . memory + (1 - update) . activation(LN?(candidate))``."""
 
     kind: ClassVar[str] = "gru_update"
     ports: ClassVar[dict[str, int]] = {"candidate": 1, "update": 1, "memory": 1}
     states: ClassVar[tuple[str, ...]] = ("h",)
     layer_norm: bool = False
     eps: float = 1e-12
+    activation: Activation = Activation.TANH
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", Activation(self.activation))
 
     def parameter_shapes(self, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         return _norm_shapes("candidate_norm", channels) if self.layer_norm else {}
@@ -96,8 +105,8 @@ class LSTM(Cell):
     """LSTM; all peepholes p_f, p_i, p_o look at the old c (``memory``), and with ``layer_norm`` the normalised c' is what is stored::
 
         i, j, f, g = split(LN?(gates))
-        c' = LN?(memory . s(f + forget_bias + p_f . memory) + s(i + p_i . memory) . tanh(j))
-        h' = tanh(c') . s(g + p_o . memory)
+        c' = LN?(memory . s(f + forget_bias + p_f . memory) + s(i + p_i . memory) . activation(j))
+        h' = activation(c') . s(g + p_o . memory)
 
     Parameters: ``gates_norm`` [4D], ``state_norm`` [D], ``peepholes`` [3, D, H, W] in the order f, i, o.
     """
@@ -109,6 +118,10 @@ class LSTM(Cell):
     layer_norm: bool = False
     peepholes: bool = False
     eps: float = 1e-12
+    activation: Activation = Activation.TANH
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", Activation(self.activation))
 
     def parameter_shapes(self, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -150,11 +163,12 @@ class IntersectionRNN(Cell):
 
 @dataclass(frozen=True)
 class Gain:
-    """A factor ``offset + multiplier * nonlinearity(x)``."""
+    """A factor ``offset + multiplier * nonlinearity(x + bias)``."""
 
     offset: float = 1.0
     multiplier: float = -1.0
     nonlinearity: Activation = Activation.SIGMOID
+    bias: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nonlinearity", Activation(self.nonlinearity))
@@ -164,7 +178,7 @@ class Gain:
 class ReciprocalGated(Cell):
     """One of the two halves (cell, output) of a reciprocal gated cell, each an area::
 
-        h' = activation(tau_gain(tau) . memory + gate_gain(gate) . drive)
+        h' = activation(tau_gain(tau) . memory + gate_gain(gate) . (drive + drive_bias))
 
     ``tau`` is computed from the half's own state, ``gate`` from the other's, both of the step before.
     """
@@ -175,6 +189,12 @@ class ReciprocalGated(Cell):
     tau_gain: Gain = Gain()
     gate_gain: Gain = Gain()
     activation: Activation = Activation.ELU
+    drive_bias: float = 0.0
+
+    @property
+    def constants(self) -> dict[str, float]:
+        named = {"drive": self.drive_bias, "tau": self.tau_gain.bias, "gate": self.gate_gain.bias}
+        return {name: value for name, value in named.items() if value}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "activation", Activation(self.activation))

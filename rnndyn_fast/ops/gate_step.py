@@ -32,6 +32,8 @@ def _why_not_cell(cell: Cell) -> str | None:
         return f"there is no kernel of {cell.kind}"
     if isinstance(cell, LSTM) and (cell.layer_norm or cell.peepholes):
         return "the kernel has no LSTM with a norm of its memory or peepholes"
+    if isinstance(cell, LSTM | GRUUpdate) and cell.activation is not Activation.TANH:
+        return f"the kernel has no {cell.kind} with the activation {cell.activation.value}"
     if isinstance(cell, ReciprocalGated) and cell.activation not in ACTIVATION_NUMBERS:
         return f"the kernel has no activation {cell.activation.value}"
     if isinstance(cell, ReciprocalGated) and not {cell.tau_gain.nonlinearity, cell.gate_gain.nonlinearity} <= set(_GAINS):
@@ -205,6 +207,8 @@ def gate_step(
             total = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
             weight, bias, eps = parameters[f"{norm}.weight"], parameters[f"{norm}.bias"], getattr(cell, "eps", 1e-12)
             terms = [torch.group_norm(total, multiple, weight, bias, eps)]
+        if name in cell.constants:
+            terms[0] = terms[0] + cell.constants[name]
         full.append([t.permute(0, 2, 3, 1).contiguous() for t in terms])
     if len({t.dtype for terms in full for t in terms}) > 1:  # under autocast convolutions are in half precision, other maps may not be
         dtype = reduce(torch.promote_types, (t.dtype for terms in full for t in terms))

@@ -41,6 +41,7 @@ class Port:
     connections: list[Connection] = field(default_factory=list)
     keys: list[list[Key]] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
+    constant: float = 0.0  # added like a bias
     private: bool = False
     again: Callable[[], View] | None = None
 
@@ -139,12 +140,15 @@ class AreaRules:
     # ---------------------------------------------------------------- ports
 
     def bias(self, port: Port) -> View | None:
-        """The sum of a port's biases, [m C]."""
-        if not port.biases:
+        """The sum of a port's biases and constant, [m C]."""
+        if not port.biases and not port.constant:
             return None
-        names = tuple(port.biases)
+        names = (*port.biases, *([f"{port.constant!r} x {port.values[0].shape[3]}"] if port.constant else []))
         if names not in self._bias_rows:
-            rows = [self.maps.affine(name) for name in names]
+            rows = [self.maps.affine(name) for name in port.biases]
+            if port.constant:
+                rows.append(self.b.new((port.values[0].shape[3],), self.maps.sums_dtype, names[-1]))
+                self.b.emit("fill", out=rows[-1], value=port.constant)
             if len(rows) > 1:
                 total = self.b.new(rows[0].shape, rows[0].dtype, " + ".join(names))
                 self.b.emit("total", terms=rows, out=total)
@@ -159,7 +163,7 @@ class AreaRules:
     def _sum_room(self, at: Slots, name: str, port: Port, limit: int) -> tuple[list[View], View | None]:
         """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum, or nobody wants it."""
         values = self.b.at_most(port.values, limit)
-        if len(values) == 1 and not port.biases:
+        if len(values) == 1 and not port.biases and not port.constant:
             return values, None
         if at.area.cell is not None and not self.maps.recording:
             return values, None
@@ -182,6 +186,7 @@ class AreaRules:
             if not port.values:
                 port.values.append(self.b.zeros((*shape, multiple * channels), self.maps.dtype, f"{at.area.name} {name}"))
                 port.private = True
+            port.constant = cell.constants.get(name, 0.0)
             values, room = self._sum_room(at, name, port, MAX_PORT_TERMS)
             terms.append(values)
             sums.append(room)

@@ -40,7 +40,7 @@ def _normed(cell: GRUGates | GRUUpdate | LSTM | IntersectionRNN, x: Tensor, para
 
 
 def _gain(gain: Gain, x: Tensor) -> Tensor:
-    return gain.offset + gain.multiplier * ACTIVATIONS[gain.nonlinearity](x)
+    return gain.offset + gain.multiplier * ACTIVATIONS[gain.nonlinearity](x + gain.bias)
 
 
 def time_decay(cell: TimeDecay, ports: Maps, parameters: Maps) -> tuple[Tensor, ...]:
@@ -56,7 +56,7 @@ def gru_gates(cell: GRUGates, ports: Maps, parameters: Maps) -> tuple[Tensor, ..
 
 def gru_update(cell: GRUUpdate, ports: Maps, parameters: Maps) -> tuple[Tensor, ...]:
     """h."""
-    candidate = torch.tanh(_normed(cell, ports["candidate"], parameters, "candidate_norm", 1))
+    candidate = ACTIVATIONS[cell.activation](_normed(cell, ports["candidate"], parameters, "candidate_norm", 1))
     return (ports["update"] * ports["memory"] + (1 - ports["update"]) * candidate,)
 
 
@@ -67,9 +67,9 @@ def lstm(cell: LSTM, ports: Maps, parameters: Maps) -> tuple[Tensor, ...]:
     if cell.peepholes:
         peep_f, peep_i, peep_o = parameters["peepholes"]
         f, i, g = f + peep_f * c, i + peep_i * c, g + peep_o * c
-    c = c * torch.sigmoid(f + cell.forget_bias) + torch.sigmoid(i) * torch.tanh(j)
+    c = c * torch.sigmoid(f + cell.forget_bias) + torch.sigmoid(i) * ACTIVATIONS[cell.activation](j)
     c = _normed(cell, c, parameters, "state_norm", 1)
-    return torch.tanh(c) * torch.sigmoid(g), c
+    return ACTIVATIONS[cell.activation](c) * torch.sigmoid(g), c
 
 
 def ugrnn(cell: UGRNN, ports: Maps, parameters: Maps) -> tuple[Tensor, ...]:
@@ -90,7 +90,8 @@ def intersection_rnn(cell: IntersectionRNN, ports: Maps, parameters: Maps) -> tu
 def reciprocal_gated(cell: ReciprocalGated, ports: Maps, parameters: Maps) -> tuple[Tensor, ...]:
     """h."""
     kept = _gain(cell.tau_gain, ports["tau"]) * ports["memory"]
-    return (ACTIVATIONS[cell.activation](kept + _gain(cell.gate_gain, ports["gate"]) * ports["drive"]),)
+    driven = _gain(cell.gate_gain, ports["gate"]) * (ports["drive"] + cell.drive_bias)
+    return (ACTIVATIONS[cell.activation](kept + driven),)
 
 
 _STEPS: dict[type[Cell], Callable[..., tuple[Tensor, ...]]] = {

@@ -8,20 +8,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.names import check_choice
-from rnndyn_fast.nn.cell_graphs import CellSpec, Graph, Source, add_cell
-from rnndyn_fast.ops.cells import Gain, ReciprocalGated
+from rnndyn_fast.names import check_choice, others
+from rnndyn_fast.nn.cell_graphs import add_cell, sequence
+from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
+from rnndyn_fast.search import reciprocal_choices
+from rnndyn_fast.search.reciprocal_choices import (
+    DEFAULTS,
+    LAYER,
+    RECIPROCAL,
+    cell_options,
+    check_choice_of_cell,
+    of,
+    reads_residual,
+)
 
 # Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
 GATED = {
     "timedecay": "timedecay", "simplernn": "simplernn", "gru": "gru", "lstm": "lstm", "ugrnn": "ugrnn",
-    "intersectionrnn": "intersectionrnn", "rgc": "rgc_shallow", "rgc_separable": "rgc_median",
+    "intersectionrnn": "intersectionrnn", "rgc": "rgc_shallow", "rgc_separable": "rgc_median", RECIPROCAL: "rgc",
 }  # fmt: skip
 FEEDFORWARD, BLT = "feedforward", "blt"
 CELLS = (FEEDFORWARD, BLT, *GATED)
-_WITHOUT_KERNEL = ("timedecay", "rgc_separable")  # the separable one has the published 7 x 7 gates
-_RECIPROCAL = ("rgc", "rgc_separable")
+_WITHOUT_KERNEL = ("timedecay", "rgc_separable", RECIPROCAL)  # (the published 7 x 7 gates; kernels of their own)
+_RECIPROCAL = ("rgc", "rgc_separable", RECIPROCAL)
 _WITH_LAYER_NORM = ("simplernn", "gru", "lstm", "intersectionrnn")
+# Choices that a layer may have for itself.
+PER_LAYER = (
+    "width", "kernel_size", "norm", "cell", "cell_kernel_size", "interaction", "cell_norm", "peepholes", "gating", "bypass",
+    "memory_ratio", *DEFAULTS,
+)  # fmt: skip
+Scalar = bool | int | float | str
 
 
 def _option(default: Any, text: str) -> Any:
@@ -56,7 +72,10 @@ class Architecture:
     interaction: str = _option("additive", "of blt: additive or multiplicative")
     cell_norm: bool = _option(False, "layer norm within simplernn, gru, lstm, intersectionrnn")
     peepholes: bool = _option(False, "of lstm")
-    gating: bool = _option(True, "of rgc, rgc_separable: the halves gate each other")
+    gating: bool = _option(True, "of rgc, rgc_separable, reciprocal: the halves gate each other")
+    memory_ratio: float = _option(1.0, "of reciprocal: channels of the cell memory divided by those of the layer")
+    reciprocal: tuple[tuple[str, Scalar], ...] = _option((), "of reciprocal: its choices (rgc_...) by name; the others are published")
+    layers: tuple[tuple[int, str, Scalar], ...] = _option((), "choices of single layers: (layer, name, value)")
     bypass: bool = _option(False, "a layer's input, pooled, is added to its output (1 x 1 convolution where channels differ)")
     feedback: tuple[tuple[int, int], ...] = _option((), "pairs (from, to) of layers, 1-based, from > to")
     feedback_kernel_size: int = _option(3, "kernels of the feedback convolutions")
@@ -74,18 +93,42 @@ class Architecture:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
             if name.endswith("kernel_size") and value % 2 == 0:
                 raise ValueError(f"{name}: expected an odd number, got {value}")
-        if not self.growth > 0:
-            raise ValueError(f"growth: expected a positive number, got {self.growth!r}")
+        for name in ("growth", "memory_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         for edge in self.feedback:
             if len(edge) != 2 or not self.depth >= edge[0] > edge[1] >= 1:
                 raise ValueError(f"feedback: expected pairs (from, to) with {self.depth} >= from > to >= 1, got {edge}")
         if len(set(self.feedback)) != len(self.feedback):
             raise ValueError(f"feedback: expected every edge once, got {self.feedback}")
+        for name, value in self.reciprocal:
+            if name not in DEFAULTS:
+                raise ValueError(f"reciprocal: unknown choice {name!r}{others(name, DEFAULTS)}")
+            check_choice_of_cell(name, value)
+        for number, name, _ in self.layers:
+            if not 1 <= number <= self.depth or name not in PER_LAYER:
+                raise ValueError(f"layers: expected (layer of 1 .. {self.depth}, one of {list(PER_LAYER)}, value), got {(number, name)}")
+        for number in {number for number, *_ in self.layers}:
+            self.layer(number)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of the layers, rounded to even numbers."""
-        return tuple(max(2, 2 * round(self.width * self.growth**k / 2)) for k in range(self.depth))
+        own = {number: value for number, name, value in self.layers if name == "width"}
+        return tuple(int(own.get(k + 1, max(2, 2 * round(self.width * self.growth**k / 2)))) for k in range(self.depth))
+
+    def layer(self, number: int) -> Architecture:
+        """The architecture with a layer's own choices as those of all."""
+        own = {name: value for layer, name, value in self.layers if layer == number}
+        cell = {**dict(self.reciprocal), **{name: value for name, value in own.items() if name in DEFAULTS}}
+        rest: dict[str, Any] = {name: value for name, value in own.items() if name not in DEFAULTS}
+        return dataclasses.replace(self, layers=(), reciprocal=tuple(cell.items()), **rest)
+
+    def choices(self, number: int) -> dict[str, Any]:
+        """The choices of a layer by name, and the feedback that enters it."""
+        one = self.layer(number)
+        named = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)}
+        return {**named, **dict(one.reciprocal), "feedback": tuple(edge for edge in self.feedback if edge[1] == number)}
 
 
 # Choices that mean nothing with other values of other choices, and when they do mean something.
@@ -96,7 +139,9 @@ MEANT: dict[str, Callable[[dict[str, Any]], bool]] = {
     "peepholes": lambda a: a["cell"] == "lstm",
     "gating": lambda a: a["cell"] in _RECIPROCAL,
     "growth": lambda a: a["depth"] > 1,
-    "feedback_kernel_size": lambda a: bool(a["feedback"]),
+    "memory_ratio": lambda a: a["cell"] == RECIPROCAL and of(a, "gate_kernel_size") != 0,
+    "feedback_kernel_size": lambda a: bool(a["feedback"]) and (a["cell"] != RECIPROCAL or of(a, "feedback_entry") == LAYER),
+    **reciprocal_choices.MEANT,
 }
 
 
@@ -118,16 +163,16 @@ def build_network(
     if image_size >> (a.depth - 1) < 2:
         raise ValueError(f"depth: {a.depth} layers make maps of {image_size} px smaller than 2 x 2")
     norm = Norm(a.norm)
-    bias = norm is Norm.NONE
     graph = Graph([Area("stem", a.width, norm=norm)])
-    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, kernel_size=a.stem_kernel_size, bias=bias))
+    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, kernel_size=a.stem_kernel_size, bias=norm is Norm.NONE))
     below, channels = "stem", a.width
     for i, width in enumerate(a.widths, start=1):
         pool = Pool.NONE if i == 1 else Pool.MAX
-        _layer(graph, a, f"layer{i}", width, below, channels, pool)
+        _layer(graph, a, i, width, below, channels, pool)
         below, channels = f"layer{i}", width
     for source, target in a.feedback:
-        _feedback(graph, a, source, target, image_size, bias)
+        if not _enters_cell(a.choices(target)):
+            _feedback(graph, a, source, target, image_size)
     graph.areas.append(Area("gap", channels, norm=Norm.NONE, activation=Activation.IDENTITY))
     graph.connections.append(Connection(below, "gap", Role.BOTTOM_UP, Operator.IDENTITY, pool=Pool.MEAN))
     return Network(
@@ -145,7 +190,12 @@ def _entry(a: Architecture, layer: str) -> str:
     return f"{layer}.in" if a.cell in GATED else f"{layer}.conv" if a.bypass else layer
 
 
-def _layer(graph: Graph, a: Architecture, layer: str, width: int, below: str, channels: int, pool: Pool) -> None:
+def _enters_cell(choices: dict[str, Any]) -> bool:
+    return choices["cell"] == RECIPROCAL and of(choices, "feedback_entry") != LAYER
+
+
+def _layer(graph: Graph, whole: Architecture, number: int, width: int, below: str, channels: int, pool: Pool) -> None:
+    a, layer = whole.layer(number), f"layer{number}"
     bias = a.norm == "none"
     entry = _entry(a, layer)
     interaction = Interaction(a.interaction) if a.cell == BLT else Interaction.ADDITIVE
@@ -156,7 +206,11 @@ def _layer(graph: Graph, a: Architecture, layer: str, width: int, below: str, ch
         graph.connections.append(Connection(entry, entry, Role.LATERAL, kernel_size=a.cell_kernel_size, bias=bias))
     elif a.cell in GATED:
         last = f"{layer}.cell" if a.bypass else layer
-        _cell(graph, a, last, entry, width)
+        spec = CellSpec(last, Source(entry, width), width, last)
+        if a.cell == RECIPROCAL:
+            _reciprocal(graph, whole, number, spec, Source(below, channels, None), pool)
+        else:
+            _cell(graph, a, spec)
     if a.bypass:
         graph.areas.append(Area(layer, width, norm=Norm.NONE))
         graph.connections.append(Connection(last, layer, Role.BOTTOM_UP, Operator.IDENTITY, delay=0))
@@ -165,28 +219,37 @@ def _layer(graph: Graph, a: Architecture, layer: str, width: int, below: str, ch
         graph.connections.append(Connection(below, layer, Role.BOTTOM_UP, operator, pool=pool, parameter=parameter))
 
 
-def _cell(graph: Graph, a: Architecture, name: str, entry: str, width: int) -> None:
+def _cell(graph: Graph, a: Architecture, spec: CellSpec) -> None:
     options: dict[str, Any] = {} if a.cell in _WITHOUT_KERNEL else {"kernel_size": a.cell_kernel_size}
     if a.cell in _WITH_LAYER_NORM:
         options["layer_norm"] = a.cell_norm
     if a.cell == "rgc_separable":
-        options["cell_channels"] = width
+        options |= {"cell_channels": spec.channels, "input_activation": "identity"}  # (x is rectified already)
     if a.cell == "lstm":
         options["peepholes"] = a.peepholes
-    first = len(graph.areas), len(graph.connections)
-    add_cell(graph, GATED[a.cell], CellSpec(name, Source(entry, width), width, name), **options)
-    if a.cell in _RECIPROCAL and not a.gating:
-        graph.areas[first[0] :] = [_ungated(area) for area in graph.areas[first[0] :]]
-        graph.connections[first[1] :] = [c for c in graph.connections[first[1] :] if c.port != "gate"]
+    if a.cell in _RECIPROCAL:
+        options["gating"] = a.gating
+    add_cell(graph, GATED[a.cell], spec, **options)
 
 
-def _ungated(area: Area) -> Area:
-    assert isinstance(area.cell, ReciprocalGated)
-    return dataclasses.replace(area, cell=dataclasses.replace(area.cell, gate_gain=Gain(1.0, 0.0)))
+def _reciprocal(graph: Graph, whole: Architecture, number: int, spec: CellSpec, below: Source, pool: Pool) -> None:
+    choices = whole.choices(number)
+    options = cell_options(choices)
+    options["cell_channels"] = max(1, round(choices["memory_ratio"] * spec.channels))
+    if reads_residual(options):
+        area = f"layer{number}.below"
+        graph.areas.append(Area(area, below.channels, norm=Norm.NONE, activation=Activation.IDENTITY))
+        graph.identity(below, area, Role.BOTTOM_UP, pool=pool)
+        spec = dataclasses.replace(spec, residual=Source(area, below.channels, 0))
+    if _enters_cell(choices):
+        sources = sequence([Source(f"layer{source}", whole.widths[source - 1], 1) for source, _ in choices["feedback"]])
+        spec = dataclasses.replace(spec, feedback=tuple(sources))
+    add_cell(graph, GATED[RECIPROCAL], spec, **options)
 
 
-def _feedback(graph: Graph, a: Architecture, source: int, target: int, image_size: int, bias: bool) -> None:
-    area, entry = f"layer{source}", _entry(a, f"layer{target}")
+def _feedback(graph: Graph, whole: Architecture, source: int, target: int, image_size: int) -> None:
+    a = whole.layer(target)
+    area, entry, bias = f"layer{source}", _entry(a, f"layer{target}"), a.norm == "none"
     parameter = f"feedback_{source}_{target}"
     options: dict[str, Any] = {"kernel_size": a.feedback_kernel_size, "bias": bias, "parameter": parameter, "delay": 1}
     sizes = [image_size >> (layer - 1) for layer in (source, target)]

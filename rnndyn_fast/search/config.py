@@ -56,16 +56,19 @@ class SearchConfig:
 
     data: str = field(metadata={"help": "HDF5 image file (rnndyn data make, or any MiniEcoset file)"})
     out: str = field(metadata={"help": "folder of the search: storage, trials, report"})
-    space: str = option("cells", "what is searched: cells, blt, or a YAML file")
+    space: str = option("cells", "what is searched: blt, cells, laptop, paper, or a YAML file")
     trials: int = option(40, "finished trials in all, those before a resume included")
     workers: int = option(1, "processes that run trials side by side")
     storage: str | None = option(None, "database URL, as postgresql://user@host/name; default: an SQLite file in `out`")
     study: str = option("search", "name of the study in the storage")
     objective: Literal["last", "mean"] = option("last", "validation accuracy that is maximised: at the last time step, or mean over steps")
     max_parameters: int | None = option(None, "architectures with more parameters are passed over")
-    startup_trials: int = option(10, "trials drawn at random before the sampler (TPE) learns from them")
-    pruning_trials: int = option(5, "trials that must have finished before any is pruned")
-    pruning_epochs: int = option(1, "epochs before a trial may be pruned (median rule)")
+    sampler: Literal["tpe", "random", "cmaes", "nsga2"] = option("tpe", "what proposes architectures; nsga2 is evolution")
+    pruner: Literal["median", "hyperband", "none"] = option("median", "what ends trials early")
+    minimise: Literal["none", "parameters", "multiply_adds"] = option("none", "what is minimised beside the accuracy that is maximised")
+    startup_trials: int = option(10, "trials drawn at random before the sampler learns from them; of nsga2 the size of a generation")
+    pruning_trials: int = option(5, "trials that must have finished before any is pruned (median)")
+    pruning_epochs: int = option(1, "epochs before a trial may be pruned; of hyperband the fewest that a trial gets")
     timesteps: int = option(6, "time steps T (unless searched)")
     epochs: int = option(4, "epochs of a trial")
     batch_size: int = option(64, "images per training step (unless searched)")
@@ -99,6 +102,10 @@ class SearchConfig:
             check_least(name, getattr(self, name), least)
         if self.max_parameters is not None:
             check_least("max_parameters", self.max_parameters, 1)
+        if self.minimise != "none" and self.pruner != "none":
+            raise ValueError(f"pruner: with two objectives no trial can be pruned, expected 'none' with minimise, got {self.pruner!r}")
+        if self.minimise != "none" and self.sampler == "cmaes":
+            raise ValueError("sampler: CMA-ES has one objective, expected tpe, random or nsga2 with minimise, got 'cmaes'")
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of them, got both")
         if self.storage is not None and self.overwrite:

@@ -16,7 +16,7 @@ from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.space import Space
-from rnndyn_fast.search.study import INFEASIBLE, finished
+from rnndyn_fast.search.study import INFEASIBLE, accuracy, finished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ def completed(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
-    return sorted(done, key=lambda t: (-float(t.value or 0.0), t.user_attrs["parameters"]))
+    return sorted(done, key=lambda t: (-accuracy(t), t.user_attrs["parameters"]))
 
 
 def importances(study: Study, space: Space) -> dict[str, float]:
@@ -53,7 +53,7 @@ def importances(study: Study, space: Space) -> dict[str, float]:
     import optuna
 
     done = completed(study)
-    if len(done) < MIN_FOR_IMPORTANCE or len({t.value for t in done}) == 1:
+    if len(done) < MIN_FOR_IMPORTANCE or len({accuracy(t) for t in done}) == 1:
         return {}
     table = {name: [t.params.get(name, NOT_MADE) for t in done] for name in space.open}
     table = {name: values for name, values in table.items() if len(set(values)) > 1}
@@ -69,9 +69,7 @@ def importances(study: Study, space: Space) -> dict[str, float]:
     whole = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
     for k, trial in enumerate(done):
         whole.add_trial(
-            optuna.create_trial(
-                params={name: v[k] for name, v in table.items()}, distributions=distributions, value=float(trial.value or 0.0)
-            )
+            optuna.create_trial(params={name: v[k] for name, v in table.items()}, distributions=distributions, value=accuracy(trial))
         )
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     found = optuna.importance.get_param_importances(whole, evaluator=evaluator)
@@ -84,7 +82,7 @@ def trial_rows(study: Study, space: Space) -> list[Row]:
     for t in study.get_trials(deepcopy=False):
         attributes = t.user_attrs
         row: Row = {"trial": t.number, "state": INFEASIBLE if INFEASIBLE in attributes else t.state.name.lower()}
-        row["value"] = float("nan") if t.value is None else float(t.value)
+        row["value"] = accuracy(t) if t.values else float("nan")
         row["epochs"] = len(t.intermediate_values)
         for name in ("parameters", "multiply_adds", "seconds", "same_as"):
             row[name] = attributes.get(name, "")
@@ -134,7 +132,7 @@ def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
     page = Page(
         "Search for architectures",
         f"{len(done)} finished trials on {Path(config.data).name}"
-        + (f"; the best reaches {100 * float(best[0].value or 0):.2f}% validation accuracy." if best else "."),
+        + (f"; the best reaches {100 * accuracy(best[0]):.2f}% validation accuracy." if best else "."),
         "Accuracies are of validation images, which chose the winners: expect a little less on others.",
     )
     _trials(page, config, space, trials)
@@ -158,6 +156,19 @@ def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
     return page
 
 
+SAMPLERS = {
+    "tpe": "a tree-structured Parzen estimator after {} random ones",
+    "random": "random draws",
+    "cmaes": "CMA-ES in the choices of numbers, from a tree-structured Parzen estimator in the others, after {} random ones",
+    "nsga2": "evolution (NSGA-II) in generations of {}",
+}
+PRUNERS = {
+    "median": "A trial that is worse than the median of the earlier ones after the same epoch is pruned.",
+    "hyperband": "Trials are pruned by successive halving in several brackets (Hyperband).",
+    "none": "No trial is pruned for being worse than others.",
+}
+
+
 def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[FrozenTrial]) -> None:
     require("yaml")
 
@@ -172,9 +183,9 @@ def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[Fro
     section = page.section("What was run")
     goal = "at the last time step" if config.objective == "last" else "mean over time steps"
     section.text(
-        f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. A "
-        "trial that is worse than the median of the earlier ones after the same epoch is pruned. Architectures come from a tree-structured "
-        f"Parzen estimator after {config.startup_trials} random ones. Training took {seconds / 60:.1f} minutes in all workers together."
+        f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. "
+        f"{PRUNERS[config.pruner]} Architectures come from {SAMPLERS[config.sampler].format(config.startup_trials)}. "
+        f"Training took {seconds / 60:.1f} minutes in all workers together."
     )
     section.table(["trials", "number"], [[name, count] for name, count in sorted(states.items())], "Trials by what became of them.")
     section.text("The space:").code(yaml.safe_dump(space.to_plain(), sort_keys=False, default_flow_style=None).strip())
@@ -185,7 +196,7 @@ def _best(page: Page, best: Sequence[FrozenTrial], space: Space) -> None:
     top = best[:BEST]
     made = [name for name in space.open if any(name in t.params for t in top)]
     rows: list[list[Cell]] = [
-        [k, t.number, 100 * float(t.value or 0), int(t.user_attrs["parameters"]), t.user_attrs["multiply_adds"] / 1e6]
+        [k, t.number, 100 * accuracy(t), int(t.user_attrs["parameters"]), t.user_attrs["multiply_adds"] / 1e6]
         + [_shown(t.params.get(name)) for name in made]
         for k, t in enumerate(top, start=1)
     ]
@@ -220,7 +231,7 @@ def _choices(page: Page, study: Study, space: Space, best: Sequence[FrozenTrial]
         if len(values) > 10:
             continue
         for value in values:
-            scores = [100 * float(t.value or 0) for t in best if t.params.get(name) == value]
+            scores = [100 * accuracy(t) for t in best if t.params.get(name) == value]
             rows.append([name, str(_shown(value)), len(scores), float(np.mean(scores)), float(np.max(scores))])
     section.table(["choice", "value", "trials", "mean correct (%)", "best correct (%)"], rows, "Completed trials by value of each choice.")
 
@@ -235,11 +246,11 @@ def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
     axes = figure.subplots()
     cells = sorted({str(t.params.get("cell", "network")) for t in best})
     for k, cell in enumerate(cells):
-        points = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in best if str(t.params.get("cell", "network")) == cell]
+        points = [(t.user_attrs["parameters"], 100 * accuracy(t)) for t in best if str(t.params.get("cell", "network")) == cell]
         style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         x, y = zip(*points, strict=True)
         axes.scatter(x, y, 36, label=cell, **style)
-    front = [(t.user_attrs["parameters"], 100 * float(t.value or 0)) for t in pareto_front(best)]
+    front = [(t.user_attrs["parameters"], 100 * accuracy(t)) for t in pareto_front(best)]
     axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1, zorder=0)
     axes.set_xscale("log")
     axes.set_xlabel("parameters")
@@ -251,8 +262,8 @@ def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
 def pareto_front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials that are better than every one with as many or fewer parameters, by parameters."""
     front: list[FrozenTrial] = []
-    for t in sorted(trials, key=lambda t: (t.user_attrs["parameters"], -float(t.value or 0))):
-        if not front or float(t.value or 0) > float(front[-1].value or 0):
+    for t in sorted(trials, key=lambda t: (t.user_attrs["parameters"], -accuracy(t))):
+        if not front or accuracy(t) > accuracy(front[-1]):
             front.append(t)
     return front
 
@@ -266,7 +277,7 @@ def figure_history(done: Sequence[FrozenTrial]) -> Figure:
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    values = [(t.number, 100 * float(t.value or 0)) for t in done if t.state is TrialState.COMPLETE]
+    values = [(t.number, 100 * accuracy(t)) for t in done if t.state is TrialState.COMPLETE]
     pruned = [(t.number, 100 * max(t.intermediate_values.values())) for t in done if t.state is TrialState.PRUNED and t.intermediate_values]
     if pruned:
         x, y = zip(*pruned, strict=True)

@@ -26,6 +26,7 @@ from rnndyn_fast.search.study import (
     LOCK,
     STORAGE,
     WORKER,
+    accuracy,
     finished,
     import_optuna,
     locked,
@@ -110,6 +111,8 @@ def _check_record(study: Study, config: SearchConfig, space: Space) -> None:
     own = {"settings": config.settings(), "space": space.to_plain()}
     for name, values in own.items():
         before = study.user_attrs.get(name)
+        if name == "settings" and before is not None:  # (options that came later had their defaults)
+            before = {f.name: f.default for f in dataclasses.fields(config) if f.name in values} | before
         if before is None:
             study.set_user_attr(name, values)
         elif before != values:
@@ -181,7 +184,7 @@ def work(config: SearchConfig, index: int, *, parent: int | None = None, say: Sa
             running = sum(t.state == optuna.trial.TrialState.RUNNING for t in trials)
             if done + running < config.trials:
 
-                def objective(trial: Trial, release: Callable[[], None] = lock.release) -> float:
+                def objective(trial: Trial, release: Callable[[], None] = lock.release) -> float | tuple[float, float]:
                     trial.set_user_attr(WORKER, mark_worker())
                     release()
                     try:
@@ -200,11 +203,14 @@ def _check_parent(parent: int | None) -> None:
         raise KeyboardInterrupt  # as if stopped by hand
 
 
-def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, image: dict[str, Any], parent: int | None = None) -> float:
-    """Train the architecture that the trial chooses; returns the best epoch's validation accuracy.
+def run_trial(
+    trial: Trial, study: Study, config: SearchConfig, space: Space, image: dict[str, Any], parent: int | None = None
+) -> float | tuple[float, float]:
+    """Train the architecture that the trial chooses; returns the best epoch's validation accuracy, with what is minimised
+    beside it.
 
     Raises:
-        optuna.TrialPruned: it is worse than the median, its loss is not finite, or it is passed over (too large, or no network).
+        optuna.TrialPruned: the pruner ends it, its loss is not finite, or it is passed over (too large, or no network).
     """
     optuna = import_optuna()
     architecture, training = space.suggest(trial)
@@ -226,20 +232,19 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
         trial.set_user_attr("same_as", twin.number)
         for epoch, value in twin.intermediate_values.items():
             trial.report(value, epoch)
-        assert twin.value is not None
-        return float(twin.value)
+        return _objectives(trial, accuracy(twin), config)
 
     told = 0  # epochs; after a resume those before it are told first
 
     def on_epoch(rows: Sequence[EpochMetrics]) -> None:
         nonlocal told
         _check_parent(parent)
-        for row in rows[told:]:
+        for row in rows[told:] if config.minimise == "none" else ():  # (Optuna takes no reports where there are two objectives)
             trial.report(_score(row, config), row.epoch)
         told = len(rows)
         trial.set_user_attr("seconds", sum(row.seconds for row in rows))
-        if len(rows) < options.epochs and trial.should_prune():
-            raise optuna.TrialPruned(f"worse than the median after epoch {len(rows)}")
+        if config.pruner != "none" and len(rows) < options.epochs and trial.should_prune():
+            raise optuna.TrialPruned(f"worse than others ({config.pruner}) after epoch {len(rows)}")
 
     started = _take_over(trial, folder)
     options = dataclasses.replace(options, resume=started, overwrite=not started)
@@ -254,7 +259,11 @@ def run_trial(trial: Trial, study: Study, config: SearchConfig, space: Space, im
     rows = read_metrics(folder)
     if not told:  # all epochs were done before its worker died
         on_epoch(rows)
-    return max(_score(row, config) for row in rows)
+    return _objectives(trial, max(_score(row, config) for row in rows), config)
+
+
+def _objectives(trial: Trial, value: float, config: SearchConfig) -> float | tuple[float, float]:
+    return value if config.minimise == "none" else (value, float(trial.user_attrs[config.minimise]))
 
 
 def _score(row: EpochMetrics, config: SearchConfig) -> float:
@@ -293,7 +302,7 @@ def _line(trial: Any) -> str:
     choices = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in trial.params.items())
     if INFEASIBLE in attributes:
         return f"trial {trial.number}: passed over, {attributes[INFEASIBLE]}"
-    value = "" if trial.value is None else f" {100 * trial.value:.2f}%"
+    value = f" {100 * accuracy(trial):.2f}%" if trial.values else ""
     again = f" (same as trial {attributes['same_as']})" if "same_as" in attributes else ""
     what = f"{attributes.get('parameters', 0):,} parameters, {attributes.get('seconds', 0):.0f} s"
     return f"trial {trial.number}: {trial.state.name.lower()}{value}{again}, {what}; {choices}"

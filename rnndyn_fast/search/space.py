@@ -14,11 +14,17 @@ from typing import Any, Protocol
 from rnndyn_fast.files import reads
 from rnndyn_fast.names import nearest
 from rnndyn_fast.optional import require
-from rnndyn_fast.search.architecture import CELLS, MEANT, Architecture
+from rnndyn_fast.search.architecture import MEANT, PER_LAYER, Architecture
+from rnndyn_fast.search.reciprocal_choices import DEFAULTS, FIRST, check_choice_of_cell
 
 FEEDBACK = re.compile(r"feedback_(\d+)_(\d+)")
+OF_LAYER = re.compile(r"layer(\d+)_(\w+)")
 # Options of training that may be searched; everything else about a trial is the same for all.
-TRAINING = ("lr", "batch_size", "timesteps", "init", "augment")
+TRAINING = (
+    "lr", "batch_size", "timesteps", "init", "augment", "loss", "optimizer", "momentum", "weight_decay", "clip_norm", "label_smoothing",
+    "lr_schedule", "lr_warmup", "mixup", "cutmix", "ema",
+)  # fmt: skip
+_NESTED = ("feedback", "reciprocal", "layers")  # fields of an architecture that are made of choices
 
 Scalar = bool | int | float | str
 
@@ -83,38 +89,53 @@ class Space:
         """
         if not isinstance(values, Mapping) or not values:
             raise TypeError(f"space: expected a mapping of choices, got {values!r}")
-        fields = {f.name: f for f in dataclasses.fields(Architecture)}
-        names = [*fields, *TRAINING, "feedback_2_1"]
+        fields = {f.name: f.default for f in dataclasses.fields(Architecture) if f.name not in _NESTED} | DEFAULTS
+        names = [*fields, *TRAINING, "feedback", "feedback_2_1", "layer1_cell"]
         choices: dict[str, Options | Range] = {}
         for name, value in values.items():
-            if name == "feedback" or (name not in names and not FEEDBACK.fullmatch(str(name))):
-                hint = nearest(name, [n for n in names if n != "feedback"])
-                raise ValueError(f"space: unknown choice {name!r}{hint}; there are {names} (and feedback_<from>_<to>)")
+            own = OF_LAYER.fullmatch(str(name))
+            if name not in names and not FEEDBACK.fullmatch(str(name)) and not (own and own[2] in PER_LAYER):
+                raise ValueError(
+                    f"space: unknown choice {name!r}{nearest(own[2] if own else name, names)}; there are {names} "
+                    "(and feedback_<from>_<to>, layer<number>_<choice>)"
+                )
             choices[name] = _choice(str(name), value)
+        deepest = max((int(value) for value in _ends(choices.get("depth", Options((Architecture.depth,))))), default=1)
+        every = choices.pop("feedback", None)
+        if every is not None:  # all pairs
+            pairs = [f"feedback_{i}_{k}" for i in range(2, deepest + 1) for k in range(1, i)]
+            choices = {**dict.fromkeys(pairs, every), **choices}
         space = cls(choices)
-        space._check_values(fields)
+        space._check_values(fields, deepest)
         return space
 
-    def _check_values(self, fields: Mapping[str, Any]) -> None:
+    def _check_values(self, fields: Mapping[str, Any], deepest: int) -> None:
         """Build an architecture with every value of every choice: an error now instead of in a trial."""
         from rnndyn_fast.train.config import TrainConfig
 
-        deepest = max((int(value) for value in _ends(self.choices.get("depth", Options((Architecture.depth,))))), default=1)
         for name, choice in self.choices.items():
-            edge = FEEDBACK.fullmatch(name)
+            edge, own = FEEDBACK.fullmatch(name), OF_LAYER.fullmatch(name)
+            if own and not 1 <= int(own[1]) <= deepest:
+                raise ValueError(f"space: {name}: expected a layer of 1 .. {deepest}")
+            base = own[2] if own else name
             for value in _ends(choice):
-                one: dict[str, Any] = {name: value}
                 if edge:
                     if not isinstance(value, bool):
                         raise ValueError(f"space: {name}: expected true or false, got {value!r}")
                     if not deepest >= int(edge[1]) > int(edge[2]) >= 1:
                         raise ValueError(f"space: {name}: expected feedback from a layer to one below it, of at most {deepest} layers")
-                elif name in fields:
-                    if type(value) is not type(fields[name].default) and not (name == "growth" and isinstance(value, int)):
-                        raise ValueError(f"space: {name}: expected {type(fields[name].default).__name__}, got {value!r}")
-                    Architecture(**one)
+                elif base in fields:
+                    default = fields[base]
+                    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+                        raise ValueError(f"space: {name}: expected {type(default).__name__}, got {value!r}")
+                    if base in DEFAULTS:
+                        check_choice_of_cell(base, value)
+                    else:
+                        field: dict[str, Any] = {base: value}
+                        Architecture(**field)
                 else:
-                    TrainConfig(data="", out="", **one)
+                    option: dict[str, Any] = {name: value}
+                    TrainConfig(data="", out="", **option)
 
     def to_plain(self) -> dict[str, Any]:
         """The inverse of :meth:`from_plain`."""
@@ -129,25 +150,58 @@ class Space:
 
     def suggest(self, trial: Suggests) -> tuple[Architecture, dict[str, Any]]:
         """An architecture and options of training, with the open choices made by `trial`."""
-        made: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Architecture)}
+        shared: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Architecture)}
+        own: dict[int, dict[str, Any]] = {}
+        edges: list[tuple[int, int]] = []
         training: dict[str, Any] = {}
-        # Those that decide whether others mean anything come first, the kernel of feedback after its edges.
-        order = sorted(self.choices, key=lambda name: (name not in ("cell", "depth"), name == "feedback_kernel_size"))
-        for name in order:
-            edge = FEEDBACK.fullmatch(name)
+
+        def meant(name: str, layer: int) -> bool:
+            entering = tuple(edge for edge in edges if edge[1] == layer)
+            return name not in MEANT or MEANT[name]({**shared, **own.get(layer, {}), "feedback": entering})
+
+        for name in sorted(self.choices, key=_order):
+            choice, edge, of_layer = self.choices[name], FEEDBACK.fullmatch(name), OF_LAYER.fullmatch(name)
             if edge:
-                if int(edge[1]) <= made["depth"] and self.choices[name].suggest(trial, name):
-                    made["feedback"] = (*made["feedback"], (int(edge[1]), int(edge[2])))
+                if int(edge[1]) <= shared["depth"] and choice.suggest(trial, name):
+                    edges.append((int(edge[1]), int(edge[2])))
             elif name in TRAINING:
-                training[name] = self.choices[name].suggest(trial, name)
-            elif name not in MEANT or MEANT[name](made):
-                made[name] = self.choices[name].suggest(trial, name)
-        return Architecture(**made), training
+                training[name] = choice.suggest(trial, name)
+            elif of_layer:
+                layer, base = int(of_layer[1]), of_layer[2]
+                if layer <= shared["depth"] and meant(base, layer):
+                    own.setdefault(layer, {})[base] = choice.suggest(trial, name)
+            elif any(name not in own.get(layer, {}) and meant(name, layer) for layer in range(1, shared["depth"] + 1)):
+                shared[name] = choice.suggest(trial, name)
+        return _architecture(shared, own, edges), training
 
     @property
     def open(self) -> list[str]:
         """Names of the choices that have more than one value."""
         return [name for name, choice in self.choices.items() if isinstance(choice, Range) or len(choice.values) > 1]
+
+
+def _order(name: str) -> tuple[int, int, int]:
+    """Choices that decide whether others mean anything come first, those of single layers before the shared ones."""
+    of_layer = OF_LAYER.fullmatch(name)
+    base = of_layer[2] if of_layer else name
+    stages = ("depth", "cell")
+    if base in stages:
+        stage, place = stages.index(base), 0
+    elif FEEDBACK.fullmatch(name):
+        stage, place = 2, 0
+    else:
+        stage, place = (3, FIRST.index(base)) if base in FIRST else (4, 0)
+    return stage, place, 0 if of_layer else 1
+
+
+def _architecture(shared: dict[str, Any], own: dict[int, dict[str, Any]], edges: list[tuple[int, int]]) -> Architecture:
+    fields = {name: value for name, value in shared.items() if name not in DEFAULTS and name not in _NESTED}
+    return Architecture(
+        **fields,
+        feedback=tuple(edges),
+        reciprocal=tuple((name, value) for name, value in shared.items() if name in DEFAULTS),
+        layers=tuple((layer, name, value) for layer, values in sorted(own.items()) for name, value in values.items()),
+    )
 
 
 def _ends(choice: Options | Range) -> tuple[Scalar, ...]:
@@ -172,28 +226,7 @@ def _choice(name: str, value: Any) -> Options | Range:
     return Options(values)
 
 
-_COMMON: dict[str, Any] = {
-    "depth": [1, 2, 3],
-    "width": [8, 12, 16],
-    "growth": [1.0, 1.5, 2.0],
-    "stem_kernel_size": [3, 5],
-    "kernel_size": [3, 5],
-    "cell_kernel_size": [1, 3, 5],
-    "interaction": ["additive", "multiplicative"],
-    "bypass": [False, True],
-    "norm": ["layer", "none"],
-    "feedback_2_1": [False, True],
-    "feedback_3_1": [False, True],
-    "feedback_3_2": [False, True],
-    "feedback_kernel_size": [1, 3],
-    "lr": {"low": 5e-4, "high": 1e-2, "log": True},
-}
-SPACES: dict[str, dict[str, Any]] = {
-    # Convolutional layers with lateral connections, and without.
-    "blt": {"cell": ["feedforward", "blt"], **_COMMON},
-    # Every cell there is, with its switches.
-    "cells": {"cell": list(CELLS), **_COMMON, "cell_norm": [False, True], "peepholes": [False, True], "gating": [True, False]},
-}
+SPACES = {path.stem: path for path in sorted((Path(__file__).parent / "spaces").glob("*.yaml"))}
 
 
 @reads("search space (YAML)")
@@ -207,9 +240,7 @@ def load_space(space: str | os.PathLike[str]) -> Space:
     import yaml
 
     text = os.fspath(space)
-    if text in SPACES:
-        return Space.from_plain(SPACES[text])
-    path = Path(text)
+    path = SPACES.get(text, Path(text))
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"space: expected one of {sorted(SPACES)} or a .yaml file, got {text!r}{nearest(text, SPACES)}")
     if not path.is_file():

@@ -41,7 +41,7 @@ def storage_url(config: SearchConfig) -> str:
 
 
 def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> Study:
-    """The study of a search, with sampler (TPE) and pruner (median).
+    """The study of a search, with its sampler and pruner.
 
     Raises:
         FileNotFoundError: there is none, and `create` is False. ImportError: optuna, or the database's driver, is missing.
@@ -56,8 +56,7 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
     url = storage_url(config)
     # Two workers may want to write to an SQLite file at once: one waits for the other.
     engine = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    sampler = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=config.startup_trials)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=config.pruning_trials, n_warmup_steps=config.pruning_epochs)
+    sampler, pruner = _sampler(optuna, config, sampler_seed), _pruner(optuna, config)
     try:
         storage = RDBStorage(
             url,
@@ -67,8 +66,9 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
             heartbeat_stale_trial_callback=queue_again,
         )
         if create:
+            directions = ["maximize"] if config.minimise == "none" else ["maximize", "minimize"]
             return optuna.create_study(
-                storage=storage, sampler=sampler, pruner=pruner, study_name=config.study, direction="maximize", load_if_exists=True
+                storage=storage, sampler=sampler, pruner=pruner, study_name=config.study, directions=directions, load_if_exists=True
             )
         return optuna.load_study(study_name=config.study, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError as error:
@@ -79,6 +79,31 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
         raise ImportError(f"storage: the driver for {url} is not installed; for PostgreSQL: pip install psycopg[binary]") from error
     except SQLAlchemyError as error:
         raise OSError(f"storage: {url} cannot be used: {error}") from error
+
+
+def _sampler(optuna: Any, config: SearchConfig, seed: int) -> Any:
+    """Optuna's sampler of that name."""
+    samplers = optuna.samplers
+    tpe = samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials)
+    if config.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if config.sampler == "nsga2":
+        return samplers.NSGAIISampler(seed=seed, population_size=max(2, config.startup_trials))
+    if config.sampler == "cmaes":  # of numbers; what is no number, or not asked in every trial, by TPE
+        require("cmaes")
+        return samplers.CmaEsSampler(
+            seed=seed, n_startup_trials=config.startup_trials, independent_sampler=tpe, warn_independent_sampling=False
+        )
+    return tpe
+
+
+def _pruner(optuna: Any, config: SearchConfig) -> Any:
+    """Optuna's pruner of that name."""
+    if config.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if config.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=max(1, config.pruning_epochs), max_resource=config.epochs)
+    return optuna.pruners.MedianPruner(n_startup_trials=config.pruning_trials, n_warmup_steps=config.pruning_epochs)
 
 
 def mark_worker() -> dict[str, Any]:
@@ -152,6 +177,11 @@ def retried(trial: FrozenTrial) -> int | None:
 
     history = RetryHeartbeatStaleTrialCallback.retry_history(trial)
     return history[-1] if history else None
+
+
+def accuracy(trial: FrozenTrial) -> float:
+    """What a trial is worth: its validation accuracy, the first (or only) objective; 0 where it came to none."""
+    return float(trial.values[0]) if trial.values else 0.0
 
 
 def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
