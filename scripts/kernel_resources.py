@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of the CUDA kernels, from what ptxas said when they were built, as a table.
 
-python scripts/kernel_resources.py BUILD [--update docs/kernels.md]
+python scripts/kernel_resources.py BUILD [--update docs/notes/kernel_resources.md]
 
 BUILD is the folder of a build of ``_cuda``, for example build/cp311-cp311-linux_x86_64.
 """

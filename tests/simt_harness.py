@@ -97,12 +97,12 @@ class OnDevice:
 
 @cache
 def registers() -> dict[str, int]:
-    """The most registers that a thread of each kernel takes, from the table in docs/kernels.md (a test holds it to ptxas's report)."""
+    """The most registers that a thread of each kernel takes, from the table in docs/notes/kernel_resources.md (a test holds it to ptxas's report)."""
     most: dict[str, int] = {}
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "notes" / "kernel_resources.md").read_text(encoding="utf-8")
     for kernel, cells in re.findall(r"^\| `(\w+_kernel)`[ x0-9]* \|((?:[^|]*\|){3})", page, re.MULTILINE):
         most[kernel] = max(most.get(kernel, 0), *(int(n) for n in re.findall(r"\d+", cells)))
-    assert len(most) > 20, "docs/kernels.md: no table of registers"
+    assert len(most) > 20, "docs/notes/kernel_resources.md: no table of registers"
     return most
 
 

@@ -68,9 +68,9 @@ def test_no_kernel_spills(resources: list[kernel_resources.Resources]) -> None:
 @built
 def test_the_page_of_kernels_has_their_resources(resources: list[kernel_resources.Resources]) -> None:
     """For the compiler that wrote it; another one allocates registers differently."""
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "notes" / "kernel_resources.md").read_text(encoding="utf-8")
     compiler = re.search(r"by nvcc ([0-9.]+)", page)
-    assert compiler, "docs/kernels.md does not say which nvcc"
+    assert compiler, "docs/notes/kernel_resources.md does not say which nvcc"
     if compiler[1] == _launch_cuda.build_info()["nvcc"]:
         assert kernel_resources.replaced(page, kernel_resources.table(resources)) == page
     else:
