@@ -97,7 +97,7 @@ class OnDevice:
 
 @cache
 def registers() -> dict[str, int]:
-    """The most registers that a thread of each kernel takes, from the table in docs/notes/kernel_resources.md (a test holds it to ptxas's report)."""
+    """The most registers that a thread of each kernel takes, from docs/notes/kernel_resources.md (a test holds it to ptxas's report)."""
     most: dict[str, int] = {}
     page = (ROOT / "docs" / "notes" / "kernel_resources.md").read_text(encoding="utf-8")
     for kernel, cells in re.findall(r"^\| `(\w+_kernel)`[ x0-9]* \|((?:[^|]*\|){3})", page, re.MULTILINE):

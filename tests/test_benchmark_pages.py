@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,9 @@ def test_results_name_no_machine(tmp_path: Path) -> None:
     (tmp_path / "measure.py").write_text((ROOT / "benchmarks" / "measure.py").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "bench_one.py").write_text("def test_one(benchmark):\n    benchmark.pedantic(int)\n", encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "bench_one.py", "-q", "-p", "no:cacheprovider", "--benchmark-json=one.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    # (Not as a part of a run in several processes, in which nothing is timed.)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
     assert _nodes(result) == []

@@ -64,7 +64,7 @@ def test_absent_fashion_mnist_is_explained(tmp_path: Path) -> None:
 
 
 def test_unknown_source() -> None:
-    with pytest.raises(ValueError, match="source: expected 'fashion-mnist', 'digits' or 'auto', got 'mnist'"):
+    with pytest.raises(ValueError, match=r"source: expected 'fashion-mnist', 'digits', 'auto', or a folder .* got 'mnist'"):
         load_source("mnist")
 
 

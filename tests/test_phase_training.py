@@ -267,7 +267,7 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert main(["phase", "sweep", "--out", str(tmp_path / "grid"), *words]) == 0
     assert "0 of 2 networks reached" in capfd.readouterr().out
     assert main(["phase", "sweep", "--out", str(tmp_path / "grid"), *words]) == 2
-    assert "rnndyn: error: out:" in capfd.readouterr().err
+    assert "rnndyn: error: --out:" in capfd.readouterr().err
     assert main(["phase", "train", "--out", str(tmp_path / "bad"), "--modulus", "1"]) == 2
     assert "modulus: expected at least 2" in capfd.readouterr().err
     assert not (tmp_path / "bad").exists()

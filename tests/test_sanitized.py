@@ -94,7 +94,8 @@ def test_a_planted_fault_is_found(build: Path, tmp_path: Path, fault: str) -> No
     subprocess.run([compiler, *flags, "-O0", "-c", sources / "cpu" / kernels, "-o", planted], check=True, timeout=300)
     others = [path for path in build.rglob("*.o") if not ("portable" in str(path) and path.name.startswith(kernels))]
     sanitizers = ["-fsanitize=address,undefined", "-fopenmp"]
-    subprocess.run([compiler, "-shared", *sanitizers, *others, planted, "-o", core], check=True, timeout=300)
+    # (First: of functions that several families share, the linker takes the first.)
+    subprocess.run([compiler, "-shared", *sanitizers, planted, *others, "-o", core], check=True, timeout=300)
 
     tests = ("tests/test_winograd_conv.py", "-x", "-s", "-k", "test_forward_and_gradients and portable and not avx")
     done = sanitize(*tests, core=core)

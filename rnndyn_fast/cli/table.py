@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
     "predict": "Fit recorded responses of neurons from the activations of model areas.",
     "search": "Search architectures: trials in a study that can be stopped and resumed.",
     "compare": "Train cells at equal numbers of parameters, and say which is best.",
-    "doctor": "Say what runs on this machine, and what does not and why.",
+    "doctor": "Report what runs on this machine, and the reason for what does not.",
     "study": "Train or take four kinds of networks, compare their dynamics, and write a report.",
     "demo": "A small study on real images, in minutes.",
 }

@@ -249,7 +249,7 @@ def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) 
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _constant(module: nn.Module, name: str) -> float:
     return float(getattr(module, name))
 
