@@ -86,13 +86,15 @@ def test_a_planted_fault_is_found(build: Path, tmp_path: Path, fault: str) -> No
     commands = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
     # (The family that the tests below run.)
     kernels = "kernels_winograd_conv.cpp"
-    known = [shlex.split(c["command"]) for c in commands if c["file"].endswith(kernels)]
-    words = next(words for words in known if "-DRNNDYN_ISA=portable" in words)
+    known = [(c["file"], Path(c["directory"]), shlex.split(c["command"])) for c in commands]
+    own = next(at for at, (file, _, words) in enumerate(known) if file.endswith(kernels) and "-DRNNDYN_ISA=portable" in words)
+    words = known[own][2]
     compiler, flags = words[0], [str(sources) if str(ROOT / "csrc") in w else w for w in words[1 : words.index("-o")]]
     flags = [f"-I{word}" if word == str(sources) else word for word in flags]
     planted, core = tmp_path / "planted.o", tmp_path / "_core.so"
     subprocess.run([compiler, *flags, "-O0", "-c", sources / "cpu" / kernels, "-o", planted], check=True, timeout=300)
-    others = [path for path in build.rglob("*.o") if not ("portable" in str(path) and path.name.startswith(kernels))]
+    # (Those of this build: the folder may hold objects of an earlier one.)
+    others = [folder / words[words.index("-o") + 1] for at, (_, folder, words) in enumerate(known) if at != own]
     sanitizers = ["-fsanitize=address,undefined", "-fopenmp"]
     # (First: of functions that several families share, the linker takes the first.)
     subprocess.run([compiler, "-shared", *sanitizers, planted, *others, "-o", core], check=True, timeout=300)
