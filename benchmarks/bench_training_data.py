@@ -82,7 +82,10 @@ def test_loader_against_training_steps(size: int, tmp_path: Path) -> None:
     result = summary(times, "training steps")
     images = BATCH * BATCHES
     speed = {name: images / found["median_s"] for name, found in result.items()}
-    write_result(f"training_data_{size}", {"batch": BATCH, "images": images, "size": size, "contenders": result, "images_per_s": speed})
+    write_result(
+        f"training_data_{size}",
+        {"section": "training data", "batch": BATCH, "images": images, "size": size, "contenders": result, "images_per_s": speed},
+    )
 
 
 def shards(folder: Path) -> Callable[[], None]:
