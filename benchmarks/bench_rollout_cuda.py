@@ -47,8 +47,9 @@ from rnndyn_fast.graph.schedule import Schedule
 from rnndyn_fast.graph.spec import pooled_shape
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep
-from rnndyn_fast.ops import _launch_cuda, measured
+from rnndyn_fast.ops import launches, measured
 from rnndyn_fast.ops.device_engine import why_not_fused
+from rnndyn_fast.ops.readout_zones import TABLES
 from rnndyn_fast.reference.readout_zones import readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
@@ -241,11 +242,14 @@ def test_readout_zones() -> None:
     weight, labels = torch.randn(c, d, generator=generator).to(DEVICE), (torch.arange(n) % c).to(DEVICE)
     distance = readout_distance(weight)
     inverse, norms = torch.where(distance > 0, 1 / distance, 0.0), torch.linalg.vector_norm(weight, dim=-1)
-    tables = [torch.empty(t, n, device=DEVICE, dtype=torch.int64 if i == 0 else torch.float32) for i in range(7)]
+    dtypes = {name: torch.int64 if name == "predicted" else torch.float32 for name in TABLES}
+    tables = {name: torch.empty(t, n, device=DEVICE, dtype=dtype) for name, dtype in dtypes.items()}
 
     def ours() -> Tensor:
         cosine = r @ weight.T
-        _launch_cuda.readout_zones(r, None, None, labels, None, norms, inverse, cosine, tables)
+        launches.readout_zones.on_device(
+            representations=r, labels=labels, weight_norm=norms, inverse_distance=inverse, cosine=cosine, **tables
+        )
         return cosine
 
     def theirs() -> Any:

@@ -20,7 +20,7 @@ from on_device import DEVICE, DRY, about_device, rounded, seconds_of
 from torch import Tensor, nn
 
 from rnndyn_fast.models import blt_net_64, blt_vs, convrnn, rcnn_sat
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import cuda_module
 
 torch.set_num_threads(1 if DRY else torch.get_num_threads())
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -111,7 +111,7 @@ def profile() -> int:
         if microseconds > 0:
             rows.append({"kernel": event.key[:200], "launches": event.count, "microseconds": rounded(microseconds)})
     rows.sort(key=lambda row: -float(row["microseconds"]))
-    about = {"batch": n, "seconds": rounded(whole), "no kernels of ours": None if DRY else _launch_cuda.unavailable}
+    about = {"batch": n, "seconds": rounded(whole), "no kernels of ours": None if DRY else cuda_module.unavailable}
     write_result("profile", {"what": "training step of blt_net_64, lateral additive", **about, "kernels": rows})
     for row in rows[:15]:
         print(row["microseconds"], row["launches"], row["kernel"])

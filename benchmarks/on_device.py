@@ -19,11 +19,11 @@ import pytest
 import torch
 from measure import QUICK, summary, write_result
 
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import cuda_module
 
 DRY = os.environ.get("RNNDYN_BENCH_DEVICE") == "harness"
 DEVICE = torch.device("cpu" if DRY else "cuda")
-NO_DEVICE = None if DRY else _launch_cuda.unavailable or (None if torch.cuda.is_available() else "no CUDA device")
+NO_DEVICE = None if DRY else cuda_module.unavailable or (None if torch.cuda.is_available() else "no CUDA device")
 ROUNDS = 1 if DRY else 2 if QUICK else 7
 
 
@@ -35,7 +35,7 @@ def use_harness(patch: pytest.MonkeyPatch) -> None:
 
     simt_harness.install(patch)
     device_rollouts.send_to_kernels(patch, torch.float32, torch.float16)
-    patch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "none: the harness"})
+    patch.setattr(cuda_module, "build_info", lambda: {"nvcc": "none: the harness"})
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def rounded(value: float) -> float:
 def about_device() -> dict[str, Any]:
     """Whose results these are."""
     name = "the SIMT harness" if DRY else torch.cuda.get_device_name()
-    return {"device": name, "torch_cuda": torch.version.cuda, "kernels": _launch_cuda.build_info()}
+    return {"device": name, "torch_cuda": torch.version.cuda, "kernels": cuda_module.build_info()}
 
 
 def keep(name: str, times: dict[str, list[float]], **about: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rnndyn_fast.graph import Network, compile_schedule
     from rnndyn_fast.models.accelerate import accelerate
-    from rnndyn_fast.ops._launch import build_info
+    from rnndyn_fast.ops.core import build_info
     from rnndyn_fast.program.plan import release_memory
     from rnndyn_fast.program.rollout import can_run_native, rollout
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["Network", "accelerate", "build_info", "can_run_native", "compile_schedule", "release_memory", "rollout"]
 
 _HOMES = {
-    "Network": "graph", "accelerate": "models", "build_info": "ops._launch", "can_run_native": "program", "compile_schedule": "graph",
+    "Network": "graph", "accelerate": "models", "build_info": "ops.core", "can_run_native": "program", "compile_schedule": "graph",
     "release_memory": "program", "rollout": "program",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops._launch_cuda import check_device
+from rnndyn_fast.ops.cuda_module import check_device
 
 # Of maps; parameters, statistics and sums are float32.
 OTHER_MAKERS = {"mps": "Apple's GPUs", "xpu": "Intel's GPUs"}  # the reference runs there

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from rnndyn_fast.graph import compile_schedule
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import addresses, core, cuda_module, launch
 from rnndyn_fast.ops.addresses import Use
 from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.program.passes import run_backward, run_forward
@@ -74,7 +74,7 @@ class Noted:
     def __init__(self) -> None:
         self.kernels: defaultdict[str, Kernel] = defaultdict(Kernel)
         self.pending = 0  # bytes of the buffers of the launch to come
-        self.module = _launch_cuda.module()
+        self.module = cuda_module.module()
 
     def address(self, tensor: Tensor | None, name: str, shape: Sequence[int], dtype: torch.dtype, device: Any, use: Use, **_: Any) -> int:
         if tensor is not None:
@@ -84,42 +84,37 @@ class Noted:
     def note(self, name: str, nbytes: int, operations: int, launches: int = 1) -> None:
         self.kernels[name].calls.append((nbytes, operations, launches))
 
+    def launch(self, op: str, dtype: str, values: dict[str, Any], device: int) -> Any:
+        """A launch that does nothing. (What scratch it asks for depends on the device.)"""
+        nbytes, self.pending = self.pending, 0
+        self.note(op, nbytes, self.operations(op, values), self.launches(op, values))
+        return mock.Mock(scratch_bytes=0)
+
     def __getattr__(self, name: str) -> Any:
-        if name.endswith("_splits"):
-            return lambda *_: 1
-        if name.endswith(("_groups", "_tiles", "_scratch", "_workspace")):
-            return getattr(self.module, name)
-
-        def launch(*arguments: Any) -> None:
-            nbytes, self.pending = self.pending, 0
-            self.note(name, nbytes, self.operations(name, arguments), self.launches(name, arguments))
-
-        return launch
+        return getattr(self.module, name)
 
     @staticmethod
-    def operations(name: str, arguments: Sequence[Any]) -> int:
+    def operations(op: str, values: dict[str, Any]) -> int:
         """Of the fused convolution, whose products are what takes long; others are bound by their bytes."""
-        if name == "recurrent_conv":
-            (n, height, width, channels), terms = arguments[2], arguments[3]
-            total = 0
-            for _, _, (_, _, sources, kernel, stride, _), transposed in terms:
-                taps = kernel**2 / (stride**2 if transposed else 1)
-                total += int(2 * n * height * width * channels * sources * taps)
-            return total
-        if name == "recurrent_conv_weight_grad":
-            n, (_, (h, w, a)), (_, (_, _, b)), (kernel, _, _) = arguments[2:6]
-            return int(2 * n * h * w * a * b * kernel**2)
-        return 0
+        if op not in ("recurrent_conv", "recurrent_conv_weight_grad"):
+            return 0
+        pixels = values["samples"] * values["height"] * values["width"]
+        if op == "recurrent_conv_weight_grad":
+            return int(2 * pixels * values["row_channels"] * values["gathered_channels"] * values["kernel"] ** 2)
+        total = 0
+        for _, _, (_, _, sources, kernel, stride, _), transposed in values["terms"]:
+            taps = kernel**2 / (stride**2 if transposed else 1)
+            total += int(2 * pixels * values["channels"] * sources * taps)
+        return total
 
     @staticmethod
-    def launches(name: str, arguments: Sequence[Any]) -> int:
+    def launches(op: str, values: dict[str, Any]) -> int:
         """Of a call, as area_step_forward.cu and area_step_backward.cu have them (a weight's gradient: without the sum over its splits)."""
-        if name == "area_step_forward":
-            complete, gamma = arguments[8:10]
-            value, modulator_sum, state, max_pooled, _, mean_pooled = arguments[13:19]
-            finished = bool(state or max_pooled or (modulator_sum and not value))
-            return bool(value and not complete) + bool(gamma) + finished + bool(mean_pooled)
-        return 3 if name == "area_step_backward" and arguments[14] else 1
+        if op == "area_step_forward":
+            value, modulator_sum = "value" in values, "modulator_sum" in values
+            finished = "state" in values or "max_pooled" in values or (modulator_sum and not value)
+            return (value and "moments" not in values) + ("gamma" in values) + finished + ("mean_pooled" in values)
+        return 3 if op == "area_step_backward" and "gamma" in values else 1
 
 
 class Vendor(TorchDispatchMode):
@@ -149,14 +144,14 @@ def noting() -> Iterator[Noted]:
     """Half-precision tensors without memory go to kernels that are noted."""
     noted = Noted()
     with (
-        mock.patch.object(_launch, "on_device", lambda tensor: tensor.device.type == "meta"),
-        mock.patch.object(_launch_cuda, "_module", noted),
-        mock.patch.object(_launch_cuda, "unavailable", None),
-        mock.patch.object(_launch_cuda, "capability", return_value=(9, 0)),
-        mock.patch.object(_launch_cuda, "device_error", return_value=None),
-        mock.patch.object(_launch_cuda, "device_address", noted.address),
-        mock.patch.object(_launch_cuda, "first_element", return_value=0),
-        mock.patch.object(_launch_cuda, "device_queue", return_value=(0, 0)),
+        mock.patch.object(core, "on_device", lambda tensor: tensor.device.type == "meta"),
+        mock.patch.object(cuda_module, "_module", noted),
+        mock.patch.object(cuda_module, "unavailable", None),
+        mock.patch.object(cuda_module, "capability", return_value=(9, 0)),
+        mock.patch.object(cuda_module, "device_error", return_value=None),
+        mock.patch.object(addresses, "device_address", noted.address),
+        mock.patch.object(launch, "first_element", return_value=0),
+        mock.patch.object(addresses, "device_queue", return_value=(0, 0)),
         Vendor(noted),
     ):
         yield noted

@@ -13,7 +13,8 @@ from cases import CASES, RolloutCase
 from torch import Tensor
 
 from rnndyn_fast.graph import Operator
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module
+from rnndyn_fast.ops.launch import DeviceCall
 from rnndyn_fast.program import plan
 
 HALF = (torch.float16, torch.bfloat16)
@@ -23,29 +24,29 @@ in_harness = pytest.mark.skipif(DEVICE is not None, reason="for the harness; tes
 on_a_device = pytest.mark.skipif(DEVICE is None, reason="RNNDYN_TEST_DEVICE is not set: tests in the harness take its place")
 
 
-def count_launches(
-    patch: pytest.MonkeyPatch, names: tuple[str, ...] = LAUNCHES, module: Any = _launch_cuda, found: list[str] | None = None
-) -> list[str]:
-    """The names of a module's launches from now on, as they come, behind those found before."""
-    launches = [] if found is None else found
-    for name in names:
-        launch = getattr(module, name)
+def count_launches(patch: pytest.MonkeyPatch, names: tuple[str, ...] = LAUNCHES) -> list[str]:
+    """The names of these ops' launches on devices from now on, as they come."""
+    launches: list[str] = []
+    run = DeviceCall.run
 
-        def counted(*arguments: Any, launch: Any = launch, name: str = name, **options: Any) -> None:
-            launches.append(name)
-            launch(*arguments, **options)
+    def counted(self: DeviceCall, op: str, values: dict[str, Any]) -> None:
+        if op in names:
+            launches.append(op)
+        run(self, op, values)
 
-        patch.setattr(module, name, counted)
+    patch.setattr(DeviceCall, "run", counted)
     return launches
 
 
-def send_to_kernels(patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0)) -> list[str]:
+def send_to_kernels(
+    patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0), names: tuple[str, ...] = LAUNCHES
+) -> list[str]:
     """Tensors of these dtypes are as if on a device of that capability (others stay the CPU's). Returns the names of the launches."""
     # (An arena is bytes: as those of a device, its program runs on tensors. Plans of the CPU are not those of the kernels.)
-    patch.setattr(_launch, "on_device", lambda tensor: tensor.dtype in (*dtypes, torch.uint8))
+    patch.setattr(core, "on_device", lambda tensor: tensor.dtype in (*dtypes, torch.uint8))
     patch.setattr(plan, "_plans", OrderedDict())
-    patch.setattr(_launch_cuda, "capability", lambda device: capability)
-    return count_launches(patch)
+    patch.setattr(cuda_module, "capability", lambda device: capability)
+    return count_launches(patch, names)
 
 
 def widened(case: RolloutCase) -> RolloutCase:

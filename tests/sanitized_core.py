@@ -29,7 +29,7 @@ class _Finder:
 sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
 
 import rnndyn_fast  # noqa: E402
-from rnndyn_fast.ops import _launch, amx_conv, winograd_conv  # noqa: E402
+from rnndyn_fast.ops import amx_conv, core, winograd_conv  # noqa: E402
 from rnndyn_fast.program import one_map  # noqa: E402
 
 
@@ -48,5 +48,5 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run on any other core."""
     if not rnndyn_fast.build_info()["sanitized"]:
         raise pytest.UsageError(f"{os.environ['RNNDYN_SANITIZED_CORE']}: this core was built without AddressSanitizer")
-    _launch.workspace_of = _workspace_of
-    _launch.empty = winograd_conv.empty = amx_conv.empty = one_map.empty = _empty
+    core.workspace_of = _workspace_of
+    core.empty = winograd_conv.empty = amx_conv.empty = one_map.empty = _empty

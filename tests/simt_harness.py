@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import addresses, cuda_module
 from rnndyn_fast.ops.addresses import Use, device_address
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,11 +55,11 @@ def register(module: Any, tensor: Tensor, name: str, use: Use) -> None:
 
 
 class Watched:
-    """Stands for ``_cuda`` in ``_launch_cuda``: before each launch, its buffers are registered."""
+    """Stands for ``_cuda`` in ``cuda_module``: before each launch, its buffers are registered."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.pending: list[tuple[Tensor, str, Use]] = []
+        self.pending: list[tuple[Tensor, str, Use]] = []  # buffers of the launch to come
 
     def address(self, tensor: Tensor | None, name: str, *rest: Any, **options: Any) -> int:
         """In place of ``device_address``, whose arguments after the device say what the kernel does."""
@@ -66,20 +68,37 @@ class Watched:
             self.pending.append((tensor, name, rest[3]))
         return address
 
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.module, name)
+    def launch(self, op: str, *args: Any) -> Any:
+        """A launch, before which its buffers are registered, each part of its scratch on its own."""
+        buffers, self.pending = self.pending, []
+        launch = self.module.launch(op, *args)
 
-        def call(*args: Any) -> Any:
-            buffers, self.pending = self.pending, []
+        def call(device: int, stream: int, memory: int) -> None:
             self.module.forget_buffers()
             for tensor, what, use in buffers:
                 register(self.module, tensor, what, use)
+            for number, (first, elements, size) in enumerate(launch.scratch_parts):
+                self.module.register_buffer(f"scratch {number}", memory + first, elements * size, size, True, False)
             try:
-                return function(*args)
+                launch(device, stream, memory)
             finally:
                 self.module.forget_buffers()
 
-        return call if callable(function) else function
+        return Launched(call, launch.scratch_bytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch as the module gives it."""
+
+    call: Callable[[int, int, int], None]
+    scratch_bytes: int
+
+    def __call__(self, device: int, stream: int, memory: int) -> None:
+        self.call(device, stream, memory)
 
 
 class OnDevice:
@@ -92,7 +111,7 @@ class OnDevice:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_launch_cuda._module, name)
+        return getattr(cuda_module._module, name)
 
 
 @cache
@@ -109,11 +128,11 @@ def registers() -> dict[str, int]:
 def install(patch: pytest.MonkeyPatch) -> Any:
     """Launches run in the harness from now on. Returns the module."""
     watched = Watched(build())
-    patch.setattr(_launch_cuda, "_module", watched)
-    patch.setattr(_launch_cuda, "unavailable", None)
-    patch.setattr(_launch_cuda, "device_error", lambda index: None)
-    patch.setattr(_launch_cuda, "device_address", watched.address)
-    patch.setattr(_launch_cuda, "device_queue", lambda device: (0, 0))
+    patch.setattr(cuda_module, "_module", watched)
+    patch.setattr(cuda_module, "unavailable", None)
+    patch.setattr(cuda_module, "device_error", lambda index: None)
+    patch.setattr(addresses, "device_address", watched.address)
+    patch.setattr(addresses, "device_queue", lambda device: (0, 0))
     watched.module.set_limits(LEAST_SHARED_BYTES, registers())
     watched.module.set_order(watched.module.Order.RANDOM, 1)
     return watched.module

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rnndyn_fast import _core
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, engines
+from rnndyn_fast.ops import core, engines
 from rnndyn_fast.ops.amx_conv import AmxMap
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_amx, can_sum, choose_engine, with_precision
 from rnndyn_fast.program.one_map import OneMap, sum_of_maps
@@ -64,7 +64,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _poison() -> None:
     """Whatever a kernel reads without having written it is now NaN."""
-    _launch._workspaces.scratch = torch.full((4_000_000,), float("nan"))
+    core._workspaces.scratch = torch.full((4_000_000,), float("nan"))
 
 
 def _operands(operator: Operator, kernel: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

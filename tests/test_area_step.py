@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast import _core
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.program.kinds import KINDS
 from rnndyn_fast.reference.area_step import area_step
 
@@ -70,7 +70,7 @@ def standard(x: Tensor) -> Tensor:
 
 def at_most(terms: Sequence[Tensor]) -> list[Tensor]:
     """The terms as the kernel takes them: those past its limit summed into one."""
-    limit = _launch.MAX_TERMS
+    limit = core.MAX_TERMS
     if len(terms) <= limit:
         return list(terms)
     rest = torch.empty_like(terms[0])
@@ -80,7 +80,7 @@ def at_most(terms: Sequence[Tensor]) -> list[Tensor]:
 
 def area_step_forward(drives: Sequence[Tensor], modulators: Sequence[Tensor] = (), *, rectify: bool = True, **operands: Any) -> None:
     """The instruction ``area_step``, of any number of terms."""
-    KINDS["area_step"].run(at_most(drives), at_most(modulators), rectify=rectify, **operands)
+    KINDS["area_step"].run(drives=at_most(drives), modulators=at_most(modulators), rectify=rectify, **operands)
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -168,28 +168,24 @@ class Operands:
             out |= {name: torch.ones(h, w, c, dtype=dtype) for name in ("grad_gamma", "grad_beta")}
         gamma = None if self.gamma is None else self.gamma.to(dtype).permute(1, 2, 0).contiguous()
         beta = None if self.beta is None else self.beta.to(dtype).permute(1, 2, 0).contiguous()
-        _launch.area_step_backward(
-            (n, h, w, c),
-            dtype,
-            [maps(grads["state"])] if "state" in grads else [],
-            maps(grads["max_pooled"]) if "max_pooled" in grads else None,
-            kept["argmax"] if "max_pooled" in grads else None,
-            maps(grads["mean_pooled"]) if "mean_pooled" in grads else None,
-            multiplicative,
-            None if multiplicative else kept["value"],
-            at_most([maps(x.to(dtype)) for x in self.drives]) if multiplicative else [],
-            self.drive_bias.to(dtype) if multiplicative and self.drive_bias is not None else None,
-            kept.get("modulator_sum"),
-            kept.get("mean"),
-            kept.get("rstd"),
-            gamma,
-            beta,
-            self.step.rectify,
-            out["grad_drive"],
-            out["grad_drive_sum"],
-            out.get("grad_modulator"),
-            out.get("grad_gamma"),
-            out.get("grad_beta"),
+        KINDS["area_step_backward"].run(
+            height=h,
+            width=w,
+            grad_states=[maps(grads["state"])] if "state" in grads else [],
+            grad_max_pooled=maps(grads["max_pooled"]) if "max_pooled" in grads else None,
+            argmax=kept["argmax"] if "max_pooled" in grads else None,
+            grad_mean_pooled=maps(grads["mean_pooled"]) if "mean_pooled" in grads else None,
+            multiplicative=multiplicative,
+            value=None if multiplicative else kept["value"],
+            drives=at_most([maps(x.to(dtype)) for x in self.drives]) if multiplicative else [],
+            drive_bias=self.drive_bias.to(dtype) if multiplicative and self.drive_bias is not None else None,
+            modulator_sum=kept.get("modulator_sum"),
+            mean=kept.get("mean"),
+            rstd=kept.get("rstd"),
+            gamma=gamma,
+            beta=beta,
+            rectify=self.step.rectify,
+            **out,
         )
         return out
 

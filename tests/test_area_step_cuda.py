@@ -12,7 +12,7 @@ from test_area_step import EPS, SHAPES, Operands, Step, maps, poisoned, standard
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Channels that fill vectors of 16 bytes, and channels that do not; one chunk of a map, several, and a last one that is not full.
@@ -43,17 +43,16 @@ class CudaOperands(Operands):
 
     def run_forward(self, **wanted: Tensor) -> None:
         """One launch that writes the outputs given."""
-        outputs = ("value", "modulator_sum", "state", "max_pooled", "argmax", "mean_pooled", "mean", "rstd")
-        _launch_cuda.area_step_forward(
-            [maps(x.to(self.dtype)) for x in self.drives],
-            [maps(x.to(self.dtype)) for x in self.modulators],
-            *self.biases,
-            False,
-            self.gamma_map,
-            self.beta_map,
-            EPS,
-            self.step.rectify,
-            *(wanted.get(name) for name in outputs),
+        launches.area_step_forward.on_device(
+            drives=[maps(x.to(self.dtype)) for x in self.drives],
+            modulators=[maps(x.to(self.dtype)) for x in self.modulators],
+            drive_bias=self.biases[0],
+            modulator_bias=self.biases[1],
+            gamma=self.gamma_map,
+            beta=self.beta_map,
+            eps=EPS,
+            rectify=self.step.rectify,
+            **wanted,
         )
 
     def outputs(self) -> dict[str, Tensor]:
@@ -83,27 +82,24 @@ class CudaOperands(Operands):
             out["grad_modulator"] = poisoned(n, h, w, c, dtype=dtype)
         if self.step.norm:
             out |= {name: torch.ones(h, w, c) for name in ("grad_gamma", "grad_beta")}
-        _launch_cuda.area_step_backward(
-            (n, h, w, c),
-            [maps(grads["state"])] if "state" in grads else [],
-            maps(grads["max_pooled"]) if "max_pooled" in grads else None,
-            kept["argmax"] if "max_pooled" in grads else None,
-            maps(grads["mean_pooled"]) if "mean_pooled" in grads else None,
-            multiplicative,
-            None if multiplicative else kept["value"],
-            [maps(x.to(dtype)) for x in self.drives] if multiplicative else [],
-            self.biases[0] if multiplicative else None,
-            kept.get("modulator_sum"),
-            kept.get("mean"),
-            kept.get("rstd"),
-            self.gamma_map,
-            self.beta_map,
-            self.step.rectify,
-            out["grad_drive"],
-            out["grad_drive_sum"],
-            out.get("grad_modulator"),
-            out.get("grad_gamma"),
-            out.get("grad_beta"),
+        launches.area_step_backward.on_device(
+            height=h,
+            width=w,
+            grad_states=[maps(grads["state"])] if "state" in grads else [],
+            grad_max_pooled=maps(grads["max_pooled"]) if "max_pooled" in grads else None,
+            argmax=kept["argmax"] if "max_pooled" in grads else None,
+            grad_mean_pooled=maps(grads["mean_pooled"]) if "mean_pooled" in grads else None,
+            multiplicative=multiplicative,
+            value=None if multiplicative else kept["value"],
+            drives=[maps(x.to(dtype)) for x in self.drives] if multiplicative else [],
+            drive_bias=self.biases[0] if multiplicative else None,
+            modulator_sum=kept.get("modulator_sum"),
+            mean=kept.get("mean"),
+            rstd=kept.get("rstd"),
+            gamma=self.gamma_map,
+            beta=self.beta_map,
+            rectify=self.step.rectify,
+            **out,
         )
         return out
 
@@ -224,9 +220,9 @@ def test_value_may_take_the_memory_of_the_first_drive(simt: Any) -> None:
     operands.run_forward(**expected)
     drives = [maps(x.float()) for x in operands.drives]
     out = operands.outputs() | {"value": drives[0]}
-    _launch_cuda.area_step_forward(
-        drives, [maps(x.float()) for x in operands.modulators], None, None, False, operands.gamma_map, operands.beta_map, EPS, True,
-        *(out[name] for name in ("value", "modulator_sum", "state", "max_pooled", "argmax", "mean_pooled", "mean", "rstd")),
+    launches.area_step_forward.on_device(
+        drives=drives, modulators=[maps(x.float()) for x in operands.modulators], gamma=operands.gamma_map, beta=operands.beta_map,
+        eps=EPS, rectify=True, **out,
     )  # fmt: skip
     for name, tensor in expected.items():
         assert torch.equal(out[name], tensor), name
@@ -238,8 +234,7 @@ def test_nan_passes_through(simt: Any) -> None:
         x[0, row, column, i] = float("nan")
     out = {"state": torch.zeros_like(x), "max_pooled": torch.zeros(2, 3, 3, 8).half(), "mean_pooled": torch.zeros(2, 1, 1, 8).half()}
     argmax = torch.zeros(2, 3, 3, 8, dtype=torch.uint8)
-    outputs = (None, None, out["state"], out["max_pooled"], argmax, out["mean_pooled"], None, None)
-    _launch_cuda.area_step_forward([x], [], None, None, False, None, None, EPS, True, *outputs)
+    launches.area_step_forward.on_device(drives=[x], eps=EPS, rectify=True, argmax=argmax, **out)
     state = torch.relu(standard(x).float())
     pooled, index = functional.max_pool2d(state, 2, 2, return_indices=True)
     torch.testing.assert_close(standard(out["state"]).float(), state, rtol=0, atol=0, equal_nan=True)
@@ -264,18 +259,17 @@ def test_the_order_of_threads_changes_nothing(simt: Any) -> None:
 
 def test_bad_arguments_are_refused(simt: Any) -> None:
     x, state = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 4, 8)
-    outputs: list[Tensor | None] = [None, None, state, None, None, None, None, None]
 
     def forward(drives: list[Tensor], *, gamma: Tensor | None = None) -> None:
-        _launch_cuda.area_step_forward(drives, [], None, None, False, gamma, gamma, EPS, True, *outputs)
+        launches.area_step_forward.on_device(drives=drives, gamma=gamma, beta=gamma, eps=EPS, rectify=True, state=state)
 
     with pytest.raises(
         ValueError, match=r"drives\[1\]: expected a contiguous tensor \[2, 4, 4, 8\] of torch.float32 on (cpu|cuda:0), got .*float16"
     ):
         forward([x, x.half()])
-    with pytest.raises(ValueError, match="at most 6 terms, got 7"):
+    with pytest.raises(ValueError, match="drives: expected at most 6, got 7"):
         forward([x] * 7)
-    with pytest.raises(ValueError, match="gamma: a norm needs beta, value, mean, rstd and moments"):
+    with pytest.raises(ValueError, match="gamma: a norm needs beta, value, mean and rstd"):
         forward([x], gamma=torch.ones(4, 4, 8))
     with pytest.raises(ValueError, match=r"expected float32, float16 or bfloat16, got torch\.float64"):
         forward([x.double()])

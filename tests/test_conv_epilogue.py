@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rnndyn_fast import _core, rollout
 from rnndyn_fast.graph import Activation, Area, Connection, Input, Network, Norm, Pool
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_conv, pack_amx_weight
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_end
 from rnndyn_fast.ops.epilogue import Epilogue
@@ -106,7 +106,7 @@ class Case:
         return drive * factor, factor.expand(self.size)
 
     def run(self, out: Tensor | None = None, **options: bool) -> Tensor:
-        _launch._workspaces.scratch = torch.full((4_000_000,), float("nan"))
+        core._workspaces.scratch = torch.full((4_000_000,), float("nan"))
         out = torch.full(self.size, float("nan")) if out is None else out
         return sum_of_maps([self.weight], [self.x], out, self.end, **options)
 
@@ -198,7 +198,7 @@ def test_bad_arguments_are_named() -> None:
         sum_of_maps([case.weight], [case.x], out, replace(case.end, drives=[]))
     with pytest.raises(ValueError, match="mean, rstd: expected both or neither"):
         sum_of_maps([case.weight], [case.x], out, replace(case.end, rstd=None))
-    with pytest.raises(ValueError, match="modulators: at most 6 terms, got 7"):
+    with pytest.raises(ValueError, match="modulators: expected at most 6, got 7"):
         sum_of_maps([case.weight], [case.x], out, replace(case.end, modulators=[out] * 7))
 
 

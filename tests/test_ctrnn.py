@@ -11,7 +11,7 @@ import torch
 from ctrnn_cases import DIFFERENTIABLE, EVERY, Case, arguments, by_case, by_dtype, run
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.ctrnn import can_run_ctrnn, ctrnn
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
@@ -131,7 +131,7 @@ def test_outputs_and_scratch_are_written_before_they_are_read(monkeypatch: pytes
     x = arguments(case, torch.float32)
     grads = torch.randn(2, 17, 3, 13), torch.randn(2, 17, 3, 13)
     clean = run(x, "native", grads)
-    monkeypatch.setattr(_launch, "workspace_of", poisoned)
+    monkeypatch.setattr(core, "workspace_of", poisoned)
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape: torch.full(shape[0] if len(shape) == 1 else shape, torch.nan))
     torch.testing.assert_close(run(x, "native", grads), clean, rtol=0, atol=0)
 

@@ -9,7 +9,7 @@ import torch
 from ctrnn_cases import Case, arguments, run
 from device_rollouts import DEVICE, send_to_kernels
 
-from rnndyn_fast.ops import _launch_cells_cuda, _launch_cuda
+from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.ops.ctrnn import can_run_ctrnn, ctrnn
 from rnndyn_fast.reference.philox import unit_normals
 
@@ -76,19 +76,20 @@ def _identity() -> Any:
 
 
 def test_too_many_units_are_refused(kernels: Any) -> None:
-    most = _launch_cuda.module().ctrnn_max_units()
+    most = cuda_module.module().ctrnn_max_units()
     h = most + 1
     w = torch.zeros(1, 1, 1).expand(1, h, h)
     x, rates = torch.zeros(1, 1, 1, 1), torch.empty(1, 1, 1, h)
     with pytest.raises(ValueError, match=f"ctrnn_forward_kernel: at most {most} units, got {h}"):
-        _launch_cells_cuda.ctrnn_forward(
-            x, w.contiguous(), w[:, 0].contiguous(), w[:, :1].contiguous(), rates[:, :, 0].clone(), torch.ones(1), torch.zeros(1),
-            torch.zeros(1, dtype=torch.int32, device="cpu"), None, 0, 0, rates, None,
+        launches.ctrnn_forward.on_device(
+            inputs=x, w_rec=w.contiguous(), b_rec=w[:, 0].contiguous(), w_in=w[:, :1].contiguous(), h0=rates[:, :, 0].clone(),
+            alpha=torch.ones(1), noise_std=torch.zeros(1), activations=torch.zeros(1, dtype=torch.int32), stream=0, first_trial=0,
+            rates=rates,
         )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")
 def test_can_run_says_why_not(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"inputs: cpu has compute capability 7.5"):
         can_run_ctrnn(torch.zeros(1, 1, 1, 1), raise_error=True)

@@ -11,7 +11,7 @@ import torch
 from conftest import golden
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.ctrnn_train import ctrnn_train
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn_train import AdamW, CtrnnTraining, split_parameters
@@ -183,7 +183,7 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
         scratch = torch.full((floats + 16,), torch.nan)
         return scratch, -(-scratch.data_ptr() // 64) * 64
 
-    monkeypatch.setattr(_launch, "workspace_of", workspace)
+    monkeypatch.setattr(core, "workspace_of", workspace)
     ctrnn_train(poisoned, range(5))
     torch.testing.assert_close(state(poisoned), state(clean), rtol=0, atol=0)
 

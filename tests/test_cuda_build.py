@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import cuda_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -19,7 +19,7 @@ import kernel_resources  # noqa: E402
 
 sys.path.pop(0)
 
-built = pytest.mark.skipif(_launch_cuda.unavailable is not None, reason=str(_launch_cuda.unavailable))
+built = pytest.mark.skipif(cuda_module.unavailable is not None, reason=str(cuda_module.unavailable))
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,20 @@ def test_needs_only_the_system() -> None:
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_driver_it_imports_and_a_launch_says_why_it_cannot() -> None:
-    info = _launch_cuda.build_info()
+    info = cuda_module.build_info()
     assert info["devices"] == 0
     assert info["architectures"].startswith("80")
-    error = _launch_cuda.device_error(0)
+    error = cuda_module.device_error(0)
     assert error is not None
     assert error.startswith("the CUDA kernels cannot run on cuda:0: ")
     assert f"built by nvcc {info['nvcc']} for {info['architectures']}; " in error
-    groups = _launch_cuda._module.area_step_moment_groups("float16", 1, 1, 8)
     with pytest.raises(RuntimeError, match="device 0: "):
-        _launch_cuda._module.area_step_forward(
-            "float16", (0, 0), [1, 1, 1, 8], [16], 0, [], 0, False, False, 0, 0, 1e-5, True, 0, 0, 16, 0, 0, 0, 0, 0, 0, groups
-        )  # fmt: skip
+        cuda_module.module().launch("area_step_forward", "float16", {}, 0)
 
 
 @built
 def test_no_kernel_spills(resources: list[kernel_resources.Resources]) -> None:
-    assert {r.architecture for r in resources} == {f"sm_{a}" for a in _launch_cuda.build_info()["architectures"].split(",")}
+    assert {r.architecture for r in resources} == {f"sm_{a}" for a in cuda_module.build_info()["architectures"].split(",")}
     assert [r for r in resources if r.spill_bytes] == []
 
 
@@ -71,7 +68,7 @@ def test_the_page_of_kernels_has_their_resources(resources: list[kernel_resource
     page = (ROOT / "docs" / "notes" / "kernel_resources.md").read_text(encoding="utf-8")
     compiler = re.search(r"by nvcc ([0-9.]+)", page)
     assert compiler, "docs/notes/kernel_resources.md does not say which nvcc"
-    if compiler[1] == _launch_cuda.build_info()["nvcc"]:
+    if compiler[1] == cuda_module.build_info()["nvcc"]:
         assert kernel_resources.replaced(page, kernel_resources.table(resources)) == page
     else:
         assert {r.kernel for r in resources} == set(re.findall(r"^\| (`\w+_kernel`[ x0-9]*?) \|", page, re.MULTILINE))

@@ -16,7 +16,7 @@ from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, wid
 
 from rnndyn_fast.devices import choose_device
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch_cuda, measured
+from rnndyn_fast.ops import cuda_module, measured
 from rnndyn_fast.ops.cells import GRUGates
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
@@ -46,7 +46,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
     monkeypatch.setattr(measured, "device_name", lambda device: "some GPU")
     monkeypatch.setattr(measured, "driver", lambda: "580.1")
     monkeypatch.setattr(measured, "build_id", lambda: "abc")
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (8, 9))
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (8, 9))
     measured.forget()
     yield asked
     measured.forget()
@@ -90,7 +90,7 @@ def test_a_shape_is_measured_once_per_machine(timed: list[str], monkeypatch: pyt
 def test_from_hopper_on_the_vendor_computes_until_a_measurement_says_otherwise(
     capability: tuple[int, int], timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: capability)
+    monkeypatch.setattr(cuda_module, "capability", lambda device: capability)
     assert choose() == EngineChoice(
         None, "not measured: the vendor's is the default from compute capability 9.0 on; RNNDYN_MEASURE=1 measures"
     )
@@ -238,7 +238,7 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("recurrent_conv_kernel: invalid argument")
 
-    monkeypatch.setattr(_launch_cuda, "recurrent_conv", failing)
+    monkeypatch.setattr(cuda_module, "recurrent_conv", failing)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         choice = choose_device_engine(CONV, (8, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)
@@ -318,7 +318,7 @@ def arguments(case: RolloutCase) -> tuple[Any, ...]:
 def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = widened(CASES["topdown_additive"])
     send_to_kernels(monkeypatch, *HALF, capability=(7, 5))
-    monkeypatch.setattr(_launch_cuda, "unavailable", None)
+    monkeypatch.setattr(cuda_module, "unavailable", None)
     network, timesteps, inputs, parameters = arguments(case)
     message = r"image: cpu has compute capability 7.5; the kernels need 8.0 or later"
     with pytest.raises(ValueError, match=message):
@@ -341,9 +341,9 @@ class OldDriver:
 def test_a_driver_that_is_too_old_is_named_and_the_next_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     case = widened(CASES["topdown_additive"])
     send_to_kernels(monkeypatch, *HALF)
-    monkeypatch.setattr(_launch_cuda, "unavailable", None)
-    monkeypatch.setattr(_launch_cuda, "_module", OldDriver())
-    _launch_cuda.device_error.cache_clear()
+    monkeypatch.setattr(cuda_module, "unavailable", None)
+    monkeypatch.setattr(cuda_module, "_module", OldDriver())
+    cuda_module.device_error.cache_clear()
     network, timesteps, inputs, parameters = arguments(case)
     message = (
         r"image: the CUDA kernels cannot run on cuda:0: CUDA driver version is insufficient for CUDA runtime version "
@@ -360,7 +360,7 @@ def test_a_driver_that_is_too_old_is_named_and_the_next_engine_runs(monkeypatch:
         with pytest.raises(ValueError, match="cannot run on cuda:0"):
             can_run_gate_step(GRUGates(), torch.zeros(1).half(), raise_error=True)
     finally:
-        _launch_cuda.device_error.cache_clear()
+        cuda_module.device_error.cache_clear()
 
 
 def test_tensors_on_two_devices_are_refused(simt: object, monkeypatch: pytest.MonkeyPatch) -> None:

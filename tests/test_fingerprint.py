@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops._launch import fingerprint
+from rnndyn_fast.ops.core import fingerprint
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 63, 64, 65, 200])

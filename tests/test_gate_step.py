@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_steps
+from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, can_run_gate_step, gate_scalars, gate_step
@@ -160,14 +160,16 @@ def test_biases_and_buffers_in_place(name: str, terms: int, isa: str) -> None:
     sums = [p[0] for p in flat]
     states = [torch.empty(2, 3, 4, 5, dtype=torch.float64) for _ in expected]
     added = [b + cell.constants.get(port, 0.0) for port, b in zip(cell.ports, biases, strict=True)]  # (a constant comes as a bias)
-    _launch.gate_step(gate_scalars(cell), flat, added, sums, states, [], backward=False)
+    launches.gate_step(gate_scalars(cell), ports=flat, biases=added, sums=sums, states=states)
     for ours, theirs in zip(states, expected, strict=True):
         torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
     upstream = [w.permute(0, 2, 3, 1).contiguous() for w in weights]
     more = [torch.randn_like(u) if k or terms > 1 else None for k, u in enumerate(upstream)]
     first = [u if m is None else u - m for u, m in zip(upstream, more, strict=True)]
     rows = [torch.full_like(b, torch.nan) if k != 1 else None for k, b in enumerate(biases)]
-    _launch.gate_step(gate_scalars(cell), [[s] for s in sums], [], [], first, sums, more, rows, backward=True)
+    launches.gate_step(
+        gate_scalars(cell), ports=[[s] for s in sums], states=first, grad_ports=sums, more=more, grad_biases=rows, backward=True
+    )
     for ours, theirs, row in zip(sums, grads, rows, strict=True):
         torch.testing.assert_close(ours.permute(0, 3, 1, 2), theirs, rtol=1e-11, atol=1e-12)
         if row is not None:
@@ -183,7 +185,9 @@ def test_biases_are_summed_alike_by_any_number_of_threads(dtype: torch.dtype, is
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             grads, rows = [torch.empty_like(s) for s in sums], [torch.empty(m * 5, dtype=dtype) for m in (2, 1)]
-            _launch.gate_step(gate_scalars(UGRNN()), [[s] for s in sums], [], [], [upstream], grads, [], rows, backward=True)
+            launches.gate_step(
+                gate_scalars(UGRNN()), ports=[[s] for s in sums], states=[upstream], grad_ports=grads, grad_biases=rows, backward=True
+            )
             found.append(rows)
     finally:
         torch.set_num_threads(threads)
@@ -209,7 +213,9 @@ def test_activation_backward(activation: Activation, dtype: torch.dtype, isa: st
     state, one, two = (torch.randn(2, 9, 8, 19, dtype=dtype).tanh() for _ in range(3))
     for more, wanted in ((None, True), (two, True), (two, False)):
         room, row = torch.full_like(state, torch.nan), torch.full((19,), torch.nan, dtype=dtype) if wanted else None
-        _launch_steps.activation_backward(ACTIVATION_NUMBERS[activation], one, more, state, room, row)
+        launches.activation_backward(
+            activation=ACTIVATION_NUMBERS[activation], grad=one, more=more, state=state, grad_drive=room, grad_bias=row
+        )
         expected = (one if more is None else one + more) * _SLOPES[activation](state)
         torch.testing.assert_close(room, expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=1e-7)
         if row is not None:
@@ -226,7 +232,7 @@ def test_activation_backward_of_what_is_not_finite_is_pytorchs(isa: str) -> None
         (Activation.ELU, torch.ops.aten.elu_backward(grad, 1, 1, 1, True, state)),
     ):
         room = torch.full_like(state, -7.0)
-        _launch_steps.activation_backward(ACTIVATION_NUMBERS[activation], grad, None, state, room, None)
+        launches.activation_backward(activation=ACTIVATION_NUMBERS[activation], grad=grad, state=state, grad_drive=room)
         expected = torch.where(state.isnan(), grad, expected)
         torch.testing.assert_close(room, expected, equal_nan=True)
 
@@ -285,7 +291,7 @@ def test_sums_that_nobody_keeps(isa: str) -> None:
     for keep in (False, True):
         states = [torch.full((2, 3, 4, 5), torch.nan, dtype=torch.float64) for _ in cell.states]
         sums = [torch.empty_like(p[0]) if keep else None for p in flat]
-        _launch.gate_step(gate_scalars(cell), flat, biases, sums, states, [], backward=False)
+        launches.gate_step(gate_scalars(cell), ports=flat, biases=biases, sums=sums, states=states)
         found.append(states)
     for ours, expected in zip(*found, strict=True):
         assert torch.equal(ours, expected)

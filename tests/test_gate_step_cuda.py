@@ -9,7 +9,7 @@ import torch
 from device_rollouts import DEVICE, send_to_kernels
 from test_gate_step import CELLS, results
 
-from rnndyn_fast.ops import _launch_cells_cuda, _launch_cuda
+from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.ops.cells import GRUGates
 from rnndyn_fast.ops.gate_step import can_run_gate_step, gate_scalars
 
@@ -57,22 +57,22 @@ def test_bad_arguments_are_refused(kernels: Any) -> None:
     x = torch.zeros(1, 2, 2, 8)
     scalars, states = gate_scalars(GRUGates()), [torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)]
     with pytest.raises(ValueError, match=r"ports\[1\]\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
-        _launch_cells_cuda.gate_step(scalars, [[x], [states[0].half()]], [], [None, None], states, [], backward=False)
+        launches.gate_step(scalars, ports=[[x], [states[0].half()]], states=states)
     with pytest.raises(ValueError, match="ports: expected 1 to 6 terms"):
-        _launch_cells_cuda.gate_step(scalars, [[x] * 7, [states[0]]], [], [x, None], states, [], backward=False)
+        launches.gate_step(scalars, ports=[[x] * 7, [states[0]]], sums=[x, None], states=states)
 
 
 def test_sums_need_not_be_wanted(kernels: Any) -> None:
     x, h, total = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 4), torch.empty(1, 2, 2, 8)
     found = [[torch.empty_like(h), torch.empty_like(h)] for _ in range(2)]
     for sums, states in zip(([total, None], []), found, strict=True):
-        _launch_cells_cuda.gate_step(gate_scalars(GRUGates()), [[x, 2 * x], [h]], [], sums, states, [], backward=False)
+        launches.gate_step(gate_scalars(GRUGates()), ports=[[x, 2 * x], [h]], sums=sums, states=states)
     assert torch.equal(total, 3 * x)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(DEVICE is not None, reason="for the harness")
 def test_can_run_says_why_not(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (7, 0))
     with pytest.raises(ValueError, match=r"gate_step: cpu has compute capability 7.0; the kernels need 8.0 or later"):
         can_run_gate_step(GRUGates(), torch.zeros(1).half(), raise_error=True)

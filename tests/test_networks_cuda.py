@@ -9,29 +9,26 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, RolloutCase
-from device_rollouts import DEVICE, HALF, count_launches, in_harness, send_to_kernels
+from device_rollouts import DEVICE, HALF, LAUNCHES, count_launches, in_harness, send_to_kernels
 from test_rollout_half import NoHostSync
 from torch import Tensor
 
 from rnndyn_fast.graph import Activation, Network, Pool
 from rnndyn_fast.models import blt_vs, convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell
-from rnndyn_fast.ops import _launch, _launch_cells_cuda, _launch_cuda, _launch_steps_cuda
+from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.program import plan, rollout
 
 DTYPES = [torch.float32, *HALF]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-STEPS = {_launch_cells_cuda: ("gate_step",), _launch_steps_cuda: ("norm_step_forward", "norm_step_backward", "depthwise_conv",
-                                                                  "depthwise_weight_grad")}  # fmt: skip
+STEPS = ("gate_step", "norm_step_forward", "norm_step_backward", "depthwise_conv", "depthwise_weight_grad")
 
 
 @pytest.fixture
 def kernels(simt: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tensors of all three dtypes go to the CUDA kernels. Returns the names of the launches, as they come."""
-    launches = send_to_kernels(monkeypatch, *DTYPES) if DEVICE is None else []
-    for module, names in STEPS.items():
-        count_launches(monkeypatch, names, module, launches)
-    return launches
+    names = (*LAUNCHES, *STEPS)
+    return send_to_kernels(monkeypatch, *DTYPES, names=names) if DEVICE is None else count_launches(monkeypatch, names)
 
 
 @dataclasses.dataclass
@@ -209,7 +206,7 @@ def test_terms_of_one_sum_are_one_launch(kernels: list[str], monkeypatch: pytest
 @in_harness
 def test_without_a_fitting_device_it_is_the_references(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And says why; where the native backend is asked for, that is an error."""
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (7, 0))
     run = cell_run("lstm", 4)
     truth = run.results("reference", torch.float32, torch.float64)
     with pytest.warns(UserWarning, match=r"compute capability 7\.0"):
@@ -218,7 +215,7 @@ def test_without_a_fitting_device_it_is_the_references(kernels: list[str], monke
     assert all(float((ours[name] - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()) for name in truth)
     with pytest.raises(ValueError, match=r"compute capability 7\.0"):
         run.results("native", torch.float32, torch.float32)
-    monkeypatch.setattr(_launch_cuda, "unavailable", "this build has no CUDA kernels (none)")
+    monkeypatch.setattr(cuda_module, "unavailable", "this build has no CUDA kernels (none)")
     case = CASES["topdown_additive"]
     with pytest.warns(UserWarning, match="this build has no CUDA kernels"):
         rollout(case.network, 2, case.inputs(torch.float32), case.parameters(torch.float32), case.record)
@@ -232,7 +229,7 @@ def test_out_of_memory_leaves_everything_as_it_was(when: str, kernels: list[str]
     named = {name: p.float().requires_grad_(True) for name, p in run.parameters(torch.float32).items()}
     inputs = [x.float().requires_grad_(True) for x in run.inputs]
     before = [t.detach().clone() for t in (*inputs, *named.values())]
-    launch, left = _launch.gate_step, [2 if when == "forward" else 4]
+    launch, left = launches.gate_step, [2 if when == "forward" else 4]
 
     def short_of_memory(*arguments: Any, **options: Any) -> None:
         left[0] -= 1
@@ -244,7 +241,7 @@ def test_out_of_memory_leaves_everything_as_it_was(when: str, kernels: list[str]
         states = rollout(run.network, run.timesteps, inputs, named, run.record, backend="native")
         torch.autograd.backward(states, [torch.ones_like(s) for s in states])
 
-    monkeypatch.setattr(_launch, "gate_step", short_of_memory)
+    monkeypatch.setattr(launches, "gate_step", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         step()
     assert any("in a native rollout of an input" in note for note in caught.value.__notes__)

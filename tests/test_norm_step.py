@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast import build_info
+from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.activations import Activation
-from rnndyn_fast.ops.norm_step import NormKind, NormRule, norm_step, norm_step_again, norm_step_backward
+from rnndyn_fast.ops.norm_step import NormKind, NormRule, NormStatistics, as_fixed, norm_numbers, norm_step, norm_step_backward
 from rnndyn_fast.reference.cells import ACTIVATIONS
 
 RULES = {
@@ -80,13 +81,25 @@ def results(rule: NormRule, shape: tuple[int, ...], terms: tuple[int, int], dtyp
     )  # fmt: skip
     drive, modulator = sums[0] if drives else None, sums[1] if drives and modulators else None
     if drive is not None:
-        again = torch.full(shape, torch.nan, dtype=dtype)
-        norm_step_again(rule, drive, modulator, statistics, again, **affine)
-        assert torch.equal(again, state)
+        assert torch.equal(again(rule, drive, modulator, statistics, **affine), state)
     grads = [torch.full(shape, torch.nan, dtype=dtype) if total is not None else None for total in (drive, modulator)]
     gamma, beta = norm_step_backward(rule, weight, drive, modulator, statistics, grad_drive=grads[0], grad_modulator=grads[1], **affine)
     found = {"state": state, "drive": grads[0], "modulator": grads[1], "gamma": gamma, "beta": beta}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def again(rule: NormRule, drive: Tensor, modulator: Tensor | None, statistics: NormStatistics, **affine: Tensor) -> Tensor:
+    """The state once more, from the sums, as a backward pass computes it."""
+    mean, rstd, state = statistics.mean, statistics.rstd, torch.full_like(drive, torch.nan)
+    if rule.kind is NormKind.BATCH:
+        rule = as_fixed(rule)
+    elif rule.kind is NormKind.GROUP:
+        assert mean is not None
+        mean, rstd = torch.empty_like(mean), torch.empty_like(mean)
+    modulators = [] if modulator is None else [modulator]
+    numbers = norm_numbers(rule, squash=bool(modulators))
+    launches.norm_step_forward(**numbers, drives=[drive], modulators=modulators, state=state, mean=mean, rstd=rstd, **affine)
+    return state
 
 
 @by_rule
@@ -203,7 +216,7 @@ def test_sums_need_not_be_kept() -> None:
 
 def test_the_core_refuses_what_it_cannot_do() -> None:
     x, state = [torch.randn(1, 2, 2, 4) for _ in range(7)], torch.empty(1, 2, 2, 4)
-    with pytest.raises(ValueError, match="at most 6 drives and modulators"):
+    with pytest.raises(ValueError, match="drives: expected at most 6, got 7"):
         norm_step(RULES["elu"], x, [], state, drive_sum=torch.empty_like(state))
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous CPU tensor \[1, 2, 2, 4\]"):
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)

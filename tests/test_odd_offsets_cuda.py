@@ -3,7 +3,6 @@ batch do."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,9 @@ from device_rollouts import DEVICE, send_to_kernels
 from test_area_step import Step
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_cells_cuda, _launch_cuda, _launch_steps_cuda
-from rnndyn_fast.ops._launch_cuda import Launch
+from rnndyn_fast.ops import launches
+from rnndyn_fast.ops.addresses import Use
+from rnndyn_fast.ops.launch import DeviceCall
 
 HALF, SINGLE = torch.float16, torch.float32
 WIDE = Step((2, 8, 5, 6), 2, 2, (True, True))
@@ -64,18 +64,17 @@ def odd(simt: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     if DEVICE is None:
         send_to_kernels(monkeypatch, HALF, SINGLE)
-    for method in ("read", "rows"):
-        original = getattr(Launch, method)
+    address = DeviceCall.address
 
-        def read(self: Launch, tensor: Tensor | None, name: str, *rest: Any, original: Any = original) -> int:
-            # (argmax is the ops' own: it begins where a slot of a larger one does, see below.)
-            if tensor is not None and name not in ("argmax", "activations"):
-                names.append(name)
-                tensor = shifted(tensor)
-                assert tensor.data_ptr() % 16
-            return original(self, tensor, name, *rest)
+    def read(self: DeviceCall, tensor: Tensor, name: str, shape: Any, dtype: Any, use: Use, buffer: Any) -> int:
+        # (argmax is the ops' own: it begins where a slot of a larger one does, see below. One number for each sample is read alone.)
+        if use is Use.READ and buffer.wide and name not in ("argmax", "activations"):
+            names.append(name)
+            tensor = shifted(tensor)
+            assert tensor.data_ptr() % 16
+        return address(self, tensor, name, shape, dtype, use, buffer)
 
-        monkeypatch.setattr(Launch, method, read)
+    monkeypatch.setattr(DeviceCall, "address", read)
     return names
 
 
@@ -85,7 +84,7 @@ def test_inputs_may_begin_anywhere(op: str, simt: Any, odd: list[str]) -> None:
     assert odd
 
 
-SCRATCH = ("moments", "sums", "affine", "partial", "workspace", "d", "rates0")  # the launches' own, of the allocator's alignment
+SCRATCH = ("moments", "d", "rates0")  # the ops' own, of the allocator's alignment
 
 
 @pytest.fixture
@@ -93,30 +92,24 @@ def odd_results(simt: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every output of a launch is shifted, and copied back after it; their names."""
     names: list[str] = []
     pairs: list[tuple[Tensor, Tensor]] = []
-    for method in ("write", "update"):
-        original = getattr(Launch, method)
+    address, run = DeviceCall.address, DeviceCall.run
 
-        def write(self: Launch, tensor: Tensor | None, name: str, *rest: Any, original: Any = original) -> int:
-            if tensor is not None and tensor.numel() and name not in SCRATCH:
-                names.append(name)
-                pairs.append((shifted(tensor), tensor))
-                tensor = pairs[-1][0]
-                assert tensor.data_ptr() % 16
-            return original(self, tensor, name, *rest)
+    def write(self: DeviceCall, tensor: Tensor, name: str, shape: Any, dtype: Any, use: Use, buffer: Any) -> int:
+        if use is not Use.READ and buffer.wide and tensor.numel() and name not in SCRATCH:
+            names.append(name)
+            pairs.append((shifted(tensor), tensor))
+            tensor = pairs[-1][0]
+            assert tensor.data_ptr() % 16
+        return address(self, tensor, name, shape, dtype, use, buffer)
 
-        monkeypatch.setattr(Launch, method, write)
-    for module in (_launch_cuda, _launch_steps_cuda, _launch_cells_cuda):
-        for name, launch in vars(module).copy().items():
-            if not inspect.isfunction(launch) or " Launch(" not in inspect.getsource(launch):
-                continue
+    def run_and_copy(self: DeviceCall, op: str, values: dict[str, Any]) -> None:
+        run(self, op, values)
+        for written, wanted in pairs:
+            wanted.copy_(written)
+        pairs.clear()
 
-            def call(*arguments: Any, launch: Any = launch, **options: Any) -> None:
-                launch(*arguments, **options)
-                for written, wanted in pairs:
-                    wanted.copy_(written)
-                pairs.clear()
-
-            monkeypatch.setattr(module, name, call)
+    monkeypatch.setattr(DeviceCall, "address", write)
+    monkeypatch.setattr(DeviceCall, "run", run_and_copy)
     if DEVICE is None:
         send_to_kernels(monkeypatch, HALF, SINGLE)
     return names
@@ -137,17 +130,15 @@ def test_slots_of_a_pooled_map_may_begin_anywhere(dtype: torch.dtype, channels: 
     argmax = torch.full(pooled.shape, 9, dtype=torch.uint8)
     grad = torch.randn(pooled.shape).to(dtype)
     for slot in range(slots):
-        outputs = (None, None, None, pooled[slot], argmax[slot], None, None, None)
-        _launch_cuda.area_step_forward([x[slot]], [], None, None, False, None, None, 1e-5, True, *outputs)
+        launches.area_step_forward.on_device(drives=[x[slot]], eps=1e-5, rectify=True, max_pooled=pooled[slot], argmax=argmax[slot])
     assert any(argmax[slot].data_ptr() % 16 for slot in range(slots))
     truth, index = torch.nn.functional.max_pool2d(torch.relu(x.flatten(0, 1).permute(0, 3, 1, 2)), 2, return_indices=True)
     assert torch.equal(pooled.flatten(0, 1).permute(0, 3, 1, 2), truth)
     for slot in range(slots):
         grad_drive = torch.full(x.shape[1:], float("nan"), dtype=dtype)
-        _launch_cuda.area_step_backward(
-            (n, h, w, channels), [], grad[slot], argmax[slot], None, False, x[slot], [], None, None, None, None, None, None, True,
-            grad_drive, None, None, None, None,
-        )  # fmt: skip
+        launches.area_step_backward.on_device(
+            height=h, width=w, grad_max_pooled=grad[slot], argmax=argmax[slot], value=x[slot], rectify=True, grad_drive=grad_drive
+        )
         expected = torch.zeros(n, channels, h * w, dtype=dtype)
         expected.scatter_(2, index[slot * n : (slot + 1) * n].flatten(2), grad[slot].permute(0, 3, 1, 2).flatten(2))
         expected = expected.view(n, channels, h, w).permute(0, 2, 3, 1) * (x[slot] > 0)

@@ -15,7 +15,7 @@ from rnndyn_fast import release_memory
 from rnndyn_fast.graph import Network, compile_schedule
 from rnndyn_fast.models import convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
-from rnndyn_fast.ops import _launch, buffers, kept_packs
+from rnndyn_fast.ops import buffers, core, kept_packs
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.program import conv_kinds, kinds, lower, maps, rollout
 from rnndyn_fast.program.builder import Builder
@@ -163,10 +163,10 @@ def test_what_is_kept(kind: str) -> None:
     net.timesteps = 16
     inputs = [torch.randn(*((16, 4) if n.frames else (4,)), n.channels, n.height, n.width) for n in net.network.inputs]
     program = program_of(net.network, 16, net.recorded, 4, training=True)
-    _launch.drop_workspace()
+    core.drop_workspace()
     before = bytes_in_use()
     states = net.states(inputs, net.recorded)
-    _launch.drop_workspace()
+    core.drop_workspace()
     held = bytes_in_use() - before
     assert all(s.requires_grad for s in states)
     recorded = sum(s.nbytes for s in states)
@@ -458,11 +458,11 @@ def test_gradients_write_only_what_is_theirs() -> None:
 
 def test_scratch_that_stays_is_none_of_the_buffers() -> None:
     """It would lie between two of them for good, and cut the memory that they leave."""
-    _launch.drop_workspace()
-    scratch, _ = _launch.workspace_of(1 << 19)
+    core.drop_workspace()
+    scratch, _ = core.workspace_of(1 << 19)
     assert not buffers.lies_in_region(scratch)
-    assert _launch.workspace_of(1 << 19)[0] is scratch
-    _launch.drop_workspace()
+    assert core.workspace_of(1 << 19)[0] is scratch
+    core.drop_workspace()
 
 
 def test_large_weights_in_the_vendors_order_are_not_kept() -> None:

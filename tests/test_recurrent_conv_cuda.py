@@ -13,8 +13,7 @@ from test_area_step import EPS, maps, poisoned, standard
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.ops import _launch_cuda
-from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.ops import cuda_module, launches
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -100,12 +99,13 @@ class Operands:
         self.added = [draw(n, c, h, w) for _ in range(case.added)]
         self.drive = draw(n, c, h, w) if case.multiply else None
 
-    def terms(self) -> list[ConvTerm]:
+    def terms(self) -> dict[str, Any]:
         """As the kernel takes them."""
-        return [
-            ConvTerm(maps(x.to(self.dtype)), maps(weight.to(self.dtype)), 2 if t.transposed else t.stride, t.padding, t.transposed)
-            for t, x, weight in zip(self.case.terms, self.xs, self.weights, strict=True)
-        ]
+        return {
+            "xs": [maps(x.to(self.dtype)) for x in self.xs],
+            "weights": [maps(weight.to(self.dtype)) for weight in self.weights],
+            "settings": [(2 if t.transposed else t.stride, t.padding, t.transposed) for t in self.case.terms],
+        }
 
     def sum(self) -> tuple[Tensor, Tensor]:
         """The exact sum of the terms, and the sum of all magnitudes in it, of which roundings are a share."""
@@ -126,17 +126,17 @@ def assert_rounded(ours: Tensor, truth: Tensor, magnitude: Tensor, what: str, ro
 def check_forward(case: Case, dtype: torch.dtype) -> None:
     operands = Operands(case, dtype)
     n, c, h, w = case.shape
-    value, moments_shape = poisoned(n, h, w, c, dtype=dtype), _launch_cuda.recurrent_conv_moment_groups(n, h, w, c)
+    value, moments_shape = poisoned(n, h, w, c, dtype=dtype), cuda_module.moment_groups(n, h, w, c)
     modulator = poisoned(n, h, w, c, dtype=dtype) if case.multiply else None
     moments = poisoned(n, moments_shape[0], 2, dtype=torch.float32)
-    _launch_cuda.recurrent_conv(
-        operands.terms(),
-        None if operands.bias is None else operands.bias.float(),
-        [maps(x.to(dtype)) for x in operands.added],
-        None if operands.drive is None else maps(operands.drive.to(dtype)),
-        value,
-        modulator,
-        moments,
+    launches.recurrent_conv.on_device(
+        **operands.terms(),
+        bias=None if operands.bias is None else operands.bias.float(),
+        added=[maps(x.to(dtype)) for x in operands.added],
+        drive=None if operands.drive is None else maps(operands.drive.to(dtype)),
+        value=value,
+        modulator_sum=modulator,
+        moments=moments,
     )
     total, magnitude = operands.sum()
     if operands.drive is None:
@@ -149,9 +149,10 @@ def check_forward(case: Case, dtype: torch.dtype) -> None:
     # The moments are those of what was stored, and area_step takes them.
     mean, rstd, state = poisoned(n, dtype=torch.float32), poisoned(n, dtype=torch.float32), poisoned(n, h, w, c, dtype=dtype)
     gamma, beta = torch.rand(h, w, c) + 0.5, torch.randn(h, w, c)
-    _launch_cuda.area_step_forward(
-        [], [], None, None, False, gamma, beta, EPS, True, value, None, state, None, None, None, mean, rstd, moments, moments_shape
-    )
+    launches.area_step_forward.on_device(
+        gamma=gamma, beta=beta, eps=EPS, rectify=True, value=value, state=state, mean=mean, rstd=rstd, moments=moments,
+        moment_groups=moments_shape,
+    )  # fmt: skip
     stored = value.double()
     flat = stored.flatten(1)
     torch.testing.assert_close(mean.double(), flat.mean(1), rtol=1e-5, atol=1e-5 * float(flat.abs().max()))
@@ -190,14 +191,24 @@ def test_gradients_of_data_and_weight(simt: Any, case: Case, dtype: torch.dtype)
 
         grad_x = poisoned(n, height, width, channels, dtype=dtype)
         back = maps(weight.transpose(0, 1).to(dtype))
-        _launch_cuda.recurrent_conv([ConvTerm(maps(grad), back, stride, t.padding, not t.transposed)], None, [], None, grad_x)
+        settings = [(stride, t.padding, not t.transposed)]
+        launches.recurrent_conv.on_device(xs=[maps(grad)], weights=[back], settings=settings, value=grad_x)
         assert_rounded(standard(grad_x), truth[0], magnitude[0], "grad_x")
 
         rows, gathered = (source, maps(grad)) if t.transposed else (maps(grad), source)
         grad_weight = poisoned(rows.shape[-1], t.kernel, t.kernel, gathered.shape[-1], dtype=torch.float32)
-        _launch_cuda.recurrent_conv_weight_grad(rows, gathered, grad_weight, stride, t.padding)
+        launches.recurrent_conv_weight_grad.on_device(
+            rows=rows, gathered=gathered, grad_weight=grad_weight, stride=stride, padding=t.padding
+        )
         ours = grad_weight.permute(0, 3, 1, 2)
         assert_rounded(ours.transpose(0, 1) if t.transposed else ours, truth[1], magnitude[1], "grad_weight")
+
+
+def weight_grad_splits(module: Any, n: int, h: int, w: int, a: int, b: int, kernel: int) -> int:
+    """Into how many parts, summed afterwards, the kernel cuts the pixels: from the scratch that it asks for."""
+    sizes = {"samples": n, "height": h, "width": w, "row_channels": a, "gathered_height": h, "gathered_width": w, "gathered_channels": b}
+    launch = module.launch("recurrent_conv_weight_grad", "float16", {**sizes, "kernel": kernel, "stride": 1, "padding": kernel // 2}, 0)
+    return max(1, launch.scratch_bytes // (4 * a * b * kernel**2))
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (136, 72), (72, 136)], ids=str)
@@ -205,10 +216,10 @@ def test_weight_gradient_splits_its_depth(simt: Any, channels: tuple[int, int]) 
     """Small and large tiles; more than one split, the last of them with fewer slabs."""
     a, b = channels
     n, h, w = 5, 23, 17
-    assert simt.recurrent_conv_weight_grad_splits("float16", 0, n, h, w, a, b, 1) > 1
+    assert weight_grad_splits(simt, n, h, w, a, b, 1) > 1
     rows, gathered = torch.randn(n, h, w, a).half(), torch.randn(n, h, w, b).half()
     grad = poisoned(a, 1, 1, b, dtype=torch.float32)
-    _launch_cuda.recurrent_conv_weight_grad(rows, gathered, grad, 1, 0)
+    launches.recurrent_conv_weight_grad.on_device(rows=rows, gathered=gathered, grad_weight=grad, stride=1, padding=0)
     truth = torch.einsum("nhwa,nhwb->ab", rows.double(), gathered.double())
     magnitude = torch.einsum("nhwa,nhwb->ab", rows.double().abs(), gathered.double().abs())
     assert_rounded(grad[:, 0, 0], truth, magnitude, "grad_weight")
@@ -229,10 +240,12 @@ def test_weight_gradients_are_one_wave(multiprocessors: int, shared_kib: int, si
         taken = -(-registers["recurrent_conv_weight_grad_kernel"] // 8) * 8 * 256
         held = multiprocessors * min(65536 // taken, (shared_kib + 1) // (per_block + 1))
         tiles = -(-a // size) * -(-b // size) * kernel**2
-        splits = simt.recurrent_conv_weight_grad_splits("float16", 0, 1024, 16, 16, a, b, kernel)
+        splits = weight_grad_splits(simt, 1024, 16, 16, a, b, kernel)
         assert splits == max(1, min(64, held // tiles)), (a, b, kernel)
-    sizes = [64, 128, 32, 32, 32, 32, 3, 3, 1, 1, 1, 1]
-    assert 3 * simt.depthwise_weight_grad_splits("float16", 0, sizes) <= multiprocessors * 8
+    sizes = {"samples": 64, "channels": 128, "in_height": 32, "in_width": 32, "out_height": 32, "out_width": 32}
+    rest = {"kernel_height": 3, "kernel_width": 3, "step": 1, "dilation": 1, "top": 1, "left": 1, "group_in": 1, "group_out": 1}
+    launch = simt.launch("depthwise_weight_grad", "float16", {**sizes, **rest}, 0)
+    assert 3 * launch.scratch_bytes // (4 * 9 * 128) <= multiprocessors * 8
 
 
 def test_the_order_of_threads_changes_nothing(simt: Any) -> None:
@@ -240,7 +253,7 @@ def test_the_order_of_threads_changes_nothing(simt: Any) -> None:
     for order in (simt.Order.FORWARD, simt.Order.REVERSED, simt.Order.RANDOM):
         simt.set_order(order, 5)
         value = poisoned(2, 6, 4, 24, dtype=torch.bfloat16)
-        _launch_cuda.recurrent_conv(operands.terms(), None, [maps(operands.added[0].bfloat16())], None, value)
+        launches.recurrent_conv.on_device(**operands.terms(), added=[maps(operands.added[0].bfloat16())], value=value)
         results.append(value)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -248,13 +261,17 @@ def test_the_order_of_threads_changes_nothing(simt: Any) -> None:
 
 def test_bad_arguments_are_refused(simt: Any) -> None:
     x, weight, value = torch.zeros(2, 4, 4, 8).half(), torch.zeros(8, 3, 3, 8).half(), torch.zeros(2, 4, 4, 8).half()
-    with pytest.raises(ValueError, match=r"terms\[0\].weight: expected a contiguous tensor \[8, 3, 3, 8\] of torch.float16"):
-        _launch_cuda.recurrent_conv([ConvTerm(x, weight.float())], None, [], None, value)
-    with pytest.raises(ValueError, match="terms: expected 1 to 8, got 0"):
-        _launch_cuda.recurrent_conv([], None, [], None, value)
+
+    def launch(x: Tensor, weight: Tensor, value: Tensor, stride: int = 1, padding: int = 0) -> None:
+        launches.recurrent_conv.on_device(xs=[x], weights=[weight], settings=[(stride, padding, False)], value=value)
+
+    with pytest.raises(ValueError, match=r"weights\[0\]: expected a contiguous tensor \[8, 3, 3, 8\] of torch.float16"):
+        launch(x, weight.float(), value)
+    with pytest.raises(ValueError, match="terms: expected 1 to 8"):
+        launches.recurrent_conv.on_device(xs=[], weights=[], settings=[], value=value)
     with pytest.raises(ValueError, match="multiples of 8"):
-        _launch_cuda.recurrent_conv([ConvTerm(x[..., :4].contiguous(), weight[..., :4].contiguous())], None, [], None, value)
+        launch(x[..., :4].contiguous(), weight[..., :4].contiguous(), value)
     with pytest.raises(ValueError, match="stride of 1 or 2"):
-        _launch_cuda.recurrent_conv([ConvTerm(x, weight, 3, 1)], None, [], None, value)
-    with pytest.raises(ValueError, match="expected float16 or bfloat16, got float32"):
-        _launch_cuda.recurrent_conv([ConvTerm(x.float(), weight.float())], None, [], None, value.float())
+        launch(x, weight, value, 3, 1)
+    with pytest.raises(ValueError, match="recurrent_conv: there is no kernel for float32"):
+        launch(x.float(), weight.float(), value.float())

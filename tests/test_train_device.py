@@ -22,7 +22,7 @@ from rnndyn_fast.devices import check_precision, choose_device, in_precision, to
 from rnndyn_fast.extract import extract
 from rnndyn_fast.extract.run import network_forward
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import cuda_module
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_checkpoint, read_metrics, save_checkpoint, train
 from rnndyn_fast.train.loop import _Run
 from rnndyn_fast.train.optimizers import load_optimizer, make_optimizer
@@ -111,11 +111,11 @@ def test_the_command_line_says_it_in_one_line(images: Path, tmp_path: Path, caps
 @in_harness
 def test_too_old_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes with PyTorch's operations, with a warning, unless our kernels were asked for."""
-    from rnndyn_fast.ops import _launch
+    from rnndyn_fast.ops import core
 
-    monkeypatch.setattr(_launch, "on_device", lambda tensor: True)
-    monkeypatch.setattr(_launch_cuda, "unavailable", None)
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
+    monkeypatch.setattr(core, "on_device", lambda tensor: True)
+    monkeypatch.setattr(cuda_module, "unavailable", None)
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (7, 0))
     net = blt_net_64(timesteps=2, image_size=16, widths=(2, 2, 4, 4, 8), num_classes=5, topdown_connections=False)
     x = torch.rand(1, 3, 16, 16)
     with pytest.warns(UserWarning, match=r"compute capability 7.0; the kernels need 8.0 or later"):
@@ -134,16 +134,16 @@ def test_doctor_names_devices_and_why_there_are_none(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("Tesla V100", "NVIDIA H100")[index])
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: ((7, 0), (9, 0))[device.index])
-    monkeypatch.setattr(_launch_cuda, "unavailable", None)
-    monkeypatch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "13.0", "devices": 2})
+    monkeypatch.setattr(cuda_module, "capability", lambda device: ((7, 0), (9, 0))[device.index])
+    monkeypatch.setattr(cuda_module, "unavailable", None)
+    monkeypatch.setattr(cuda_module, "build_info", lambda: {"nvcc": "13.0", "devices": 2})
     for error, said_of_it in ((None, ""), ("the driver is too old", "; the driver is too old: networks run in PyTorch's operations there")):
-        monkeypatch.setattr(_launch_cuda, "device_error", lambda index, error=error: error)
+        monkeypatch.setattr(cuda_module, "device_error", lambda index, error=error: error)
         assert main(["doctor"]) == 0
         said = capfd.readouterr().out
         assert "Tesla V100, compute capability 7.0; too old for the kernels, which need 8.0" in said
         assert f"NVIDIA H100, compute capability 9.0{said_of_it}\n" in said
-    monkeypatch.setattr(_launch_cuda, "build_info", lambda: {"nvcc": "13.0", "devices": 0})
+    monkeypatch.setattr(cuda_module, "build_info", lambda: {"nvcc": "13.0", "devices": 0})
     assert main(["doctor"]) == 0
     assert "nvcc 13.0, devices 0; the driver is too old\n" in capfd.readouterr().out
 

@@ -9,7 +9,7 @@ import torch
 from device_rollouts import DEVICE, count_launches, in_harness, on_a_device, send_to_kernels
 from test_trajectory_norms import strided
 
-from rnndyn_fast.ops import _launch_cuda
+from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.ops.trajectory_norms import can_run_trajectory_norms, trajectory_norms
 from rnndyn_fast.reference.trajectory_norms import trajectory_norms as reference
 
@@ -65,16 +65,16 @@ def test_the_order_of_threads_changes_no_bit(simt: Any, kernels: list[str]) -> N
 def test_what_it_does_not_take(kernels: list[str]) -> None:
     values, norm, change = torch.ones(2, 3, 4), torch.empty(2, 3, dtype=torch.float64), torch.empty(1, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"norm: expected a contiguous tensor \[2, 3\] of torch.float64"):
-        _launch_cuda.trajectory_norms(values, norm.float(), change)
+        launches.trajectory_norms.on_device(values=values, norm=norm.float(), change=change)
     with pytest.raises(ValueError, match=r"values: expected a contiguous tensor \[2, 3, 4\]"):
-        _launch_cuda.trajectory_norms(torch.ones(2, 3, 8)[..., ::2], norm, change)
+        launches.trajectory_norms.on_device(values=torch.ones(2, 3, 8)[..., ::2], norm=norm, change=change)
     with pytest.raises(ValueError, match=r"change: expected .* on meta"):
-        _launch_cuda.trajectory_norms(values, norm, change.to("meta"))
+        launches.trajectory_norms.on_device(values=values, norm=norm, change=change.to("meta"))
 
 
 @in_harness
 def test_can_run_says_why_not(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launch_cuda, "capability", lambda device: (7, 0))
+    monkeypatch.setattr(cuda_module, "capability", lambda device: (7, 0))
     with pytest.raises(ValueError, match=r"backend=.native.: cpu has compute capability 7.0; the kernels need 8.0 or later"):
         can_run_trajectory_norms(torch.ones(2, 3, 4), raise_error=True)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import _launch, addresses, engines, kept_packs, winograd_conv
+from rnndyn_fast.ops import addresses, core, engines, kept_packs, winograd_conv
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_winograd, choose_engine
 from rnndyn_fast.ops.winograd_conv import WinogradForm, WinogradMap, pack_weight, taps
 from rnndyn_fast.program import linear
@@ -81,7 +84,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _poison() -> None:
     """Whatever a kernel reads without having written it is now NaN."""
-    _launch._workspaces.scratch = torch.full((4_000_000,), float("nan"))
+    core._workspaces.scratch = torch.full((4_000_000,), float("nan"))
 
 
 @pytest.mark.parametrize("m", MAPS, ids=lambda m: f"{m.form}{'T' if m.transposed else ''}")
@@ -130,7 +133,7 @@ def test_gradients_of_large_weights_by_rows_of_frequencies(m: WinogradMap, sourc
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            _launch._workspaces.scratch = torch.full((8_000_000,), float("nan"))
+            core._workspaces.scratch = torch.full((8_000_000,), float("nan"))
             found.append(prepared.backward(x, grad, need_x=False, need_weight=True)[1])
     finally:
         torch.set_num_threads(before)
@@ -155,8 +158,11 @@ def test_the_last_part_of_a_large_weight_has_room(source: int, target: int, size
         held.append((room, (nbytes + skip) // 4))
         return addresses.first_element(room) + skip
 
-    monkeypatch.setattr(_launch, "take_scratch", take)
-    monkeypatch.setattr(_launch, "take_room", take)
+    @contextmanager
+    def scratch(launch: Any) -> Iterator[tuple[int, int]]:
+        yield take(launch.scratch_bytes), take(launch.room_bytes)
+
+    monkeypatch.setattr(core, "scratch", scratch)
     m = WinogradMap(WinogradForm(8, 3), 3)
     x, grad = torch.randn(1, size, size, source), torch.randn(1, size, size, target)
     winograd_conv.winograd_weight_grad(m, x, grad, torch.empty(target, source, 3, 3))

@@ -36,7 +36,7 @@ def plan(
 
     from rnndyn_fast import models
     from rnndyn_fast.devices import named_device
-    from rnndyn_fast.ops._launch_cuda import check_device
+    from rnndyn_fast.ops.cuda_module import check_device
     from rnndyn_fast.program.describe import describe
     from rnndyn_fast.train import TrainConfig, read_checkpoint
 

@@ -28,7 +28,7 @@ def report() -> str:
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
     from rnndyn_fast.nn import CTRNN
-    from rnndyn_fast.ops import _launch_cuda
+    from rnndyn_fast.ops import cuda_module
     from rnndyn_fast.ops.engines import ENGINES
 
     lines = ["versions"]
@@ -77,12 +77,12 @@ def report() -> str:
     if torch.cuda.is_available():
         lines += _rows({f"cuda:{index}": _device(index) for index in range(torch.cuda.device_count())})
     else:
-        lines += _rows({"CUDA": f"no device that torch can use ({_launch_cuda.why_no_device()})"})
+        lines += _rows({"CUDA": f"no device that torch can use ({cuda_module.why_no_device()})"})
     try:
-        built = _launch_cuda.build_info()
+        built = cuda_module.build_info()
         kernels = ", ".join(f"{name} {value}" for name, value in built.items())
         if not built["devices"]:
-            kernels += f"; {_launch_cuda.device_error(0)}"
+            kernels += f"; {cuda_module.device_error(0)}"
     except ImportError as error:
         kernels = f"{error}: networks run in PyTorch's operations there"
     lines += _rows({"CUDA kernels": kernels})
@@ -93,12 +93,12 @@ def report() -> str:
 
 def _device(index: int) -> str:
     """A CUDA device, and why the kernels cannot run there if they cannot."""
-    from rnndyn_fast.ops import _launch_cuda
+    from rnndyn_fast.ops import cuda_module
 
-    major, minor = _launch_cuda.capability(torch.device("cuda", index))
+    major, minor = cuda_module.capability(torch.device("cuda", index))
     why = "too old for the kernels, which need 8.0" if major < 8 else None
-    if why is None and _launch_cuda.unavailable is None:
-        why = _launch_cuda.device_error(index)
+    if why is None and cuda_module.unavailable is None:
+        why = cuda_module.device_error(index)
     reason = f"; {why}: networks run in PyTorch's operations there" if why else ""
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}{reason}"
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.buffers import buffers_on
 from rnndyn_fast.torch_internals import constant_when_compiled
 
@@ -41,6 +41,6 @@ def _autocast_dtype() -> torch.dtype | None:
 def autocast_inputs(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """The inputs as CUDA autocast wants them, where it is enabled: their dtype is that of a rollout's maps."""
     dtype = _autocast_dtype()
-    if dtype not in HALF_DTYPES or not _launch.on_device(inputs[0]) or inputs[0].dtype not in (torch.float32, *HALF_DTYPES):
+    if dtype not in HALF_DTYPES or not core.on_device(inputs[0]) or inputs[0].dtype not in (torch.float32, *HALF_DTYPES):
         return inputs
     return [x.to(dtype) for x in inputs]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rnndyn_fast.graph.spec import Connection, Network, Operator
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import AmxMap
 from rnndyn_fast.ops.depthwise_conv import MAX_GROUP, MAX_KERNEL
 from rnndyn_fast.ops.device_engine import choose_device_engine
@@ -75,7 +75,7 @@ def is_one_kernel(network: Network, c: Connection, choice: EngineChoice, dtype: 
     """Whether both maps of a separable convolution are one kernel: in float32, and where no engine or lower precision is asked for."""
     free = choice.reason != ASKED_FOR and (choice.map is None or (isinstance(choice.map, AmxMap) and choice.map.parts == 3))
     few = max(network.weight_shape(c)[0], network.term_shape(c)[0]) <= _FEW_CHANNELS
-    here = dtype == torch.float32 and not on_device and _launch.unavailable is None
+    here = dtype == torch.float32 and not on_device and core.unavailable is None
     return free and few and here and has_own_kernel(network, c, on_device)
 
 

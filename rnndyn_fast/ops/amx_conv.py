@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_conv
-from rnndyn_fast.ops.epilogue import Epilogue
+from rnndyn_fast.ops import core
+from rnndyn_fast.ops.epilogue import Epilogue, end_fields
+from rnndyn_fast.ops.launch import CpuCall
 
 Tap = tuple[int, int, int]  # row, column, element of the kernel
 MAX_TAPS = 128  # kAmxMaxTaps of amx_conv.h; the core checks it
@@ -87,7 +89,7 @@ def amx_packed_sizes(m: AmxMap, weight_shape: Sequence[int], *, backward: bool =
     target, source, *_ = _sizes(m, weight_shape)
     area = m.kernel[0] * m.kernel[1]
     sizes = (source, target, area, area) if backward else (target, source, area, area)
-    return [_launch_conv.amx_packed_size(taps, sizes, m.parts) for taps in _packed_taps(m, backward)]
+    return [core.packed_size("amx", {"taps": taps, "sizes": sizes, "parts": m.parts}) for taps in _packed_taps(m, backward)]
 
 
 def _packed_taps(m: AmxMap, backward: bool) -> list[tuple[Tap, ...]]:
@@ -111,9 +113,11 @@ def pack_amx_weight(m: AmxMap, weight: Tensor, *, backward: bool = False, outs: 
     target, source, target_stride, source_stride = _sizes(m, weight.shape)
     sizes = (source, target, source_stride, target_stride) if backward else (target, source, target_stride, source_stride)
     if outs is None:
-        outs = [_launch.packed_room(size) for size in amx_packed_sizes(m, weight.shape, backward=backward)]
+        outs = [core.packed_room(size) for size in amx_packed_sizes(m, weight.shape, backward=backward)]
     for taps, out in zip(_packed_taps(m, backward), outs, strict=True):
-        _launch_conv.amx_pack_weight(taps, sizes, m.parts, weight, out)
+        call = CpuCall()
+        addresses = {"weight": call.whole(weight, "weight"), "packed": call.whole(out, "packed")}
+        call.run("amx_pack_weight", torch.float32, {"taps": taps, "sizes": sizes, "parts": m.parts, **addresses})
     return PackedAmxWeight(m, backward, tuple(outs))
 
 
@@ -140,8 +144,19 @@ def amx_conv(
         out.zero_()  # (a stride beyond the kernel leaves pixels that nothing reaches)
     own = [first for first, taps in _phases(m, scatter) if taps]
     packed = dict(zip(own, weight.data if weight.strides is None else weight.data * len(own), strict=True))
-    grids = [(taps, packed[first], first) for first, taps in phases]
-    _launch_conv.amx_conv(x, grids, out, 1 if scatter else m.stride, step, m.parts, accumulate, epilogue, weight.strides)
+    call, (samples, in_height, in_width, in_channels), (_, h, w, c) = CpuCall(), x.shape, out.shape
+    if out.shape[0] != samples:
+        raise ValueError(f"out: expected {samples} maps, got {out.shape[0]}")
+    grids = [
+        (taps, -(-(h - a) // step), -(-(w - b) // step), call.whole(packed[a, b], "packed"), call.whole(out, "out", 4 * (a * w + b) * c))
+        for (a, b), taps in phases
+    ]
+    values = {
+        "samples": samples, "in_height": in_height, "in_width": in_width, "in_channels": in_channels, "out_channels": c,
+        "in_step": 1 if scatter else m.stride, "parts": m.parts, "accumulate": accumulate, "x": call.whole(x, "x"), "phases": grids,
+        "weight_strides": weight.strides, "y_strides": (h * w * c, step * w * c, step * c),
+    }  # fmt: skip
+    call.run("amx_conv", torch.float32, values | end_fields(epilogue, out, call))
     return out
 
 
@@ -161,10 +176,18 @@ def amx_weight_grad(
     """Gradient of the weight over all samples, in the parameter's shape; written into ``out``, or added to it."""
     target, source, target_stride, source_stride = _sizes(m, out.shape)
     # The larger map is the one that taps shift.
+    shifted, still, channels, strides = x, grad, target, (target_stride, source_stride)
     if m.transposed:
-        sizes = (source, target, source_stride, target_stride)
-        _launch_conv.amx_weight_grad(grad, x, _taps(m), sizes, m.stride, m.parts, out, accumulate)
-    else:
-        sizes = (target, source, target_stride, source_stride)
-        _launch_conv.amx_weight_grad(x, grad, _taps(m), sizes, m.stride, m.parts, out, accumulate)
+        shifted, still, channels, strides = grad, x, source, (source_stride, target_stride)
+    (samples, in_height, in_width, in_channels), (_, height, width, _) = shifted.shape, still.shape
+    if still.shape[0] != samples:
+        raise ValueError(f"grad: expected {x.shape[0]} maps, got {grad.shape[0]}")
+    call = CpuCall()
+    values = {
+        "samples": samples, "in_height": in_height, "in_width": in_width, "in_channels": in_channels, "height": height, "width": width,
+        "out_channels": channels, "out_stride": strides[0], "in_stride": strides[1], "taps": _taps(m), "in_step": m.stride,
+        "parts": m.parts, "accumulate": accumulate, "x": call.whole(shifted, "x"), "grad": call.whole(still, "grad"),
+        "grad_weight": call.whole(out, "grad_weight"),
+    }  # fmt: skip
+    call.run("amx_weight_grad", torch.float32, values)
     return out

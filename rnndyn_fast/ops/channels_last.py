@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_steps
+from rnndyn_fast.ops import core, launches
 
 
 def channels_last(
@@ -13,8 +13,8 @@ def channels_last(
     out: Tensor,  # [N, H, W, C], contiguous, written
 ) -> Tensor:
     """The maps in channels-last order. Returns ``out``."""
-    native = _launch.unavailable is None and x.is_cpu and x.is_contiguous() and x.dtype == out.dtype
+    native = core.unavailable is None and x.is_cpu and x.is_contiguous() and x.dtype == out.dtype
     if native and x.dtype in (torch.float32, torch.float64) and x.numel():
-        _launch_steps.channels_last(x, out)
+        launches.channels_last(x=x, out=out)
         return out
     return out.copy_(x.permute(0, 2, 3, 1))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_ctrnn, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module, launches
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
@@ -37,6 +38,18 @@ _LIBRARY.define(
 # ---------------------------------------------------------------- the ops
 
 
+@lru_cache(maxsize=256)
+def _codes(activations: tuple[Activation, ...], device: torch.device) -> Tensor:
+    order = tuple(Activation)  # that of CtrnnActivation (ctrnn.h)
+    with torch.inference_mode(False):
+        return torch.tensor([order.index(a) for a in activations], dtype=torch.int32, device=device)
+
+
+def activation_codes(activations: Sequence[str | Activation], device: torch.device) -> Tensor:
+    """[M] int32, as the kernels number activations; kept, as a copy to a device waits for it."""
+    return _codes(tuple(Activation(a) for a in activations), device)
+
+
 def _shared(inputs: Tensor) -> Tensor:  # [M, N, T, I]
     """Contiguous; one model's worth where all models share the same memory."""
     return inputs[:1].contiguous() if inputs.shape[0] > 1 and inputs.stride(0) == 0 else inputs.contiguous()
@@ -57,20 +70,20 @@ def _forward(
     with_states: bool,
 ) -> tuple[Tensor, Tensor]:
     rates, states = _forward_fake(inputs, w_rec, b_rec, w_in, h0, alpha, noise_std, seeds, activations, stream, first_trial, with_states)
-    _launch_ctrnn.ctrnn_forward(
-        _shared(inputs),
-        w_rec.contiguous(),
-        b_rec.contiguous(),
-        w_in.contiguous(),
-        h0.contiguous(),
-        alpha.contiguous(),
-        noise_std.contiguous(),
-        [Activation(a) for a in activations],
-        None if seeds is None else seeds.contiguous(),
-        stream,
-        first_trial,
-        rates,
-        states if with_states else None,
+    launches.ctrnn_forward(
+        inputs=_shared(inputs),
+        w_rec=w_rec.contiguous(),
+        b_rec=b_rec.contiguous(),
+        w_in=w_in.contiguous(),
+        h0=h0.contiguous(),
+        alpha=alpha.contiguous(),
+        noise_std=noise_std.contiguous(),
+        activations=activation_codes(activations, rates.device),
+        noise_seeds=None if seeds is None else seeds.contiguous(),
+        stream=stream,
+        first_trial=first_trial,
+        rates=rates,
+        states=states if with_states else None,
     )
     return rates, states
 
@@ -94,6 +107,34 @@ def _forward_fake(
     return inputs.new_empty(shape), inputs.new_empty(shape if with_states else (0,))
 
 
+def _backward_on_device(
+    *,
+    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
+    w_rec: Tensor,  # [M, H, H]
+    w_in: Tensor,  # [M, I, H]
+    h0: Tensor,  # [M, N, H]
+    rates: Tensor,  # [M, N, T, H]
+    grad_inputs: Tensor | None,  # [M, N, T, I]
+    grad_weights: Tensor,  # [M, H + I + 1, H]
+    **operands: Any,
+) -> None:
+    """The kernel makes the gradient of what enters each step's bracket; the gradients of weights and inputs are matrix products over all
+    trials and steps, by torch."""
+    m, n, t, h = rates.shape
+    i = inputs.shape[3]
+    d, rates0 = torch.empty_like(rates), torch.empty_like(h0)
+    launches.ctrnn_backward_steps.on_device(
+        rates=rates, w_rec=w_rec.transpose(1, 2).contiguous(), h0=h0, inputs_per_step=i, d=d, rates0=rates0, **operands
+    )
+    before = torch.cat([rates0[:, :, None], rates[:, :, :-1]], 2).flatten(1, 2)
+    shown, rows = inputs.expand(m, n, t, i).flatten(1, 2), d.flatten(1, 2)
+    torch.bmm(before.transpose(1, 2), rows, out=grad_weights[:, :h])
+    torch.bmm(shown.transpose(1, 2), rows, out=grad_weights[:, h : h + i])
+    torch.sum(rows, 1, out=grad_weights[:, h + i])
+    if grad_inputs is not None:
+        grad_inputs.copy_(torch.bmm(rows, w_in.transpose(1, 2)).view_as(grad_inputs))
+
+
 def _backward(
     grad_rates: Tensor | None,  # [M, N, T, H]
     grad_states: Tensor | None,  # [M, N, T, H]
@@ -111,19 +152,20 @@ def _backward(
     grad_inputs = inputs.new_empty(inputs.shape if inputs_too else (0,))
     grad_weights = w_rec.new_empty(w_rec.shape[0], units + channels + 1, units)
     grad_h0 = h0.new_empty(h0.shape)
-    _launch_ctrnn.ctrnn_backward(
-        _shared(inputs),
-        w_rec.contiguous(),
-        w_in.contiguous(),
-        h0.contiguous(),
-        alpha.contiguous(),
-        [Activation(a) for a in activations],
-        rates.contiguous(),
-        None if grad_rates is None else grad_rates.contiguous(),
-        None if grad_states is None else grad_states.contiguous(),
-        grad_inputs if inputs_too else None,
-        grad_weights,
-        grad_h0,
+    backward = _backward_on_device if core.on_device(rates) else launches.ctrnn_backward
+    backward(
+        inputs=_shared(inputs),
+        w_rec=w_rec.contiguous(),
+        w_in=w_in.contiguous(),
+        h0=h0.contiguous(),
+        alpha=alpha.contiguous(),
+        activations=activation_codes(activations, rates.device),
+        rates=rates.contiguous(),
+        grad_rates=None if grad_rates is None else grad_rates.contiguous(),
+        grad_states=None if grad_states is None else grad_states.contiguous(),
+        grad_inputs=grad_inputs if inputs_too else None,
+        grad_weights=grad_weights,
+        grad_h0=grad_h0,
     )
     grad_w_rec, grad_w_in, grad_b_rec = grad_weights.split([units, channels, 1], 1)
     # (an op may not return views of one buffer)
@@ -254,9 +296,9 @@ def can_run_ctrnn(inputs: Tensor, raise_error: bool = False) -> bool:  # [M, N, 
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
-    reason = _launch.unavailable
-    if reason is None and _launch.on_device(inputs):
-        reason = _launch_cuda.why_not(inputs, (torch.float32,))
+    reason = core.unavailable
+    if reason is None and core.on_device(inputs):
+        reason = cuda_module.why_not(inputs, (torch.float32,))
         reason = reason and f"inputs: {reason}"
     elif reason is None and inputs.device.type != "cpu":
         reason = f"inputs are on {inputs.device}, and the native backend runs on the CPU and on CUDA devices"

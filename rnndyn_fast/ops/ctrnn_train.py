@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_ctrnn
+from rnndyn_fast.ops import core, launches
+from rnndyn_fast.ops.ctrnn import activation_codes
 from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 from rnndyn_fast.reference.ctrnn_train import ctrnn_train as reference_ctrnn_train
 
@@ -19,7 +20,7 @@ def can_run_ctrnn_train(run: CtrnnTraining, raise_error: bool = False) -> bool:
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
-    reason = _launch.unavailable
+    reason = core.unavailable
     if reason is None and run.parameters.device.type != "cpu":
         reason = f"parameters are on {run.parameters.device}, and the native backend runs on the CPU"
     elif reason is None and run.parameters.dtype not in (torch.float32, torch.float64):
@@ -85,4 +86,17 @@ def ctrnn_train(run: CtrnnTraining, chosen: Sequence[int], backend: str | None =
     if backend == "reference":
         reference_ctrnn_train(run, index.tolist())
     else:
-        _launch_ctrnn.ctrnn_train(run, index)
+        _launch(run, index)
+
+
+def _launch(run: CtrnnTraining, chosen: Tensor) -> None:  # [K]
+    o, (units, inputs) = run.optimiser, (run.h0.shape[1], run.train_inputs.shape[3])
+    launches.ctrnn_train(
+        parameters=run.parameters, first_moment=run.first_moment, second_moment=run.second_moment, train_inputs=run.train_inputs,
+        train_labels=run.train_labels, val_inputs=run.val_inputs, val_labels=run.val_labels, order=run.order, chosen=chosen, h0=run.h0,
+        alpha=run.alpha, noise_std=run.noise_std, activations=activation_codes(run.activations, chosen.device), seeds=run.seeds,
+        epoch=run.epoch, learning_rate=run.learning_rate, metrics=run.metrics, trials=run.batch,
+        parameters_of_one=(units + inputs + 1) * units + units + 1, batches=run.order.shape[1] // run.batch,
+        beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm, activity_weight=run.activity_weight,
+        loss_steps=run.loss_steps, metrics_after=run.metrics_after,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_steps
+from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.buffers import empty, sums_dtype
 
 MAX_KERNEL = 16  # kMaxDepthwiseKernel of depthwise_conv.h; the core checks it
@@ -42,7 +42,7 @@ def depthwise_conv(
 ) -> Tensor:
     """The convolution: [N, *size, C']."""
     out = empty((x.shape[0], *size, weight.shape[3]), x.dtype)
-    _launch_steps.depthwise_conv(x, weight, bias, out, stride, 1, before)
+    launches.depthwise_conv(x=x, weight=weight, bias=bias, out=out, step=stride, before=before)
     return out
 
 
@@ -68,7 +68,7 @@ def separable_conv(
     """:func:`depthwise_conv` and a 1 x 1 convolution without bias, float32 on the CPU, without a map in between: [N, *size, C']."""
     if out is None:
         out = empty((x.shape[0], *size, channels), x.dtype)
-    _launch_steps.separable_conv(x, weight, bias, pointwise, out, stride, before)
+    launches.separable_conv(x=x, weight=weight, bias=bias, pointwise=pointwise, out=out, step=stride, before=before)
     return out
 
 
@@ -86,7 +86,7 @@ def depthwise_data_grad(
     turned = (kh - 1 - before[0], kw - 1 - before[1])
     back = weight.flip(0, 1).view(kh, kw, inputs, groups, channels // groups).permute(0, 1, 4, 3, 2)
     back = back.reshape(kh, kw, channels // groups, shape[2]).contiguous()
-    _launch_steps.depthwise_conv(grad, back, None, out, 1, stride, turned)
+    launches.depthwise_conv(x=grad, weight=back, out=out, step=1, dilation=stride, before=turned)
     return out
 
 
@@ -99,5 +99,5 @@ def depthwise_weight_grad(
 ) -> Tensor:
     """Gradient of the weight over all samples: [KH, KW, I, C']."""
     out = torch.empty((*kernel, grad.shape[3]), dtype=sums_dtype(x.dtype), device=x.device)
-    _launch_steps.depthwise_weight_grad(x, grad, out, stride, before)
+    launches.depthwise_weight_grad(x=x, grad=grad, grad_weight=out, step=stride, before=before)
     return out

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, reaches_all
 from rnndyn_fast.ops.fused_conv import PASSES
 from rnndyn_fast.ops.winograd_conv import EXPOSED, FEW_READS, WinogradForm, WinogradMap
@@ -113,12 +113,12 @@ def with_precision(engine: str) -> str:
 
 def has_matrix_units() -> bool:
     """Whether the native core runs on matrix units here (elsewhere their engine is emulated, for tests)."""
-    return _launch.unavailable is None and _launch.isa() == "amx"
+    return core.unavailable is None and core.isa() == "amx"
 
 
 def can_run_amx(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
     """Whether the engine of matrix units computes this map; with ``raise_error``, ``ValueError`` with the reason instead of False."""
-    reason = _launch.unavailable
+    reason = core.unavailable
     if reason is None and dtype != torch.float32:
         reason = f"it computes in float32, not {dtype}"
     elif reason is None and geometry.operator is Operator.IDENTITY:
@@ -155,7 +155,7 @@ def _amx_map(geometry: Geometry, weight_shape: tuple[int, ...], parts: int) -> A
 
 def can_run_winograd(geometry: Geometry, weight_shape: tuple[int, ...], dtype: torch.dtype, *, raise_error: bool = False) -> bool:
     """Whether the Winograd engine computes this map; with ``raise_error``, ``ValueError`` with the reason instead of False."""
-    reason = _launch.unavailable
+    reason = core.unavailable
     if reason is None and geometry.operator is Operator.LINEAR:
         reason = "a matrix product"
     elif reason is None:

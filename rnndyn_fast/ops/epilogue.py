@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from rnndyn_fast.ops.launch import CpuCall
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,26 @@ class Epilogue:
     mean: Tensor | None = None  # [M], written
     rstd: Tensor | None = None  # [M], written
     eps: float = 1e-5
+
+
+def end_fields(e: Epilogue | None, out: Tensor, call: CpuCall) -> dict[str, Any]:
+    """The epilogue of a convolution whose result is ``out``, as the core takes it."""
+    if e is None:
+        return {}
+    shape = tuple(out.shape)
+
+    def address(tensor: Tensor | None, name: str, expected: tuple[int, ...]) -> Any:
+        return None if tensor is None else call.address(tensor, name, expected, torch.float32)
+
+    return {
+        "end": address(out, "out", shape),
+        "modulates": e.modulates,
+        "drives": [address(t, f"drives[{i}]", shape) for i, t in enumerate(e.drives)],
+        "drive_bias": address(e.drive_bias, "drive_bias", shape[3:]),
+        "modulators": [address(t, f"modulators[{i}]", shape) for i, t in enumerate(e.modulators)],
+        "modulator_bias": address(e.modulator_bias, "modulator_bias", shape[3:]),
+        "modulator_sum": address(e.modulator_sum, "modulator_sum", shape),
+        "mean": address(e.mean, "mean", shape[:1]),
+        "rstd": address(e.rstd, "rstd", shape[:1]),
+        "end_eps": [e.eps],
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module, launches
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Cell, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated
 
@@ -43,9 +43,9 @@ def _why_not_cell(cell: Cell) -> str | None:
 
 def can_run_gate_step(cell: Cell, example: Tensor, *, raise_error: bool = False) -> bool:
     """Whether the native kernel computes this cell on tensors like ``example``; with ``raise_error``, ``ValueError`` with the reason."""
-    reason = _launch.unavailable or _why_not_cell(cell)
-    if reason is None and _launch.on_device(example):
-        reason = _launch_cuda.why_not(example)
+    reason = core.unavailable or _why_not_cell(cell)
+    if reason is None and core.on_device(example):
+        reason = cuda_module.why_not(example)
     elif reason is None and (example.device.type != "cpu" or example.dtype not in (torch.float32, torch.float64)):
         reason = f"it takes float32 and float64 on the CPU and halves on CUDA devices, not {example.dtype} on {example.device}"
     if reason and raise_error:
@@ -62,7 +62,7 @@ def _gain(gain: Gain) -> list[float]:
     return [gain.offset + gain.multiplier * a, gain.multiplier * b, s]
 
 
-def gate_scalars(cell: Cell) -> tuple[int, float, list[float], list[float], int]:
+def gate_scalars(cell: Cell) -> launches.GateScalars:
     """A cell as the native core takes it."""
     rule, bias = _RULES[type(cell)], float(getattr(cell, "forget_bias", 0.0))
     if isinstance(cell, ReciprocalGated):
@@ -84,7 +84,7 @@ def _values(cell: Cell) -> tuple[int, int, list[float]]:
     return rule, activation, [forget_bias, *tau, *gate]
 
 
-def _scalars(rule: int, activation: int, values: Sequence[float]) -> tuple[int, float, list[float], list[float], int]:
+def _scalars(rule: int, activation: int, values: Sequence[float]) -> launches.GateScalars:
     return rule, values[0], list(values[1:4]), list(values[4:7]), activation
 
 
@@ -109,7 +109,7 @@ def _forward_fake(terms: list[Tensor], counts: list[int], rule: int, activation:
 def _forward(terms: list[Tensor], counts: list[int], rule: int, activation: int, values: list[float]) -> list[Tensor]:
     ports = _by_port([t.contiguous() for t in terms], counts)
     states, sums = _allocated(ports, rule)
-    _launch.gate_step(_scalars(rule, activation, values), ports, [], sums, states, [], backward=False)
+    launches.gate_step(_scalars(rule, activation, values), ports=ports, sums=sums, states=states)
     return [*states, *(total for total in sums if total is not None)]
 
 
@@ -120,7 +120,7 @@ def _backward_fake(ports: list[Tensor], grads: list[Tensor], rule: int, activati
 def _backward(ports: list[Tensor], grads: list[Tensor], rule: int, activation: int, values: list[float]) -> list[Tensor]:
     sums, states = [p.contiguous() for p in ports], [g.contiguous() for g in grads]
     found = [torch.empty_like(p) for p in sums]
-    _launch.gate_step(_scalars(rule, activation, values), [[p] for p in sums], [], [], states, found, backward=True)
+    launches.gate_step(_scalars(rule, activation, values), ports=[[p] for p in sums], states=states, grad_ports=found, backward=True)
     return found
 
 

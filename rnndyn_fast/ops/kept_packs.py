@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import AmxMap, PackedAmxWeight, pack_amx_weight
 from rnndyn_fast.ops.buffers import release_buffers
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight
@@ -23,7 +23,7 @@ def kept_pack(m: WinogradMap | AmxMap, weight: Tensor) -> Packed:
     """Packed weights of earlier rollouts. A weight is known by the fingerprint of its bytes: in-place changes can hide from version
     counters (``.data``)."""
     key = (weight.data.untyped_storage()._cdata, tuple(weight.shape), m)
-    mark = _launch.fingerprint(weight.detach())
+    mark = core.fingerprint(weight.detach())
     with _kept_lock:
         entry = _kept.get(key)
         if entry is not None and entry[0] == mark:

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.files import write_text
-from rnndyn_fast.ops import _launch_cuda
-from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.ops.capture import CudaGraphs, Graphs
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.fused_conv import PASSES
@@ -115,7 +114,7 @@ def capturing() -> bool:
 @cache
 def build_id() -> str:
     """Which build of the kernels this is: a digest of their module."""
-    path = getattr(_launch_cuda.module(), "__file__", None)
+    path = getattr(cuda_module.module(), "__file__", None)
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest() if path else "none"
 
 
@@ -126,7 +125,7 @@ def driver() -> str:
         found = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
     except OSError:
         found = None
-    return found[1] if found else f"for CUDA {_launch_cuda.build_info()['driver']}"
+    return found[1] if found else f"for CUDA {cuda_module.build_info()['driver']}"
 
 
 def _machine(device: torch.device) -> str:
@@ -140,7 +139,7 @@ def why_not_now(device: torch.device) -> str | None:
     setting = os.environ.get("RNNDYN_MEASURE")
     if setting == "0":
         return "RNNDYN_MEASURE=0"
-    if setting != "1" and _launch_cuda.capability(device) >= VENDOR_FROM:
+    if setting != "1" and cuda_module.capability(device) >= VENDOR_FROM:
         major, minor = VENDOR_FROM
         return f"the vendor's is the default from compute capability {major}.{minor} on; RNNDYN_MEASURE=1 measures"
     return None
@@ -251,15 +250,19 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], Ten
     options = [g.stride] * 2, [g.padding] * 2, [1, 1], transposed, [g.output_padding] * 2, 1
 
     def fused() -> Tensor:
-        _launch_cuda.recurrent_conv([ConvTerm(x, outputs_first, g.stride, g.padding, transposed)], None, [added], None, value)
+        settings = [(g.stride, g.padding, transposed)]
+        launches.recurrent_conv.on_device(xs=[x], weights=[outputs_first], settings=settings, added=[added], value=value)
         return value
 
     def fused_data() -> Tensor:
-        _launch_cuda.recurrent_conv([ConvTerm(grad, inputs_first, g.stride, g.padding, not transposed)], None, [], None, grad_x)
+        settings = [(g.stride, g.padding, not transposed)]
+        launches.recurrent_conv.on_device(xs=[grad], weights=[inputs_first], settings=settings, value=grad_x)
         return grad_x
 
     def fused_weight() -> Tensor:
-        _launch_cuda.recurrent_conv_weight_grad(rows, gathered, rearranged, g.stride, g.padding)
+        launches.recurrent_conv_weight_grad.on_device(
+            rows=rows, gathered=gathered, grad_weight=rearranged, stride=g.stride, padding=g.padding
+        )
         return rearranged.permute(0, 3, 1, 2).contiguous().reshape(case.weight_shape)
 
     def direct() -> Tensor:  # the vendor's convolution, and the pass that adds what else there is

@@ -16,11 +16,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_steps
+from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS
@@ -53,9 +54,11 @@ def as_fixed(rule: NormRule) -> NormRule:
     return replace(rule, kind=NormKind.FIXED)
 
 
-def norm_scalars(rule: NormRule, squash: bool) -> _launch_steps.NormScalars:
-    """A rule as the native core takes it."""
-    return rule.groups, rule.kind.value, ACTIVATION_NUMBERS[rule.activation], rule.rectify_drive, squash, rule.eps
+def norm_numbers(rule: NormRule, *, squash: bool) -> dict[str, Any]:
+    """A rule as the kernels take it."""
+    activation = ACTIVATION_NUMBERS[rule.activation]
+    numbers = {"norm": rule.kind.value, "activation": activation, "rectify_drive": rule.rectify_drive, "squash": squash, "eps": rule.eps}
+    return {"groups": rule.groups, **numbers}
 
 
 @dataclass
@@ -98,34 +101,12 @@ def norm_step(
             found.variance = torch.empty((c,), dtype=dtype, device=state.device)
     driven = bool(drives) or drive_bias is not None
     squash = driven and (bool(modulators) or modulator_bias is not None)
-    _launch_steps.norm_step_forward(
-        norm_scalars(rule, squash), drives, modulators if squash else [], drive_bias, modulator_bias if squash else None, gamma, beta,
-        drive_sum, modulator_sum, state, found.mean, found.rstd, found.variance,
+    launches.norm_step_forward(
+        **norm_numbers(rule, squash=squash), drives=drives, modulators=modulators if squash else [], drive_bias=drive_bias,
+        modulator_bias=modulator_bias if squash else None, gamma=gamma, beta=beta, drive_sum=drive_sum, modulator_sum=modulator_sum,
+        state=state, mean=found.mean, rstd=found.rstd, variance=found.variance,
     )  # fmt: skip
     return found
-
-
-def norm_step_again(
-    rule: NormRule,
-    drive: Tensor,  # [N, H, W, C], the sum
-    modulator: Tensor | None,  # [N, H, W, C], the sum
-    statistics: NormStatistics,
-    state: Tensor,  # [N, H, W, C], written
-    *,
-    gamma: Tensor | None = None,  # [C]
-    beta: Tensor | None = None,  # [C]
-) -> None:
-    """The state of :func:`norm_step` once more, to the bit, from the sums that it left."""
-    mean, rstd = statistics.mean, statistics.rstd
-    if rule.kind is NormKind.BATCH:  # (whose statistics need not be taken again)
-        rule = as_fixed(rule)
-    elif rule.kind is NormKind.GROUP:
-        assert mean is not None
-        mean, rstd = torch.empty_like(mean), torch.empty_like(mean)
-    modulators = [modulator] if modulator is not None else []
-    _launch_steps.norm_step_forward(
-        norm_scalars(rule, bool(modulators)), [drive], modulators, None, None, gamma, beta, None, None, state, mean, rstd, None
-    )
 
 
 def norm_step_backward(
@@ -144,8 +125,9 @@ def norm_step_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write the gradients of the sums. Returns those of gamma and beta, [C] each."""
     grads = (torch.empty_like(gamma), torch.empty_like(gamma)) if gamma is not None else (None, None)
-    _launch_steps.norm_step_backward(
-        norm_scalars(rule, drive is not None and modulator is not None), grad_state, drive, modulator, gamma, beta, statistics.mean,
-        statistics.rstd, grad_drive, grad_modulator, grads[0], grads[1], grad_drive_bias, grad_modulator_bias,
+    launches.norm_step_backward(
+        **norm_numbers(rule, squash=drive is not None and modulator is not None), grad_state=grad_state, drive=drive, modulator=modulator,
+        gamma=gamma, beta=beta, mean=statistics.mean, rstd=statistics.rstd, grad_drive=grad_drive, grad_modulator=grad_modulator,
+        grad_gamma=grads[0], grad_beta=grads[1], grad_drive_bias=grad_drive_bias, grad_modulator_bias=grad_modulator_bias,
     )  # fmt: skip
     return grads

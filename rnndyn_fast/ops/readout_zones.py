@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module, launches
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, first_argmax, readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
+TABLES = ("predicted", "norm", "cos_predicted", "cos_label", "margin", "boundary_distance", "change")  # as the kernels name them
 
 _library = torch.library.Library("rnndyn", "FRAGMENT")
 _library.define(
@@ -28,11 +29,11 @@ def can_run_readout_zones(representations: Tensor, raise_error: bool = False) ->
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
-    reason = _launch.unavailable
+    reason = core.unavailable
     if reason is not None:
         pass
     elif representations.device.type == "cuda":
-        reason = _launch_cuda.why_not(representations, tuple(_launch_cuda.DTYPES))
+        reason = cuda_module.why_not(representations, tuple(cuda_module.DTYPES))
     elif representations.device.type != "cpu":
         reason = f"representations are on {representations.device}, and the native backend runs on the CPU and on CUDA devices"
     elif representations.dtype not in _NATIVE_DTYPES:
@@ -215,7 +216,10 @@ def _native(
     if weight is None:
         torch.matmul(representations, readout_weight.T, out=cosine)
     before = None if previous is None else _rows(previous)
-    _launch.readout_zones(representations, before, log_probs, labels, bias, weight_norm, inverse, weight, cosine, tables)
+    launches.readout_zones(
+        representations=representations, previous=before, log_probs=log_probs, labels=labels, bias=bias, weight_norm=weight_norm,
+        inverse_distance=inverse, weight=weight, cosine=cosine, **dict(zip(TABLES, tables, strict=True)),
+    )  # fmt: skip
     return outputs
 
 
@@ -240,16 +244,16 @@ def _native_cuda(
     predicted, *tables, cosine = _allocate(wide, weight.shape[0])
     torch.matmul(wide, weight.T, out=cosine)
     inverse = torch.where(distance > 0, 1.0 / torch.where(distance > 0, distance, 1.0), 0.0).contiguous()
-    _launch_cuda.readout_zones(
-        representations,
-        None if previous is None else _rows(previous),
-        log_probs,
-        labels.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        torch.linalg.vector_norm(weight, dim=-1),
-        inverse,
-        cosine,
-        (predicted, *tables),
+    launches.readout_zones.on_device(
+        representations=representations,
+        previous=None if previous is None else _rows(previous),
+        log_probs=log_probs,
+        labels=labels.contiguous(),
+        bias=None if bias is None else bias.float().contiguous(),
+        weight_norm=torch.linalg.vector_norm(weight, dim=-1),
+        inverse_distance=inverse,
+        cosine=cosine,
+        **dict(zip(TABLES, (predicted, *tables), strict=True)),
     )
     return (predicted, *(t.to(dtype) for t in (*tables, cosine)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module, launches
 from rnndyn_fast.reference.trajectory_norms import trajectory_norms as reference_trajectory_norms
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -17,9 +17,9 @@ def can_run_trajectory_norms(values: Tensor, raise_error: bool = False) -> bool:
     Raises:
         ValueError: it does not, and ``raise_error``; the message is the reason.
     """
-    reason = _launch.unavailable
-    if reason is None and _launch.on_device(values):
-        reason = _launch_cuda.why_not(values)
+    reason = core.unavailable
+    if reason is None and core.on_device(values):
+        reason = cuda_module.why_not(values)
     elif reason is None and (values.device.type != "cpu" or values.dtype not in _NATIVE_DTYPES):
         reason = f"values are {values.dtype} on {values.device}, and the native backend takes float32 and float64 on the CPU"
     if reason is not None and raise_error:
@@ -66,7 +66,7 @@ def trajectory_norms(
     rows = _rows(values)
     norm = torch.empty(rows.shape[:2], dtype=torch.float64, device=rows.device)
     change = torch.empty((rows.shape[0] - 1, rows.shape[1]), dtype=torch.float64, device=rows.device)
-    _launch.trajectory_norms(rows, norm, change)
+    launches.trajectory_norms(values=rows, norm=norm, change=change)
     return norm, change
 
 

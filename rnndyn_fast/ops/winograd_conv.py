@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_conv
-from rnndyn_fast.ops._launch_conv import Grid
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.buffers import empty
-from rnndyn_fast.ops.epilogue import Epilogue
+from rnndyn_fast.ops.epilogue import Epilogue, end_fields
+from rnndyn_fast.ops.launch import CpuCall
 
 Taps = tuple[tuple[int, ...], ...]
 _PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -205,7 +206,8 @@ def packed_sizes(m: WinogradMap, weight_shape: Sequence[int], *, backward: bool 
     target, source = (second, first) if m.transposed or m.turned else (first, second)
     sizes = (source, target, 1, 1) if backward else (target, source, 1, 1)
     by_taps = packs_taps(m, target * source)
-    return [_launch_conv.winograd_packed_size(m.form.key, phases, sizes, by_taps=by_taps) for phases in _packed_phases(m, backward)]
+    fields = {"form": m.form.key, "sizes": sizes, "by_taps": by_taps}
+    return [core.packed_size("winograd", {**fields, "taps": phases}) for phases in _packed_phases(m, backward)]
 
 
 def _packed_phases(m: WinogradMap, backward: bool) -> list[Taps]:
@@ -225,13 +227,52 @@ def pack_weight(m: WinogradMap, weight: Tensor, *, backward: bool = False, outs:
     if outs is None:
         outs = [empty((size,), torch.float32) for size in packed_sizes(m, weight.shape, backward=backward)]
     for phases, out in zip(_packed_phases(m, backward), outs, strict=True):
-        _launch_conv.winograd_pack_weight(m.form.key, phases, sizes, weight, out, by_taps=by_taps)
+        call = CpuCall()
+        fields = {"form": m.form.key, "taps": phases, "sizes": sizes, "by_taps": by_taps}
+        addresses = {"weight": call.whole(weight, "weight"), "packed": call.whole(out, "packed")}
+        call.run("winograd_pack_weight", torch.float32, {**fields, **addresses})
     return PackedWeight(m, backward, tuple(outs), by_taps)
 
 
-def _phases(m: WinogradMap, maps: Tensor) -> list[Grid]:
+@dataclass(frozen=True)
+class _Grid:
+    """Pixels [M, H, W] of a map with adjacent channels: all of them, or every second one, from ``first``."""
+
+    tensor: Tensor  # [M, H', W', C], contiguous
+    step: int = 1
+    first: tuple[int, int] = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Samples, height and width of the grid, and channels."""
+        m, h, w, c = self.tensor.shape
+        return m, -(-(h - self.first[0]) // self.step), -(-(w - self.first[1]) // self.step), c
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """In elements, between samples, rows and columns."""
+        _, h, w, c = self.tensor.shape
+        return h * w * c, self.step * w * c, self.step * c
+
+    def address(self, call: CpuCall, name: str) -> Any:
+        """Of the first pixel."""
+        _, _, w, c = self.tensor.shape
+        return call.whole(self.tensor, name, offset=4 * (self.first[0] * w + self.first[1]) * c)
+
+
+def _phases(m: WinogradMap, maps: Tensor) -> list[_Grid]:
     """The grids of a target's map: itself, or its four parities."""
-    return [Grid(maps, 2, parity) for parity in _PARITIES] if m.transposed else [Grid(maps)]
+    return [_Grid(maps, 2, parity) for parity in _PARITIES] if m.transposed else [_Grid(maps)]
+
+
+def _check_grids(**grids: Sequence[_Grid]) -> tuple[int, int, int]:
+    """Samples, height and width, which all have."""
+    (shape, *_) = {grid.shape[:3] for of_one in grids.values() for grid in of_one[:1]}
+    for name, of_one in grids.items():
+        for i, grid in enumerate(of_one):
+            if grid.shape[:3] != shape:
+                raise ValueError(f"{name}[{i}]: expected a grid {list(shape)} [M, H, W], got {list(grid.shape[:3])}")
+    return shape
 
 
 def winograd_conv(
@@ -248,20 +289,27 @@ def winograd_conv(
     With weights packed for the gradient of the data, that gradient.
     """
     m, backward = weights[0].map, weights[0].backward
-    packed = [t for w in weights for t in w.data]
-    by_taps = [w.by_taps for w in weights for _ in w.data]
+    packed = [(t, w.by_taps) for w in weights for t in w.data]
     if m.transposed and not backward:
-        _launch_conv.winograd_conv(
-            m.form.key, m.pad, [Grid(x) for x in xs], packed, [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0], accumulate, epilogue,
-            by_taps=by_taps,
-        )  # fmt: skip
-        return out
-    grids = [grid for x in xs for grid in (_phases(m, x) if m.transposed else [Grid(x)] * len(m.shifts))]
-    shifts = [(0, 0)] * len(grids) if m.transposed else m.shifts * len(xs)
-    pad, vanishing = (m.backward_pad, _vanishing(m)[1]) if backward else (m.pad, _vanishing(m)[0])
-    _launch_conv.winograd_conv(
-        m.form.key, pad, grids, packed, vanishing * len(xs), [Grid(out)], [_NONE], accumulate, epilogue, shifts, by_taps
-    )
+        grids, shifts, pad = [_Grid(x) for x in xs], [(0, 0)] * len(xs), m.pad
+        vanishing, ys, y_vanishing = [_NONE] * len(xs), _phases(m, out), _vanishing(m)[0]
+    else:
+        grids = [grid for x in xs for grid in (_phases(m, x) if m.transposed else [_Grid(x)] * len(m.shifts))]
+        shifts = [(0, 0)] * len(grids) if m.transposed else list(m.shifts * len(xs))
+        pad, of_one = (m.backward_pad, _vanishing(m)[1]) if backward else (m.pad, _vanishing(m)[0])
+        vanishing, ys, y_vanishing = list(of_one * len(xs)), [_Grid(out)], (_NONE,)
+    samples, height, width = _check_grids(ys=ys, xs=grids)
+    call = CpuCall()
+    terms = [
+        (x.address(call, f"xs[{i}]"), x.strides, x.shape[3], call.whole(p, "packed"), v, shift, by_taps)
+        for i, (x, (p, by_taps), v, shift) in enumerate(zip(grids, packed, vanishing, shifts, strict=True))
+    ]
+    values: dict[str, Any] = {
+        "form": m.form.key, "pad": pad, "samples": samples, "height": height, "width": width, "out_channels": out.shape[3],
+        "accumulate": accumulate, "terms": terms, "y_strides": ys[0].strides,
+        "phases": [(y.address(call, f"ys[{i}]"), v) for i, (y, v) in enumerate(zip(ys, y_vanishing, strict=True))],
+    }  # fmt: skip
+    call.run("winograd_conv", torch.float32, values | end_fields(epilogue, out, call))
     return out
 
 
@@ -275,10 +323,18 @@ def winograd_weight_grad(
 ) -> Tensor:
     """Gradient of the weight over all samples, in the parameter's shape; written into ``out``, or added to it."""
     if m.transposed:
-        calls = [(taps(m), _vanishing(m)[0], (0, 0))]
+        pieces = [(taps(m), _vanishing(m)[0], (0, 0))]
     else:
-        calls = [((piece,), (zero,), shift) for piece, zero, shift in zip(taps(m), _vanishing(m)[0], m.shifts, strict=True)]
-    sizes, grads = _sizes(m, out), _phases(m, grad)
-    for pieces, vanishing, shift in calls:
-        _launch_conv.winograd_weight_grad(m.form.key, m.pad, pieces, sizes, Grid(x), grads, vanishing, out, shift, accumulate)
+        pieces = [((piece,), (zero,), shift) for piece, zero, shift in zip(taps(m), _vanishing(m)[0], m.shifts, strict=True)]
+    source, grads = _Grid(x), _phases(m, grad)
+    samples, height, width = _check_grids(x=[source], grads=grads)
+    for phases, vanishing, shift in pieces:
+        call = CpuCall()
+        values: dict[str, Any] = {
+            "form": m.form.key, "pad": m.pad, "taps": phases, "sizes": _sizes(m, out), "samples": samples, "height": height, "width": width,
+            "x": source.address(call, "x"), "x_strides": source.strides, "shift": shift, "grad_strides": grads[0].strides,
+            "phases": [(g.address(call, f"grads[{i}]"), v) for i, (g, v) in enumerate(zip(grads, vanishing, strict=True))],
+            "grad_weight": call.whole(out, "grad_weight"), "accumulate": accumulate,
+        }  # fmt: skip
+        call.run("winograd_weight_grad", torch.float32, values)
     return out

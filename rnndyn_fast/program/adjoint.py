@@ -84,7 +84,7 @@ class Adjoint(AreaAdjoint):
             return
         out = self.b.new(step.shape, grad.dtype, "pooling grad")
         pooled = dict(grad_max_pooled=grad, argmax=step.argmax) if step.argmax is not None else dict(grad_mean_pooled=grad)
-        self.b.emit("area_step_backward", shape=step.shape, dtype=grad.dtype, grad_drive=out, **pooled)
+        self.b.emit("area_step_backward", height=step.shape[1], width=step.shape[2], grad_drive=out, **pooled)
         self.grads.add(step.source, out, own=True)
 
     def _resize(self, step: ResizeStep) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rnndyn_fast.graph.spec import Activation, Area, Interaction, Norm, Operator, Pool
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, gate_scalars
 from rnndyn_fast.program.area_steps import AreaStep, partial_size, pooled_key, pools_to
@@ -52,7 +52,7 @@ class AreaAdjoint(BackwardPass):
     def _gate_workspace(self, rows: Sequence[View | None], pixels: int, channels: int) -> View | None:
         if all(row is None for row in rows):
             return None
-        return self.b.new((_launch.gate_workspace_size(pixels, channels),), torch.float32, "sums over pixels")
+        return self.b.new((core.gate_workspace_size(pixels, channels),), torch.float32, "sums over pixels")
 
     def _cell(self, step: CellStep) -> None:
         at, cell = step.at, step.at.area.cell
@@ -130,9 +130,9 @@ class AreaAdjoint(BackwardPass):
             grad_modulator = self.forward.room(area.name, at.indices, "grad modulator", shape[3])
         gamma, beta = self._affine_grads(area)
         b.emit(
-            "area_step_backward", shape=shape, dtype=self.forward.dtype, grad_states=b.at_most(state, _launch.MAX_TERMS),
+            "area_step_backward", height=shape[1], width=shape[2], grad_states=b.at_most(state, core.MAX_TERMS),
             grad_max_pooled=maximum, argmax=step.argmax if maxima else None, grad_mean_pooled=pooled[Pool.MEAN],
-            multiplicative=multiplicative, value=step.value, drives=b.at_most(step.drives, _launch.MAX_TERMS) if multiplicative else [],
+            multiplicative=multiplicative, value=step.value, drives=b.at_most(step.drives, core.MAX_TERMS) if multiplicative else [],
             drive_bias=step.drive_bias, modulator_sum=step.modulator_sum, mean=step.mean, rstd=step.rstd, gamma=step.gamma, beta=step.beta,
             rectify=area.activation is Activation.RELU, grad_drive=grad_drive, grad_drive_sum=sums_drive[0] if sums_drive else None,
             grad_modulator=grad_modulator, grad_gamma=gamma, grad_beta=beta,

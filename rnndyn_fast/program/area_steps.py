@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rnndyn_fast.graph.spec import Activation, Area, Interaction, Norm, Operator, Pool
-from rnndyn_fast.ops import _launch, _launch_cuda
-from rnndyn_fast.ops._launch import MAX_TERMS
+from rnndyn_fast.ops import core, cuda_module
+from rnndyn_fast.ops.core import MAX_TERMS
 from rnndyn_fast.ops.engines import MAX_SUMMED, can_end, can_sum
 from rnndyn_fast.ops.fused_conv import MAX_ADDED
 from rnndyn_fast.ops.fused_conv import MAX_TERMS as MAX_FUSED
@@ -242,7 +242,7 @@ class AreaSteps:
             return
         if value is None:
             value = b.new(shape, self.maps.dtype, "value")
-        groups = _launch_cuda.recurrent_conv_moment_groups(*shape) if norm["gamma"] is not None else None
+        groups = cuda_module.moment_groups(*shape) if norm["gamma"] is not None else None
         moments = b.new((shape[0], groups[0], 2), self.maps.sums_dtype, "moments") if groups is not None else None
         b.emit(
             "fused_conv", **conv, bias=biases["modulator_bias"] if modulates else biases["drive_bias"],
@@ -312,7 +312,7 @@ def pooled_key(at: Slots, slot: int, pool: Pool) -> Key:
 def partial_size(shape: Sequence[int]) -> tuple[int, int, int]:
     """Of the scratch of ``area_step_backward``, float64, with a norm."""
     n, h, w, c = shape
-    return n, _launch.num_chunks(h, w, c), 2
+    return n, core.num_chunks(h, w, c), 2
 
 
 def _sums(terms: Sequence[Pending]) -> list[list[Pending]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Norm
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_compute_cell, gate_scalars
 from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, as_fixed
 from rnndyn_fast.program.area_steps import AreaSteps
@@ -227,7 +227,7 @@ class AreaRules:
         if self.b.on_device:
             return None
         n, h, w, c = shape
-        return self.b.new((_launch.norm_workspace_size(n, h * w, c, rule.groups),), torch.float32, "norm workspace")
+        return self.b.new((core.norm_workspace_size(n, h * w, c, rule.groups),), torch.float32, "norm workspace")
 
     def emit_norm_step(self, rule: NormRule, *, drives: list[View], modulators: list[View], state: View, **operands: Any) -> None:
         """One call of the kernel; operands that are left out are absent."""

@@ -1,8 +1,8 @@
 """Running a program: its instructions bound to memory once, then called one after another.
 
-On the CPU a launch's arguments are worked out when the program is bound to an arena and to parameters; what differs from call to call
-(inputs, results, gradients) is put in at each call. A binding holds no tensor of the caller's. On other devices every instruction runs on
-tensors: there, CUDA graphs repeat the launches.
+On the CPU launches are made when the program is bound to an arena and to parameters, and the core runs lists of them; what differs from
+call to call (inputs, results, gradients) is put in there at each call. A binding holds no tensor of the caller's. On other devices every
+instruction runs on tensors: there, CUDA graphs repeat the launches.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch, core_calls
 from rnndyn_fast.ops.addresses import first_element, tensor_at
 from rnndyn_fast.ops.buffers import Region, alias_in_regions, lies_in_region
+from rnndyn_fast.ops.core import LaunchList, needs_much_scratch, on_device
+from rnndyn_fast.ops.launch import Recorder, recorded
 from rnndyn_fast.program.ir import Instr, Program, Role, Value, View, instr_lives, map_views
 from rnndyn_fast.program.kind_table import Call
 from rnndyn_fast.program.kinds import KINDS
@@ -82,10 +83,10 @@ class _Placeholders:
     def base(self, value: Value) -> Tensor:
         return self._bases[value]
 
-    def find(self, address: int) -> tuple[int, int] | None:
-        """Which value an address belongs to, and how many bytes from its begin."""
+    def locate(self, address: int) -> int | tuple[int, int]:
+        """An address, or the number of the value that it stands for, and how many bytes from its beginning."""
         if not self.starts or not self.starts[0] <= address < self.end:
-            return None
+            return address
         number = bisect_right(self.starts, address) - 1
         return number, address - self.starts[number]
 
@@ -97,111 +98,76 @@ def _span(value: Value) -> int:
     return (1 + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True))) * value.dtype.itemsize
 
 
-Patch = Callable[[Sequence[int]], Any]
-
-
-def _patch(operand: Any, places: _Placeholders) -> Patch | None:
-    """A function of the addresses of this call that gives the operand; None where it is the same in every call."""
-    if type(operand) is int:
-        found = places.find(operand)
-        if found is None:
-            return None
-        number, offset = found
-        return lambda addresses: addresses[number] + offset
-    if type(operand) in (list, tuple):
-        parts = [_patch(part, places) for part in operand]
-        if all(part is None for part in parts):
-            return None
-        make = type(operand)
-        pairs = list(zip(operand, parts, strict=True))
-        return lambda addresses: make([value if part is None else part(addresses) for value, part in pairs])
-    return None
-
-
 Patched = Callable[[Sequence[int], Tensors], object]  # of the addresses and the tensors of this call
-Step = list[Call] | Patched  # calls that are the same every time, or one that is not
-
-
-def _launch_and_release(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
-    _launch.release_scratch()
-
-
-def _launch_call(function: Callable[..., None], args: tuple[Any, ...], places: _Placeholders) -> Call | Patched:
-    patch = _patch(args, places)
-    if any(callable(a) for a in args):  # (it takes scratch)
-        function = partial(_launch_and_release, function)
-    if patch is None:
-        return partial(function, *args)
-    return _PatchedLaunch(function, patch)
-
-
-@dataclass(frozen=True)
-class _PatchedLaunch:
-    """A launch some of whose addresses differ from call to call."""
-
-    function: Callable[..., None]
-    patch: Patch
-
-    def __call__(self, addresses: Sequence[int], tensors: Tensors) -> None:
-        self.function(*self.patch(addresses))
 
 
 class Binding:
-    """Instructions of a program bound to an arena and to the addresses of parameters and packed weights."""
+    """Instructions of a program bound to an arena and to the addresses of parameters and packed weights: launches that follow one another
+    are one call of the native core."""
 
     def __init__(self, program: Program, memory: Memory, *, backward: bool) -> None:
         changing = [v for v in memory.tensors if changes(v)]
-        self._places = _Placeholders(changing)
-        self._steps: list[Step] = []
+        self._places = places = _Placeholders(changing)
+        self._steps: list[Patched] = []
         start, known = first_element(memory.arena), set(changing)
         fixed = {v: tensor_at(first_element(t), _span(v), v.dtype) for v, t in memory.tensors.items() if v not in known}
 
         def tensor(view: View) -> Tensor:
             value = view.value
             if value in known:
-                base = self._places.base(value)
+                base = places.base(value)
             elif value in fixed:
                 base = fixed[value]
             else:
                 base = alias_in_regions(start + program.offsets[value.number], value.nbytes, value.dtype)
             return tensor_of(view, base)
 
+        recorder = Recorder(places.locate)
         for instr in program.part(backward=backward):
             kind = KINDS[instr.kind]
             if kind.launch:
-                for launch in _launches(instr, tensor):
-                    call = _launch_call(*launch, self._places)
-                    self._add(call, fixed=not isinstance(call, _PatchedLaunch))
-            elif any(view.value in known for view in (*instr.reads, *instr.writes)):
-                self._add(_call_on_tensors(instr, tensor, known), fixed=False)
+                with recorded(recorder):
+                    kind.run(**map_views(instr.operands, tensor))
+                continue
+            self._add_launches(recorder)
+            if any(view.value in known for view in (*instr.reads, *instr.writes)):
+                self._steps.append(_call_on_tensors(instr, tensor, known))
             else:
                 operands = map_views(instr.operands, tensor)
-                self._add(kind.function(**operands) if kind.prepared else partial(kind.function, **operands), fixed=True)
+                call = kind.function(**operands) if kind.prepared else partial(kind.function, **operands)
+                self._steps.append(_Fixed(call))
+        self._add_launches(recorder)
 
-    def _add(self, call: Any, *, fixed: bool) -> None:
-        if not fixed:
-            self._steps.append(call)
-        elif self._steps and isinstance(self._steps[-1], list):
-            self._steps[-1].append(call)
-        else:
-            self._steps.append([call])
+    def _add_launches(self, recorder: Recorder) -> None:
+        """One call of the core for all, but that a launch which takes much scratch takes it for itself."""
+        for much, group in groupby(recorder.launches, needs_much_scratch):
+            launches = list(group)
+            self._steps += [_Launches(LaunchList(some)) for some in ([[one] for one in launches] if much else [launches])]
+        recorder.launches.clear()
 
     def run(self, tensors: Tensors) -> None:
         """Call them all."""
         addresses = [first_element(tensors[v]) for v in self._places.values]
         for step in self._steps:
-            if isinstance(step, list):
-                for call in step:
-                    call()
-            else:
-                step(addresses, tensors)
+            step(addresses, tensors)
 
 
-def _launches(instr: Instr, tensor: Callable[[View], Tensor]) -> list[core_calls.Call]:
-    with core_calls.taken_down() as calls:
-        KINDS[instr.kind].run(**map_views(instr.operands, tensor))
-    return calls
+@dataclass(frozen=True)
+class _Fixed:
+    """A call that is the same every time."""
+
+    call: Call
+
+    def __call__(self, addresses: Sequence[int], tensors: Tensors) -> None:
+        self.call()
+
+
+@dataclass(frozen=True)
+class _Launches:
+    launches: LaunchList
+
+    def __call__(self, addresses: Sequence[int], tensors: Tensors) -> None:
+        self.launches(addresses)
 
 
 def _call_on_tensors(instr: Instr, tensor: Callable[[View], Tensor], known: set[Value]) -> Patched:
@@ -240,7 +206,7 @@ class Executable:
 
     def run(self, memory: Memory, *, backward: bool = False) -> None:
         """Run the forward or the backward pass."""
-        if _launch.on_device(memory.arena) or not lies_in_region(memory.arena):
+        if on_device(memory.arena) or not lies_in_region(memory.arena):
             run_on_tensors(self.program, memory, backward=backward)
             return
         fixed = tuple(first_element(t) for v, t in memory.tensors.items() if not changes(v))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.program.ir import Instr, Role, Shape, Value, View, contiguous_strides, views_in, whole
 from rnndyn_fast.program.kinds import KINDS
 
@@ -78,7 +78,7 @@ class Builder:
 
     def channels_last(self, x: View, out: View) -> View:
         """x [N, C, H, W] as out [N, H, W, C]."""
-        native = _launch.unavailable is None and not self.on_device and x.is_contiguous and x.dtype == out.dtype
+        native = core.unavailable is None and not self.on_device and x.is_contiguous and x.dtype == out.dtype
         if native and x.dtype in (torch.float32, torch.float64):
             self.emit("channels_last", x=x, out=out)
         else:

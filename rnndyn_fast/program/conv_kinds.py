@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_cuda, _launch_steps
-from rnndyn_fast.ops._launch_cuda import ConvTerm
+from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.amx_conv import AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
-from rnndyn_fast.program.kind_table import Call, kind
+from rnndyn_fast.program.kind_table import Call, kind, launch_kind
 
 Packed = PackedWeight | PackedAmxWeight
 
@@ -197,23 +196,24 @@ def fused_conv(
     moments: Tensor | None = None,
 ) -> None:
     """A GPU's fused convolution: the sum of several maps, and what is there already."""
-    terms = [ConvTerm(x, w, *s) for x, w, s in zip(xs, weights, settings, strict=True)]
-    _launch_cuda.recurrent_conv(terms, bias, list(added), factor, out, modulator_sum, moments)
+    launches.recurrent_conv.on_device(
+        xs=xs, weights=weights, settings=settings, bias=bias, added=added, drive=factor, value=out, modulator_sum=modulator_sum,
+        moments=moments,
+    )  # fmt: skip
 
 
 @kind("rows gathered", "out", launch=True)
 def fused_weight_grad(rows: Tensor, gathered: Tensor, out: Tensor, stride: int, padding: int) -> None:
     """The gradient of a weight by a GPU's fused convolution: [first, K, K, second], float32."""
-    _launch_cuda.recurrent_conv_weight_grad(rows, gathered, out, stride, padding)
+    launches.recurrent_conv_weight_grad.on_device(rows=rows, gathered=gathered, grad_weight=out, stride=stride, padding=padding)
 
 
 # ---------------------------------------------------------------- grouped convolutions
 
 
-@kind("x weight bias", "out", launch=True)
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, step: int, dilation: int, before: tuple[int, int]) -> None:
-    """Groups of few channels; weight [KH, KW, I, C']."""
-    _launch_steps.depthwise_conv(x, weight, bias, out, step, dilation, before)
+launch_kind("depthwise_conv", launches.depthwise_conv)
+launch_kind("depthwise_weight_grad", launches.depthwise_weight_grad, renamed={"grad_weight": "out"})
+launch_kind("separable_conv", launches.separable_conv)
 
 
 @kind("weight", "out", prepared=True)
@@ -226,20 +226,6 @@ def depthwise_turned(weight: Tensor, out: Tensor, groups: int) -> Call:
         to.copy_(weight.flip(0, 1).view(kh, kw, inputs, groups, channels // groups).permute(0, 1, 4, 3, 2))
 
     return call
-
-
-@kind("x grad", "out", launch=True)
-def depthwise_weight_grad(x: Tensor, grad: Tensor, out: Tensor, step: int, before: tuple[int, int]) -> None:
-    """[KH, KW, I, C']."""
-    _launch_steps.depthwise_weight_grad(x, grad, out, step, before)
-
-
-@kind("x weight bias pointwise", "out", launch=True)
-def separable_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pointwise: Tensor, out: Tensor, step: int, before: tuple[int, int]
-) -> None:
-    """A grouped convolution and a 1 x 1 one."""
-    _launch_steps.separable_conv(x, weight, bias, pointwise, out, step, before)
 
 
 @kind("weight", "out", prepared=True)

@@ -9,7 +9,7 @@ import torch
 from rnndyn_fast.graph.linear import engines
 from rnndyn_fast.graph.schedule import Schedule
 from rnndyn_fast.graph.spec import Operator
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, choose_engine
 from rnndyn_fast.program.ir import Instr, Program, Role, instr_lives
@@ -96,7 +96,7 @@ def describe(
         f"  engine of each connection ({name} on {where}, batches of {samples}, engine={engine!r}):",
         *_engines(schedule, engine, device, dtype, samples),
     ]
-    if device != "cpu" or _launch.unavailable is not None:
+    if device != "cpu" or core.unavailable is not None:
         return "\n".join(lines)
     lines.append("")
     for kind in ("inference", "training"):

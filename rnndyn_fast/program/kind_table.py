@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from rnndyn_fast.ops.launch import Op
 
 Call = Callable[[], object]
 
@@ -33,6 +35,30 @@ class Kind:
 KINDS: dict[str, Kind] = {}
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def launch_kind(
+    name: str, op: Op, *, run: Callable[..., None] | None = None, renamed: Mapping[str, str] | None = None, **defaults: Any
+) -> None:
+    """Enter a launch: what it reads and writes is what the op's declaration says.
+
+    Args:
+        name: of the kind.
+        op: its declaration.
+        run: takes the operands in place of the op.
+        renamed: operands that the kind has another name for.
+        defaults: of numbers.
+    """
+    names = {key: (renamed or {}).get(key, key) for key in op.buffers}
+    inner = run or op
+    back = {own: key for key, own in names.items() if own != key}
+
+    def function(**operands: Any) -> None:
+        inner(**{**defaults, **{back.get(key, key): operand for key, operand in operands.items()}})
+
+    reads = frozenset(names[key] for key, buffer in op.buffers.items() if buffer.may_be_read)
+    writes = frozenset(names[key] for key, buffer in op.buffers.items() if buffer.may_be_written)
+    KINDS[name] = Kind(function, reads, writes, launch=True, prepared=False)
 
 
 def kind(reads: str, writes: str, *, launch: bool = False, prepared: bool = False) -> Callable[[F], F]:

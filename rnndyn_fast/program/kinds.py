@@ -13,19 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_steps
+from rnndyn_fast.ops import launches
 from rnndyn_fast.program import area_kinds, conv_kinds
-from rnndyn_fast.program.kind_table import KINDS, Call, kind
+from rnndyn_fast.program.kind_table import KINDS, Call, kind, launch_kind
 
 __all__ = ["KINDS", "area_kinds", "conv_kinds", "kind"]
 
 # ---------------------------------------------------------------- layout
 
 
-@kind("x", "out", launch=True)
-def channels_last(x: Tensor, out: Tensor) -> None:
-    """x [N, C, H, W] contiguous, out [N, H, W, C]."""
-    _launch_steps.channels_last(x, out)
+launch_kind("channels_last", launches.channels_last)
 
 
 @kind("x", "out", prepared=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.schedule import Schedule
-from rnndyn_fast.ops import _launch
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.kept_packs import release_packed
 from rnndyn_fast.program.adjoint import Adjoint
 from rnndyn_fast.program.bind import Executable
@@ -171,8 +171,8 @@ class Request:
         """Of requests that have the same plan."""
         example = next(iter(self.inputs.values()))
         layouts = tuple(layout(x) for x in self.inputs.values()), tuple(layout(p) for p in self.parameters.values())
-        isa = _launch.isa() if _launch.unavailable is None else None
-        machine = (example.device, _launch.on_device(example), isa, torch.get_num_threads())
+        isa = core.isa() if core.unavailable is None else None
+        machine = (example.device, core.on_device(example), isa, torch.get_num_threads())
         return self.schedule, layouts, self.wanted, self.engine, self.training, machine
 
 
@@ -197,7 +197,7 @@ def make_plan(request: Request) -> Plan:
     schedule, inputs = request.schedule, request.inputs
     name, example = next(iter(inputs.items()))
     frames = next(node.frames for node in schedule.network.inputs if node.name == name)
-    on_device = _launch.on_device(example)
+    on_device = core.on_device(example)
     samples = int(example.shape[1 if frames else 0])
     setting = Setting(samples, example.dtype, example.device, on_device, request.engine, request.wanted, request.training)
     b = Builder(on_device)

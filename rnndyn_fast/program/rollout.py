@@ -15,7 +15,7 @@ from torch import Tensor
 from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs
 from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.graph.spec import Network, Norm
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import core, cuda_module
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import ENGINES, with_precision
 from rnndyn_fast.ops.forward_mode import in_forward_mode
@@ -33,15 +33,15 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     Args:
         raise_error: raise ``ValueError`` with the reason instead of returning False.
     """
-    reason = _launch.unavailable
+    reason = core.unavailable
     example = inputs[0]
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
         if tensor.device != example.device:
             reason = f"{name} is on {tensor.device}, and the first input on {example.device}"
-        elif _launch.on_device(tensor):
-            reason = _launch_cuda.why_not(tensor)
+        elif core.on_device(tensor):
+            reason = cuda_module.why_not(tensor)
             if reason is None and tensor.dtype not in (example.dtype, sums_dtype(example.dtype)):
                 reason = f"it has dtype {tensor.dtype}, and the first input {example.dtype}"
             reason = reason and f"{name}: {reason}"
@@ -85,7 +85,7 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         if tuple(p.shape) != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {list(p.shape)}")
         # (Half-precision maps may meet parameters of float32, which are what an optimiser moves.)
-        half = _launch.on_device(example) and example.dtype in HALF_DTYPES and p.dtype == torch.float32
+        half = core.on_device(example) and example.dtype in HALF_DTYPES and p.dtype == torch.float32
         if not (half or p.dtype == example.dtype) or p.device != example.device:
             raise TypeError(
                 f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, "
