@@ -47,7 +47,7 @@ from rnndyn_fast.graph.schedule import Schedule
 from rnndyn_fast.graph.spec import pooled_shape
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep
-from rnndyn_fast.ops import launches, measured
+from rnndyn_fast.ops import measured, sequence_launches
 from rnndyn_fast.ops.device_engine import why_not_fused
 from rnndyn_fast.ops.readout_zones import TABLES
 from rnndyn_fast.reference.readout_zones import readout_distance
@@ -247,7 +247,7 @@ def test_readout_zones() -> None:
 
     def ours() -> Tensor:
         cosine = r @ weight.T
-        launches.readout_zones.on_device(
+        sequence_launches.readout_zones.on_device(
             representations=r, labels=labels, weight_norm=norms, inverse_distance=inverse, cosine=cosine, **tables
         )
         return cosine

@@ -9,7 +9,7 @@ import torch
 from ctrnn_cases import Case, arguments, run
 from device_rollouts import DEVICE, send_to_kernels
 
-from rnndyn_fast.ops import cuda_module, launches
+from rnndyn_fast.ops import cuda_module, sequence_launches
 from rnndyn_fast.ops.ctrnn import can_run_ctrnn, ctrnn
 from rnndyn_fast.reference.philox import unit_normals
 
@@ -81,7 +81,7 @@ def test_too_many_units_are_refused(kernels: Any) -> None:
     w = torch.zeros(1, 1, 1).expand(1, h, h)
     x, rates = torch.zeros(1, 1, 1, 1), torch.empty(1, 1, 1, h)
     with pytest.raises(ValueError, match=f"ctrnn_forward_kernel: at most {most} units, got {h}"):
-        launches.ctrnn_forward.on_device(
+        sequence_launches.ctrnn_forward.on_device(
             inputs=x, w_rec=w.contiguous(), b_rec=w[:, 0].contiguous(), w_in=w[:, :1].contiguous(), h0=rates[:, :, 0].clone(),
             alpha=torch.ones(1), noise_std=torch.zeros(1), activations=torch.zeros(1, dtype=torch.int32), stream=0, first_trial=0,
             rates=rates,

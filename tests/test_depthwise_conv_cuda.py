@@ -103,9 +103,9 @@ def test_nan_stays_where_it_is(kernels: Any) -> None:
 def test_what_it_cannot_do_is_refused(kernels: Any) -> None:
     with pytest.raises(ValueError, match="kernels of 1 to 16 rows and columns"):
         depthwise_conv(torch.zeros(1, 20, 20, 2), torch.zeros(17, 17, 1, 2), None, 1, (8, 8), (20, 20))
-    with pytest.raises(ValueError, match=r"weight: expected a contiguous tensor \[3, 3, 2\]"):
+    with pytest.raises(ValueError, match="expected a channel per group on devices"):
         depthwise_conv(torch.zeros(1, 4, 4, 2), torch.zeros(3, 3, 1, 4), None, 1, (1, 1), (4, 4))
-    with pytest.raises(ValueError, match=r"weight: expected .* got \[3, 3, 2\] of torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"weight: expected .* got \[3, 3, 1, 2\] of torch.float32 on meta"):
         depthwise_conv(torch.zeros(1, 4, 4, 2), torch.zeros(3, 3, 1, 2, device="meta"), None, 1, (1, 1), (4, 4))
     with pytest.raises(ValueError, match=r"bias: expected a contiguous tensor \[2\] of torch.float32"):
         depthwise_conv(torch.zeros(1, 4, 4, 2).half(), torch.zeros(3, 3, 1, 2).half(), torch.zeros(2).half(), 1, (1, 1), (4, 4))

@@ -16,7 +16,7 @@ from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, wid
 
 from rnndyn_fast.devices import choose_device
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import cuda_module, measured
+from rnndyn_fast.ops import cuda_module, launches, measured
 from rnndyn_fast.ops.cells import GRUGates
 from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
@@ -238,7 +238,7 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("recurrent_conv_kernel: invalid argument")
 
-    monkeypatch.setattr(cuda_module, "recurrent_conv", failing)
+    monkeypatch.setattr(launches.recurrent_conv, "on_device", failing)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         choice = choose_device_engine(CONV, (8, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)

@@ -163,7 +163,7 @@ def test_nan_goes_through(name: str, kernels: Any) -> None:
 def test_bad_arguments_are_refused(kernels: Any) -> None:
     x, state = [torch.randn(1, 2, 2, 4) for _ in range(7)], torch.empty(1, 2, 2, 4)
     row = torch.randn(4)
-    with pytest.raises(ValueError, match="at most 6 drives and modulators"):
+    with pytest.raises(ValueError, match="drives: expected at most 6, got 7"):
         norm_step(RULES["elu"], x, [], state, drive_sum=torch.empty_like(state))
     with pytest.raises(ValueError, match=r"drives\[0\]: expected a contiguous tensor \[1, 2, 2, 4\] of torch.float32"):
         norm_step(RULES["elu"], [torch.randn(1, 2, 2, 5)], [], state)

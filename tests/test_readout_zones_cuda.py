@@ -9,7 +9,7 @@ import torch
 from test_area_step import poisoned
 from torch import Tensor
 
-from rnndyn_fast.ops import launches
+from rnndyn_fast.ops import sequence_launches
 from rnndyn_fast.ops.readout_zones import _native_cuda
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
@@ -36,7 +36,7 @@ def run(
     tables = [poisoned(t, n, dtype=torch.float32) for _ in TABLES]
     tables[0] = torch.full((t, n), -1)
     inverse = torch.where(distance > 0, 1 / distance, 0.0)
-    launches.readout_zones.on_device(
+    sequence_launches.readout_zones.on_device(
         representations=r, previous=previous, log_probs=log_probs, labels=labels, bias=bias, inverse_distance=inverse, cosine=cosine,
         weight_norm=torch.linalg.vector_norm(weight, dim=-1), **dict(zip(TABLES, tables, strict=True)),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from device_rollouts import DEVICE, count_launches, in_harness, on_a_device, send_to_kernels
 from test_trajectory_norms import strided
 
-from rnndyn_fast.ops import cuda_module, launches
+from rnndyn_fast.ops import cuda_module, sequence_launches
 from rnndyn_fast.ops.trajectory_norms import can_run_trajectory_norms, trajectory_norms
 from rnndyn_fast.reference.trajectory_norms import trajectory_norms as reference
 
@@ -65,11 +65,11 @@ def test_the_order_of_threads_changes_no_bit(simt: Any, kernels: list[str]) -> N
 def test_what_it_does_not_take(kernels: list[str]) -> None:
     values, norm, change = torch.ones(2, 3, 4), torch.empty(2, 3, dtype=torch.float64), torch.empty(1, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"norm: expected a contiguous tensor \[2, 3\] of torch.float64"):
-        launches.trajectory_norms.on_device(values=values, norm=norm.float(), change=change)
+        sequence_launches.trajectory_norms.on_device(values=values, norm=norm.float(), change=change)
     with pytest.raises(ValueError, match=r"values: expected a contiguous tensor \[2, 3, 4\]"):
-        launches.trajectory_norms.on_device(values=torch.ones(2, 3, 8)[..., ::2], norm=norm, change=change)
+        sequence_launches.trajectory_norms.on_device(values=torch.ones(2, 3, 8)[..., ::2], norm=norm, change=change)
     with pytest.raises(ValueError, match=r"change: expected .* on meta"):
-        launches.trajectory_norms.on_device(values=values, norm=norm, change=change.to("meta"))
+        sequence_launches.trajectory_norms.on_device(values=values, norm=norm, change=change.to("meta"))
 
 
 @in_harness

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import core, cuda_module, launches
+from rnndyn_fast.ops import core, cuda_module, sequence_launches
+from rnndyn_fast.ops.ctrnn_launch import activation_codes, backward_on_device
 from rnndyn_fast.ops.forward_mode import in_forward_mode
 from rnndyn_fast.reference.ctrnn import Activation
 from rnndyn_fast.reference.ctrnn import ctrnn as reference_ctrnn
@@ -38,18 +38,6 @@ _LIBRARY.define(
 # ---------------------------------------------------------------- the ops
 
 
-@lru_cache(maxsize=256)
-def _codes(activations: tuple[Activation, ...], device: torch.device) -> Tensor:
-    order = tuple(Activation)  # that of CtrnnActivation (ctrnn.h)
-    with torch.inference_mode(False):
-        return torch.tensor([order.index(a) for a in activations], dtype=torch.int32, device=device)
-
-
-def activation_codes(activations: Sequence[str | Activation], device: torch.device) -> Tensor:
-    """[M] int32, as the kernels number activations; kept, as a copy to a device waits for it."""
-    return _codes(tuple(Activation(a) for a in activations), device)
-
-
 def _shared(inputs: Tensor) -> Tensor:  # [M, N, T, I]
     """Contiguous; one model's worth where all models share the same memory."""
     return inputs[:1].contiguous() if inputs.shape[0] > 1 and inputs.stride(0) == 0 else inputs.contiguous()
@@ -70,7 +58,7 @@ def _forward(
     with_states: bool,
 ) -> tuple[Tensor, Tensor]:
     rates, states = _forward_fake(inputs, w_rec, b_rec, w_in, h0, alpha, noise_std, seeds, activations, stream, first_trial, with_states)
-    launches.ctrnn_forward(
+    sequence_launches.ctrnn_forward(
         inputs=_shared(inputs),
         w_rec=w_rec.contiguous(),
         b_rec=b_rec.contiguous(),
@@ -107,34 +95,6 @@ def _forward_fake(
     return inputs.new_empty(shape), inputs.new_empty(shape if with_states else (0,))
 
 
-def _backward_on_device(
-    *,
-    inputs: Tensor,  # [M, N, T, I], or [1, N, T, I] for all models
-    w_rec: Tensor,  # [M, H, H]
-    w_in: Tensor,  # [M, I, H]
-    h0: Tensor,  # [M, N, H]
-    rates: Tensor,  # [M, N, T, H]
-    grad_inputs: Tensor | None,  # [M, N, T, I]
-    grad_weights: Tensor,  # [M, H + I + 1, H]
-    **operands: Any,
-) -> None:
-    """The kernel makes the gradient of what enters each step's bracket; the gradients of weights and inputs are matrix products over all
-    trials and steps, by torch."""
-    m, n, t, h = rates.shape
-    i = inputs.shape[3]
-    d, rates0 = torch.empty_like(rates), torch.empty_like(h0)
-    launches.ctrnn_backward_steps.on_device(
-        rates=rates, w_rec=w_rec.transpose(1, 2).contiguous(), h0=h0, inputs_per_step=i, d=d, rates0=rates0, **operands
-    )
-    before = torch.cat([rates0[:, :, None], rates[:, :, :-1]], 2).flatten(1, 2)
-    shown, rows = inputs.expand(m, n, t, i).flatten(1, 2), d.flatten(1, 2)
-    torch.bmm(before.transpose(1, 2), rows, out=grad_weights[:, :h])
-    torch.bmm(shown.transpose(1, 2), rows, out=grad_weights[:, h : h + i])
-    torch.sum(rows, 1, out=grad_weights[:, h + i])
-    if grad_inputs is not None:
-        grad_inputs.copy_(torch.bmm(rows, w_in.transpose(1, 2)).view_as(grad_inputs))
-
-
 def _backward(
     grad_rates: Tensor | None,  # [M, N, T, H]
     grad_states: Tensor | None,  # [M, N, T, H]
@@ -152,7 +112,7 @@ def _backward(
     grad_inputs = inputs.new_empty(inputs.shape if inputs_too else (0,))
     grad_weights = w_rec.new_empty(w_rec.shape[0], units + channels + 1, units)
     grad_h0 = h0.new_empty(h0.shape)
-    backward = _backward_on_device if core.on_device(rates) else launches.ctrnn_backward
+    backward = backward_on_device if core.on_device(rates) else sequence_launches.ctrnn_backward
     backward(
         inputs=_shared(inputs),
         w_rec=w_rec.contiguous(),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import core, launches
-from rnndyn_fast.ops.ctrnn import activation_codes
+from rnndyn_fast.ops import core, sequence_launches
+from rnndyn_fast.ops.ctrnn_launch import activation_codes
 from rnndyn_fast.reference.ctrnn_train import CtrnnTraining
 from rnndyn_fast.reference.ctrnn_train import ctrnn_train as reference_ctrnn_train
 
@@ -91,7 +91,7 @@ def ctrnn_train(run: CtrnnTraining, chosen: Sequence[int], backend: str | None =
 
 def _launch(run: CtrnnTraining, chosen: Tensor) -> None:  # [K]
     o, (units, inputs) = run.optimiser, (run.h0.shape[1], run.train_inputs.shape[3])
-    launches.ctrnn_train(
+    sequence_launches.ctrnn_train(
         parameters=run.parameters, first_moment=run.first_moment, second_moment=run.second_moment, train_inputs=run.train_inputs,
         train_labels=run.train_labels, val_inputs=run.val_inputs, val_labels=run.val_labels, order=run.order, chosen=chosen, h0=run.h0,
         alpha=run.alpha, noise_std=run.noise_std, activations=activation_codes(run.activations, chosen.device), seeds=run.seeds,

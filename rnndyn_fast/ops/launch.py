@@ -250,8 +250,10 @@ class Op:
             operand = given.get(name)
             if operand is None or (device and buffer.scratch):
                 continue
-            if device and buffer.cpu_only and any(True for _ in _tensors(operand)):
-                raise ValueError(f"{name}: not on devices")
+            if device and buffer.cpu_only:
+                if any(True for _ in _tensors(operand)):
+                    raise ValueError(f"{name}: not on devices")
+                continue
             words = self._shapes.get(name) or buffer.shape(given).split()  # type: ignore[operator]
             values[name] = self._addresses(operand, name, words, sizes, buffer, address)
         if self._derive is not None:
@@ -291,3 +293,9 @@ def _shape(tensor: Tensor, words: Sequence[str], sizes: dict[str, int]) -> list[
                 known = sizes[word] = tensor.shape[i] if i < tensor.dim() else 0
         shape.append(known)
     return shape
+
+
+def expect_size(name: str, sizes: dict[str, int], size: str, expected: int) -> None:
+    """Check a size that others tell, of a buffer that may be absent."""
+    if sizes.get(size, expected) != expected:
+        raise ValueError(f"{name}: expected {expected} {size}, got {sizes[size]}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnndyn_fast.ops import core, cuda_module, launches
+from rnndyn_fast.ops import core, cuda_module, sequence_launches
 from rnndyn_fast.reference.readout_zones import ReadoutZoneMeasures, first_argmax, readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
 
@@ -216,7 +216,7 @@ def _native(
     if weight is None:
         torch.matmul(representations, readout_weight.T, out=cosine)
     before = None if previous is None else _rows(previous)
-    launches.readout_zones(
+    sequence_launches.readout_zones(
         representations=representations, previous=before, log_probs=log_probs, labels=labels, bias=bias, weight_norm=weight_norm,
         inverse_distance=inverse, weight=weight, cosine=cosine, **dict(zip(TABLES, tables, strict=True)),
     )  # fmt: skip
@@ -244,7 +244,7 @@ def _native_cuda(
     predicted, *tables, cosine = _allocate(wide, weight.shape[0])
     torch.matmul(wide, weight.T, out=cosine)
     inverse = torch.where(distance > 0, 1.0 / torch.where(distance > 0, distance, 1.0), 0.0).contiguous()
-    launches.readout_zones.on_device(
+    sequence_launches.readout_zones.on_device(
         representations=representations,
         previous=None if previous is None else _rows(previous),
         log_probs=log_probs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import core, cuda_module, launches
+from rnndyn_fast.ops import core, cuda_module, sequence_launches
 from rnndyn_fast.reference.trajectory_norms import trajectory_norms as reference_trajectory_norms
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -66,7 +66,7 @@ def trajectory_norms(
     rows = _rows(values)
     norm = torch.empty(rows.shape[:2], dtype=torch.float64, device=rows.device)
     change = torch.empty((rows.shape[0] - 1, rows.shape[1]), dtype=torch.float64, device=rows.device)
-    launches.trajectory_norms(values=rows, norm=norm, change=change)
+    sequence_launches.trajectory_norms(values=rows, norm=norm, change=change)
     return norm, change
 
 

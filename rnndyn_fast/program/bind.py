@@ -18,9 +18,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.addresses import first_element, tensor_at
 from rnndyn_fast.ops.buffers import Region, alias_in_regions, lies_in_region
-from rnndyn_fast.ops.core import LaunchList, needs_much_scratch, on_device
+from rnndyn_fast.ops.core import LaunchList, needs_much_scratch
 from rnndyn_fast.ops.launch import Recorder, recorded
 from rnndyn_fast.program.ir import Instr, Program, Role, Value, View, instr_lives, map_views
 from rnndyn_fast.program.kind_table import Call
@@ -206,7 +207,7 @@ class Executable:
 
     def run(self, memory: Memory, *, backward: bool = False) -> None:
         """Run the forward or the backward pass."""
-        if on_device(memory.arena) or not lies_in_region(memory.arena):
+        if core.on_device(memory.arena) or not lies_in_region(memory.arena):
             run_on_tensors(self.program, memory, backward=backward)
             return
         fixed = tuple(first_element(t) for v, t in memory.tensors.items() if not changes(v))
