@@ -348,7 +348,7 @@ def test_readme_make_commands_are_targets() -> None:
 
 def test_python_blocks_run() -> None:
     """Of each page in order and in one namespace, as somebody types them; `net` stands for an instance of the published class."""
-    for page, least in (("README.md", 3), ("docs/python.md", 6)):
+    for page, least in (("docs/design.md", 2), ("README.md", 3), ("docs/python.md", 6)):
         namespace: dict[str, object] = {}
         exec(STAND_IN, namespace)
         blocks = code_blocks(page, "python")

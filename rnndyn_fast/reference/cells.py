@@ -94,7 +94,7 @@ def reciprocal_gated(cell: ReciprocalGated, ports: Maps, parameters: Maps) -> tu
     return (ACTIVATIONS[cell.activation](kept + driven),)
 
 
-_STEPS: dict[type[Cell], Callable[..., tuple[Tensor, ...]]] = {
+STEPS: dict[type[Cell], Callable[..., tuple[Tensor, ...]]] = {
     TimeDecay: time_decay,
     GRUGates: gru_gates,
     GRUUpdate: gru_update,
@@ -120,4 +120,4 @@ def cell_step(
         name: value if (value := ports.get(name)) is not None else first.new_zeros((shape[0], shape[1] * multiple, *shape[2:]))
         for name, multiple in cell.ports.items()
     }
-    return _STEPS[type(cell)](cell, full, parameters)
+    return STEPS[type(cell)](cell, full, parameters)
