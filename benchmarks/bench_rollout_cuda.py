@@ -44,11 +44,11 @@ from torch.nn import functional
 from rnndyn_fast import accelerate
 from rnndyn_fast.graph import Operator
 from rnndyn_fast.graph.schedule import Schedule
-from rnndyn_fast.graph.spec import pooled_shape
+from rnndyn_fast.graph.spec.network import pooled_shape
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep
-from rnndyn_fast.ops import measured, sequence_launches
-from rnndyn_fast.ops.device_engine import why_not_fused
+from rnndyn_fast.ops import engine_timing, sequence_launches
+from rnndyn_fast.ops.cuda_engine import why_not_fused
 from rnndyn_fast.ops.readout_zones import TABLES
 from rnndyn_fast.reference.readout_zones import readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
@@ -206,9 +206,9 @@ def test_forward(name: str, n: int) -> None:
     keep(f"cuda_forward_{name}_{n}{'_compiled' if COMPILE else ''}", times, batch=n, timesteps=STEPS, dtype="float16 autocast")
 
 
-def convolution_cases() -> list[measured.Case]:
+def convolution_cases() -> list[engine_timing.Case]:
     """Every convolution of the two networks that the fused one can compute."""
-    found: dict[str, measured.Case] = {}
+    found: dict[str, engine_timing.Case] = {}
     for options in NETWORKS.values():
         schedule = blt_net_64(**options, timesteps=STEPS, **SIZES).schedule()
         for drive in schedule.drives:
@@ -219,15 +219,15 @@ def convolution_cases() -> list[measured.Case]:
             if not shape or why_not_fused(c.geometry, shape, torch.float16):
                 continue
             _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
-            case = measured.Case(c.geometry, shape, height, width, torch.float16, 2 if SMALL else measured.MOST_SAMPLES)
+            case = engine_timing.Case(c.geometry, shape, height, width, torch.float16, 2 if SMALL else engine_timing.MOST_SAMPLES)
             found.setdefault(str(case), case)
     return list(found.values())
 
 
 @pytest.mark.skipif(COMPILE, reason="measured in the other run")
 @pytest.mark.parametrize("case", convolution_cases()[: 1 if DRY else None], ids=str)
-def test_convolution(case: measured.Case) -> None:
-    passes = measured.passes(case, DEVICE)
+def test_convolution(case: engine_timing.Case) -> None:
+    passes = engine_timing.passes(case, DEVICE)
     for name, (fused, vendor) in passes.items():
         times = alternate_on_device({"rnndyn": fused, "cudnn": vendor})
         slug = "_".join(map(str, (*case.weight_shape, case.height, case.geometry.operator.value)))

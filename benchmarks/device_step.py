@@ -20,7 +20,7 @@ from on_device import DEVICE, DRY, about_device, rounded, seconds_of
 from torch import Tensor, nn
 
 from rnndyn_fast.models import blt_net_64, blt_vs, convrnn, rcnn_sat
-from rnndyn_fast.ops import cuda_module
+from rnndyn_fast.ops import cuda_module, engine_timing
 
 torch.set_num_threads(1 if DRY else torch.get_num_threads())
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -70,11 +70,9 @@ def engines() -> int:
     """Times every convolution of blt_net_64, and prints the plan that follows."""
     from bench_rollout_cuda import convolution_cases
 
-    from rnndyn_fast.ops import measured
-
     rows = {}
     for case in convolution_cases()[: 0 if DRY else None]:
-        times, why = measured.times_of(case, torch.device("cuda", torch.cuda.current_device()))
+        times, why = engine_timing.times_of(case, torch.device("cuda", torch.cuda.current_device()))
         rows[str(case)] = why if times is None else {name: str(t) for name, t in times.items()}
         print(case, rows[str(case)], flush=True)
         write_result("engines", {"what": "ms, fused against the vendor's", **about_device(), "passes": rows})

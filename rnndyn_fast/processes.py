@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rnndyn_fast.devices import choose_device
+from rnndyn_fast.job_device import choose_device
 
 FAILURE = "rnndyn_fast/failure"  # key of the process group's store: the first error of a process
 

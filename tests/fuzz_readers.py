@@ -14,7 +14,7 @@ from fuzzing import survive
 from rnndyn_fast.analysis import load_reaction_times, load_result
 from rnndyn_fast.data import ImageFile, list_table, read_image
 from rnndyn_fast.extract import load_results
-from rnndyn_fast.graph.files import read_network
+from rnndyn_fast.graph.spec.yaml_files import read_network
 from rnndyn_fast.models.foreign import find_state_dict, load_tensors
 from rnndyn_fast.phase.analysis import PhaseAnalysis
 from rnndyn_fast.predictivity import load_features, load_recordings

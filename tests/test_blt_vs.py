@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
-from rnndyn_fast.graph.spec import FIT, Activation
+from rnndyn_fast.graph.spec.network import FIT, Activation
 from rnndyn_fast.models import BLTVS, blt_vs, build
 from rnndyn_fast.models.blt_vs_net import AREAS
 from rnndyn_fast.program import rollout

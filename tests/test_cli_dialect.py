@@ -18,7 +18,7 @@ from rnndyn_fast.cli.messages import for_people
 from rnndyn_fast.cli.parser import normalise
 from rnndyn_fast.cli.table import COMMANDS, FILES, place
 from rnndyn_fast.models import blt_net_64, blt_net_128
-from rnndyn_fast.names import flag
+from rnndyn_fast.suggestions import flag
 from rnndyn_fast.torch_internals import constant_when_compiled
 from rnndyn_fast.train import TrainConfig
 

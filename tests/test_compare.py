@@ -44,7 +44,7 @@ def test_parameters_are_matched(name: str, target: int) -> None:
     assert abs(count_parameters(network) - target) <= 0.05 * target
     assert one.cell == name.removesuffix("_ungated")
     if target == 20_000:
-        from rnndyn_fast.graph.files import network_to_plain
+        from rnndyn_fast.graph.spec.yaml_files import network_to_plain
 
         net = build({"model": "network", "network": network_to_plain(network)})
         assert sum(p.numel() for p in net.parameters()) == count_parameters(network)

@@ -11,7 +11,7 @@ from conftest import golden
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph.spec import SAME, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Role
+from rnndyn_fast.graph.spec.network import SAME, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.models.checkpoint_names import load_mapped
 from rnndyn_fast.models.convrnn_checkpoint import entries_of
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork

@@ -13,7 +13,7 @@ from conftest import GOLDEN, golden
 from torch import Tensor
 
 from rnndyn_fast.cli import main
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.models import ConvRNN, build, convrnn, load_tf_checkpoint
 from rnndyn_fast.models.convrnn_nets import BASES, NAMES, PUBLISHED, _layers, convrnn_network
 

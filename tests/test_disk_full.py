@@ -161,7 +161,7 @@ def test_training_keeps_its_last_checkpoint(disk: Path, made: Path, capfd: pytes
 
 
 def test_room_for_a_name(tmp_path: Path) -> None:
-    from rnndyn_fast.files import replaced_atomically, space_error
+    from rnndyn_fast.file_io import replaced_atomically, space_error
 
     def fails(error: BaseException) -> Callable[[], None]:
         def work() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rnndyn_fast.files import replaced_atomically, write_text
+from rnndyn_fast.file_io import replaced_atomically, write_text
 
 
 def test_replaced_atomically(tmp_path: Path) -> None:

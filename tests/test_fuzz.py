@@ -22,7 +22,7 @@ from rnndyn_fast.analysis.results import ReadoutZoneResult
 from rnndyn_fast.cli import main
 from rnndyn_fast.data import make_dataset
 from rnndyn_fast.extract import load_results
-from rnndyn_fast.graph.files import network_yaml
+from rnndyn_fast.graph.spec.yaml_files import network_yaml
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.phase.analysis import FORMAT, FORMAT_VERSION
 from rnndyn_fast.search.space import SPACES

@@ -11,8 +11,8 @@ import yaml
 from rnndyn_fast.cli import main
 from rnndyn_fast.data import make_dataset
 from rnndyn_fast.graph import Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.graph.files import network_from_plain, network_to_plain, network_yaml, read_network
-from rnndyn_fast.graph.spec import Activation
+from rnndyn_fast.graph.spec.network import Activation
+from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_to_plain, network_yaml, read_network
 from rnndyn_fast.models import blt_net_64, build
 from rnndyn_fast.ops.cells import LSTM, Gain, ReciprocalGated
 from rnndyn_fast.train import TrainConfig, load_checkpoint

@@ -26,7 +26,7 @@ from rnndyn_fast.graph import (
     Unroll,
     compile_schedule,
 )
-from rnndyn_fast.graph.connections import FIT, SAME
+from rnndyn_fast.graph.spec.connections import FIT, SAME
 from rnndyn_fast.ops.cells import LSTM, UGRNN, Gain, GRUGates, GRUUpdate, IntersectionRNN, ReciprocalGated, TimeDecay
 from rnndyn_fast.program import passes, plan, rollout
 from rnndyn_fast.program.describe import plan_for

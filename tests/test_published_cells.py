@@ -13,7 +13,7 @@ from conftest import golden
 from test_conv_cell import CASES, close, maps, optional_inputs
 from test_convrnn import configs
 
-from rnndyn_fast.graph.spec import Area, Connection, Input, Network, Norm, Operator, Role
+from rnndyn_fast.graph.spec.network import Area, Connection, Input, Network, Norm, Operator, Role
 from rnndyn_fast.models import convrnn
 from rnndyn_fast.models.checkpoint_names import load_mapped
 from rnndyn_fast.models.convrnn_checkpoint import entries_of

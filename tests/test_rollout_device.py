@@ -1,6 +1,6 @@
 """Rollouts on a CUDA device: half precision, engines, mixed-precision training, CUDA graphs, errors.
 
-Where there is none, the harness's tests (test_rollout_half.py, test_device_engine.py, test_cuda_graphs.py) take their place.
+Where there is none, the harness's tests (test_rollout_half.py, test_cuda_engine.py, test_cuda_graphs.py) take their place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep, RecurrentNetwork
-from rnndyn_fast.ops import measured
+from rnndyn_fast.ops import engine_timing
 from rnndyn_fast.program import rollout
 
 pytestmark = on_a_device
@@ -95,10 +95,10 @@ def test_a_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(5, 3, 16, 16).cuda().half()
     net.half()(x)
     asked: list[str] = []
-    monkeypatch.setattr(measured, "measure", lambda case, device: asked.append(str(case)))
+    monkeypatch.setattr(engine_timing, "measure", lambda case, device: asked.append(str(case)))
     net(x)
     assert asked == []
-    assert measured.cache_file().exists()
+    assert engine_timing.cache_file().exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -21,7 +21,7 @@ from rnndyn_fast.search import SPACES, Architecture, SearchConfig, Space, build_
 from rnndyn_fast.search.architecture import CELLS, GATED
 from rnndyn_fast.search.report import completed, importances, pareto_front
 from rnndyn_fast.search.run import run_trial
-from rnndyn_fast.search.study import INFEASIBLE, WORKER, died, finished, mark_worker, open_study, recover, retried
+from rnndyn_fast.search.storage import INFEASIBLE, WORKER, died, finished, mark_worker, open_study, recover, retried
 from rnndyn_fast.train import read_metrics
 
 optuna = pytest.importorskip("optuna")

@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from rnndyn_fast.data import make_dataset
-from rnndyn_fast.graph.files import network_from_plain, network_to_plain
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
+from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_to_plain
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.search import SPACES, Architecture, SearchConfig, Space, build_network, count_parameters, load_space, search
 from rnndyn_fast.search.architecture import PER_LAYER
 from rnndyn_fast.search.reciprocal_choices import DEFAULTS, MEANT
 from rnndyn_fast.search.report import completed
-from rnndyn_fast.search.study import finished, open_study
+from rnndyn_fast.search.storage import finished, open_study
 
 optuna = pytest.importorskip("optuna")
 

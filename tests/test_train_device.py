@@ -18,9 +18,9 @@ from torch.nn import functional
 from rnndyn_fast.analysis import ReadoutZoneResult
 from rnndyn_fast.cli import main
 from rnndyn_fast.data import make_dataset
-from rnndyn_fast.devices import check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract import extract
 from rnndyn_fast.extract.run import network_forward
+from rnndyn_fast.job_device import check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import cuda_module
 from rnndyn_fast.train import QuietReporter, TrainConfig, read_checkpoint, read_metrics, save_checkpoint, train

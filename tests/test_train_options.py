@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rnndyn_fast.cli import main
 from rnndyn_fast.data import BatchLoader, ImageFile, Part, Request, make_dataset
-from rnndyn_fast.devices import backend_on
+from rnndyn_fast.job_device import backend_on
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train import (

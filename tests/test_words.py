@@ -11,8 +11,8 @@ from cases import identity, lateral, linear, up
 from torch.nn import functional
 
 from rnndyn_fast.graph import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role, compile_schedule
-from rnndyn_fast.graph.areas import ZERO
-from rnndyn_fast.graph.spec import FIT, SAME, Activation
+from rnndyn_fast.graph.spec.areas import ZERO
+from rnndyn_fast.graph.spec.network import FIT, SAME, Activation
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.ops.cells import LSTM, UGRNN, GRUGates, IntersectionRNN, ReciprocalGated, TimeDecay
 from rnndyn_fast.program import rollout

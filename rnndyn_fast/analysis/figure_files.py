@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rnndyn_fast.analysis import breakdown_figures, figures
 from rnndyn_fast.analysis.results import ReadoutZoneResult
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:

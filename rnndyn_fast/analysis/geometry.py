@@ -9,8 +9,8 @@ import numpy as np
 
 from rnndyn_fast.analysis.human_times import MIN_SUBJECTS, fisher_mean
 from rnndyn_fast.analysis.inputs import as_floats
-from rnndyn_fast.names import check_choice
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import check_choice
 
 METHODS = ("corr", "spearman", "rho-a", "tau-a")
 MIN_CONDITIONS = 5

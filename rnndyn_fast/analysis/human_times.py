@@ -14,9 +14,9 @@ import numpy as np
 from rnndyn_fast.analysis.intervals import student
 from rnndyn_fast.analysis.reaction_times import reaction_times
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED
-from rnndyn_fast.files import reads
-from rnndyn_fast.names import check_choice, others
+from rnndyn_fast.file_io import reads
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import check_choice, others
 
 COLUMNS = ("subject", "image", "reaction_time")
 # With fewer, an interval over subjects, or a rank correlation over images, says next to nothing.

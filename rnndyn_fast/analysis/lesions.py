@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.analysis.intervals import student
-from rnndyn_fast.graph.spec import Role
+from rnndyn_fast.graph.spec.network import Role
 from rnndyn_fast.nn import RecurrentNetwork
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.files import reads, written_whole
+from rnndyn_fast.file_io import reads, written_whole
 
 
 def save_npz(path: str | os.PathLike[str], result: Any, format_name: str) -> Path:

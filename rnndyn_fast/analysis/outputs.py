@@ -17,7 +17,7 @@ from rnndyn_fast.analysis.claims import Claim
 from rnndyn_fast.analysis.figures import readout_tree
 from rnndyn_fast.analysis.intervals import Estimate
 from rnndyn_fast.analysis.results import ReadoutZoneResult
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 
 Row = dict[str, Any]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rnndyn_fast.analysis.inputs import as_floats, as_labels, require_log_probs
 from rnndyn_fast.analysis.speed_accuracy import UNREACHED, ReactionTimeResult
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.suggestions import check_choice
 
 
 def entropies(log_probs: Any, *, cumulative: bool = False) -> Tensor:  # [T, N, C] -> [T, N]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis.accumulators import GROUPS, Accumulators, Summary
-from rnndyn_fast.files import reads, replaced_atomically
+from rnndyn_fast.file_io import reads, replaced_atomically
 from rnndyn_fast.optional import require
 
 # A mean over fewer samples is neither drawn nor compared: its interval would not deserve the name.

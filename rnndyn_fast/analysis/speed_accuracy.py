@@ -12,7 +12,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.accumulators import Z95, divide
 from rnndyn_fast.analysis.npz_results import load_npz, save_npz
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.suggestions import check_choice
 
 FORMAT = "rnndyn_fast.reaction_times/1"
 UNREACHED = ("last", "exclude")

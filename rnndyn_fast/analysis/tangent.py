@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import Norm
+from rnndyn_fast.graph.spec.network import Norm
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.program import rollout
 from rnndyn_fast.reference.rollout import Maps, term, update_area

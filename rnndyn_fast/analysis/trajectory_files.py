@@ -13,7 +13,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.reducer import readout_zones
 from rnndyn_fast.analysis.results import FORMAT, ReadoutZoneResult
-from rnndyn_fast.files import reads
+from rnndyn_fast.file_io import reads
 from rnndyn_fast.optional import require
 
 # What is looked for under which names, the first that is there; the last names are those of the published extraction.

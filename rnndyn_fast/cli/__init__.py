@@ -74,7 +74,7 @@ class _Told:
         if os.environ.get("RNNDYN_DEBUG", "") not in ("", "0"):
             raise error
         from rnndyn_fast.cli.messages import for_people
-        from rnndyn_fast.files import space_error
+        from rnndyn_fast.file_io import space_error
 
         full = space_error(error)
         told = isinstance(error, ValueError | TypeError | OSError | FloatingPointError | MemoryError | RuntimeError | ImportError)
@@ -115,7 +115,7 @@ def _run(argv: list[str], told: _Told) -> int:
 
     from rnndyn_fast.cli.arguments import command_parser
     from rnndyn_fast.cli.parser import normalise
-    from rnndyn_fast.names import flag, nearest
+    from rnndyn_fast.suggestions import flag, nearest
 
     parser = command_parser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals

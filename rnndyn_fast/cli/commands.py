@@ -35,7 +35,7 @@ def plan(
     import torch
 
     from rnndyn_fast import models
-    from rnndyn_fast.devices import named_device
+    from rnndyn_fast.job_device import named_device
     from rnndyn_fast.ops.cuda_module import check_device
     from rnndyn_fast.program.describe import describe
     from rnndyn_fast.train import TrainConfig, read_checkpoint

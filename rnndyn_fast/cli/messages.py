@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from rnndyn_fast.names import flag
+from rnndyn_fast.suggestions import flag
 
 TYPES = {
     "int": "a whole number",

@@ -11,8 +11,8 @@ from types import UnionType
 from typing import Any, Literal, Union
 
 from rnndyn_fast.cli.table import COMMANDS
-from rnndyn_fast.names import flag
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import flag
 
 _YES_NO = ("true", "false", "yes", "no")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rnndyn_fast.names import nearest
+from rnndyn_fast.suggestions import nearest
 
 COMMANDS: dict[str, str] = {
     "data make": "Write an HDF5 image file from images of your own or of a bundled set.",

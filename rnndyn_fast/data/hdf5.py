@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from rnndyn_fast.files import reading, stand_in
+from rnndyn_fast.file_io import reading, stand_in
 from rnndyn_fast.optional import require
 
 if TYPE_CHECKING:

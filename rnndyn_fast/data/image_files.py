@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rnndyn_fast.files import stand_in
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.file_io import stand_in
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import check_choice
 
 if TYPE_CHECKING:
     from PIL.Image import Image

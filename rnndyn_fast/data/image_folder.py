@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rnndyn_fast.data.image_files import SUFFIXES
-from rnndyn_fast.files import reads
+from rnndyn_fast.file_io import reads
 
 FETCH = "git annex get, datalad get or the original data would fetch them"
 

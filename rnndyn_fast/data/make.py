@@ -17,7 +17,7 @@ from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.own_images import make_from_files
 from rnndyn_fast.data.resize import resize
 from rnndyn_fast.data.sources import BUNDLED, ImageSource, load_source, stratified_order
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 from rnndyn_fast.hdf5_out import Patient, checked, hdf5_out
 
 if TYPE_CHECKING:

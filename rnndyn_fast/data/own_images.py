@@ -16,10 +16,10 @@ from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.image_files import BACKGROUNDS, FITS, fit, read_image
 from rnndyn_fast.data.image_folder import Listing, list_folder, list_table
 from rnndyn_fast.data.sources import stratified_order
-from rnndyn_fast.files import replaced_atomically, written_whole
+from rnndyn_fast.file_io import replaced_atomically, written_whole
 from rnndyn_fast.hdf5_out import Patient, checked, hdf5_out
-from rnndyn_fast.names import check_choice
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import check_choice
 
 if TYPE_CHECKING:
     import h5py

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rnndyn_fast.data.hdf5 import ImageFile
-from rnndyn_fast.files import replaced_atomically, write_text
+from rnndyn_fast.file_io import replaced_atomically, write_text
 from rnndyn_fast.optional import require
 
 INDEX = "shards.json"

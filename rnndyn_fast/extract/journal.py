@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rnndyn_fast.files import write_text, written_whole
+from rnndyn_fast.file_io import write_text, written_whole
 
 _DONE = ".done"
 

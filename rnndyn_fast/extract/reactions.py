@@ -16,8 +16,8 @@ from rnndyn_fast.extract.plan import Rows
 from rnndyn_fast.extract.run import sha256
 from rnndyn_fast.extract.sources import open_source, read_rows
 from rnndyn_fast.models import BLTVS
-from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.suggestions import check_choice
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.foreign import Foreign
 from rnndyn_fast.train.progress import Reporter, choose_reporter

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.analysis import ReadoutZoneResult, ReducerResult, Table
-from rnndyn_fast.files import reads, replaced_atomically
+from rnndyn_fast.file_io import reads, replaced_atomically
 from rnndyn_fast.hdf5_out import checked, hdf5_out
 from rnndyn_fast.optional import require
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from rnndyn_fast.data import ImageFile
 from rnndyn_fast.data.image_files import BACKGROUNDS, fit, read_image
 from rnndyn_fast.data.image_folder import list_folder
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.suggestions import check_choice
 
 
 class Source(Protocol):

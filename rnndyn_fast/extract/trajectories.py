@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rnndyn_fast.extract.plan import Plan
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 from rnndyn_fast.hdf5_out import checked, hdf5_out
 
 FORMAT = "rnndyn_fast.trajectories/2"

@@ -1,7 +1,7 @@
 """Specs of recurrent networks, and the schedule compiler."""
 
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
-from rnndyn_fast.graph.spec import (
+from rnndyn_fast.graph.spec.network import (
     Activation,
     Area,
     Connection,

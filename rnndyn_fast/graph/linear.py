@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rnndyn_fast.graph.spec import Connection, Network, Operator
+from rnndyn_fast.graph.spec.network import Connection, Network, Operator
 from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import AmxMap
+from rnndyn_fast.ops.cuda_engine import choose_device_engine
 from rnndyn_fast.ops.depthwise_conv import MAX_GROUP, MAX_KERNEL
-from rnndyn_fast.ops.device_engine import choose_device_engine
 from rnndyn_fast.ops.engines import ASKED_FOR, EngineChoice, Geometry, choose_engine
 
 Chooser = Callable[[Geometry, tuple[int, ...], int, int], EngineChoice]  # of a weight's shape and a map's height and width

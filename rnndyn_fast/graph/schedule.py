@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from rnndyn_fast.graph.schedule_text import schedule_text
-from rnndyn_fast.graph.spec import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
+from rnndyn_fast.graph.spec.network import ABSENT, FIT, ZERO, Area, Connection, Interaction, Network, Norm, Pool, Shape
 
 AreaSlot = tuple[str, int]
 FormSlot = tuple[str, Pool, int]  # a form of an area's map

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rnndyn_fast.graph.spec import Activation, Connection, Interaction, Network, Norm, Operator, Pool
+from rnndyn_fast.graph.spec.network import Activation, Connection, Interaction, Network, Norm, Operator, Pool
 
 if TYPE_CHECKING:
     from rnndyn_fast.graph.schedule import Component, Schedule

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from rnndyn_fast.graph.spec import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
+from rnndyn_fast.graph.spec.network import Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
 from rnndyn_fast.nn.blt_conv import BLTConv
 from rnndyn_fast.nn.derived_network import parse_interaction
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork

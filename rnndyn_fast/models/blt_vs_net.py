@@ -16,11 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph import spec
-from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.graph.spec.network import (
+    FIT,
+    Activation,
+    Area,
+    Connection,
+    Input,
+    Interaction,
+    Network,
+    Norm,
+    Operator,
+    Pool,
+    Readout,
+    Role,
+    Unroll,
+)
 from rnndyn_fast.nn.layers import connection_layers
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
+from rnndyn_fast.suggestions import check_choice
 
 AREAS = ("Retina", "LGN", "V1", "V2", "V3", "V4", "LOC", "Readout")
 CHANNELS = (32, 32, 576, 480, 352, 256, 352)
@@ -84,7 +97,7 @@ def _area(i: int, o: Options) -> list[Connection]:
         # Kernel, stride and padding are those of the area above; so is the order of the sweeps: down now, up at the next step.
         drive_and_modulate(
             td, bu, (step, 1), source=f"{AREAS[i + 1]}.td", role=DOWN, operator=Operator.CONV_TRANSPOSE, kernel_size=kernel[i + 1],
-            stride=STRIDES[i + 1], output_padding=spec.FIT, bias=True, parameter=prefix + "td_conv",
+            stride=STRIDES[i + 1], output_padding=FIT, bias=True, parameter=prefix + "td_conv",
         )  # fmt: skip
         if o.lateral and i >= V1:
             connections.append(_separable(td, td, LATERAL, prefix + "td_l_conv", lateral, (channels[i],) * 2, port="drive", delay=1))

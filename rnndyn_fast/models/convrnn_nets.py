@@ -13,13 +13,27 @@ from typing import Any
 
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import SAME, ZERO, Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role, Unroll
+from rnndyn_fast.graph.spec.network import (
+    SAME,
+    ZERO,
+    Activation,
+    Area,
+    Connection,
+    Input,
+    Network,
+    Norm,
+    Operator,
+    Pool,
+    Readout,
+    Role,
+    Unroll,
+)
 from rnndyn_fast.models.convrnn_init import initialise
-from rnndyn_fast.names import nearest
 from rnndyn_fast.nn.cell_graphs import add_cell, cell_states, sequence, state_source
 from rnndyn_fast.nn.decoders import DECODERS, Decoder
 from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source, bypass
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
+from rnndyn_fast.suggestions import nearest
 
 CELL_NAMES = ("timedecay", "simplernn", "gru", "lstm", "intersectionrnn", "ugrnn", "rgc")
 BASES = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import reads, stand_in
+from rnndyn_fast.file_io import reads, stand_in
 
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 _WRAPPERS = re.compile(r"(?<![^.])_orig_mod\.")  # of torch.compile, around the network or a part of it

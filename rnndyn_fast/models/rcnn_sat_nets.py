@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rnndyn_fast.files import reads
-from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role
+from rnndyn_fast.file_io import reads
+from rnndyn_fast.graph.spec.network import Activation, Area, Connection, Input, Network, Norm, Operator, Pool, Readout, Role
 from rnndyn_fast.models.checkpoint_names import Entry, Mapped, dense, kernel, load_mapped, same
-from rnndyn_fast.names import check_choice
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import check_choice
 
 _CHANNELS = (96, 128, 192, 256, 512, 1024, 2048)
 LAYERS: dict[str, tuple[tuple[int, int], ...]] = {

@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rnndyn_fast.graph.files import is_network_file, network_to_plain, read_network
+from rnndyn_fast.graph.spec.yaml_files import is_network_file, network_to_plain, read_network
 from rnndyn_fast.models.blt_net import blt_net_64, blt_net_128
 from rnndyn_fast.models.blt_vs_net import blt_vs
 from rnndyn_fast.models.convrnn_nets import NAMES, PUBLISHED, convrnn
 from rnndyn_fast.models.rcnn_sat_nets import rcnn_sat
 from rnndyn_fast.models.spec_network import NETWORK, SpecNetwork
-from rnndyn_fast.names import nearest
 from rnndyn_fast.nn import RecurrentNetwork
+from rnndyn_fast.suggestions import nearest
 
 MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
     "blt_net_64": blt_net_64,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rnndyn_fast.graph.files import network_from_plain, network_to_plain
+from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_to_plain
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 
 NETWORK = "network"  # the name under "model" of a network whose spec is given instead
 
 
 class SpecNetwork(RecurrentNetwork):
-    """A network from its spec as plain values (see :func:`rnndyn_fast.graph.files.network_from_plain`).
+    """A network from its spec as plain values (see :func:`rnndyn_fast.graph.spec.yaml_files.network_from_plain`).
 
     Args:
         network: the spec.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.spec import Area, Network, Norm
+from rnndyn_fast.graph.spec.network import Area, Network, Norm
 
 
 def _takes_the_batch(norm: Any) -> bool:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
+from rnndyn_fast.graph.spec.network import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.nn.derived_network import parse_interaction
 from rnndyn_fast.nn.layer_checks import check_layer
 from rnndyn_fast.nn.parameters import ModuleReader

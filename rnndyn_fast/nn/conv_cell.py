@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import Input, Network
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.graph.spec.network import Input, Network
 from rnndyn_fast.nn.cell_graphs import KINDS, RECIPROCAL, add_cell, cell_states, resolved, state_source
 from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
 from rnndyn_fast.nn.published_cells import published_cell
 from rnndyn_fast.nn.reciprocal_options import kernel_size, reciprocal_options
 from rnndyn_fast.nn.recurrent_network import RecurrentNetwork
 from rnndyn_fast.nn.tracing import refuse_tracers
+from rnndyn_fast.suggestions import check_choice
 
 
 def _frames(name: str, channels: int, size: tuple[int, int]) -> Input:

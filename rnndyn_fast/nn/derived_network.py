@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rnndyn_fast.graph.spec import Area, Connection, Interaction, Network, Norm, Operator, Pool, Role
+from rnndyn_fast.graph.spec.network import Area, Connection, Interaction, Network, Norm, Operator, Pool, Role
 from rnndyn_fast.nn.batch_norms import takes_the_batch
 from rnndyn_fast.nn.layer_checks import check_layer, check_same_conv, computes_as, conv_fields, refuse_hooks
 from rnndyn_fast.nn.layers import cell_layers, leaf_layers

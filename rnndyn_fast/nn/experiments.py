@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.nn.interventions import (
     Lesion,
     Rewritten,

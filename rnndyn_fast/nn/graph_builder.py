@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rnndyn_fast.graph.spec import SAME, ZERO, Area, Connection, Operator, Role
+from rnndyn_fast.graph.spec.network import SAME, ZERO, Area, Connection, Operator, Role
 
 LN_EPS = 1e-12  # of the published layer norms
 

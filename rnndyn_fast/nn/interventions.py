@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.schedule import compile_schedule
-from rnndyn_fast.graph.spec import ABSENT, Activation, Area, Connection, Network, Norm, Operator, Role
-from rnndyn_fast.names import nearest
+from rnndyn_fast.graph.spec.network import ABSENT, Activation, Area, Connection, Network, Norm, Operator, Role
 from rnndyn_fast.ops.cells import Intervention
 from rnndyn_fast.reference.interventions import StateFunction, number_of
+from rnndyn_fast.suggestions import nearest
 
 ACTIONS = ("zero", "clamp", "scale", "freeze", "noise")
 _VALUES = {"clamp": "value", "scale": "value", "noise": "std"}  # what each needs

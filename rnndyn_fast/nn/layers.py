@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from rnndyn_fast.graph.spec import Area, Connection, Network, Norm, Operator
+from rnndyn_fast.graph.spec.network import Area, Connection, Network, Norm, Operator
 
 
 def connection_layers(network: Network, c: Connection) -> dict[str, nn.Module]:

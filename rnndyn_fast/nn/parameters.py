@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
 from rnndyn_fast.nn.layer_checks import HOOKS
 from rnndyn_fast.torch_internals import constant_when_compiled

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rnndyn_fast.names import check_choice, nearest, others
 from rnndyn_fast.nn.reciprocal_options import ENTRIES, FORMS, MEDIAN_ONLY, kernel_size
 from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.suggestions import check_choice, nearest, others
 
 # Published name -> ours, where they differ.
 RECIPROCAL_ALIASES = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rnndyn_fast.graph.spec import Activation, Area, Norm, Role
+from rnndyn_fast.graph.spec.network import Activation, Area, Norm, Role
 from rnndyn_fast.nn.graph_builder import LN_EPS, CellSpec, Graph, Source, bypass
 from rnndyn_fast.nn.reciprocal_options import KernelSize, ReciprocalOptions, reciprocal_options
 from rnndyn_fast.ops.cells import Gain, ReciprocalGated

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rnndyn_fast.names import check_choice, nearest
 from rnndyn_fast.ops.activations import Activation
+from rnndyn_fast.suggestions import check_choice, nearest
 
 KernelSize = int | tuple[int, int]
 FORMS = ("shallow", "median")

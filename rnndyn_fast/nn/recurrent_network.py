@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rnndyn_fast.graph.schedule import Schedule, compile_schedule
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.nn.batch_norms import move_statistics, norms_in_training
 from rnndyn_fast.nn.blt_conv import BLTConv
 from rnndyn_fast.nn.derived_network import module_at

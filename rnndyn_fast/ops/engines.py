@@ -1,4 +1,4 @@
-"""Which engine computes a linear map of a rollout on the CPU, and why (on CUDA devices: :mod:`rnndyn_fast.ops.device_engine`).
+"""Which engine computes a linear map of a rollout on the CPU, and why (on CUDA devices: :mod:`rnndyn_fast.ops.cuda_engine`).
 
 ``amx`` (matrix units, :mod:`rnndyn_fast.ops.amx_conv`), ``winograd`` (:mod:`rnndyn_fast.ops.winograd_conv`), or ``direct`` (the vendor's,
 through torch).

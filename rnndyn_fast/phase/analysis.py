@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rnndyn_fast.files import reads, written_whole
+from rnndyn_fast.file_io import reads, written_whole
 from rnndyn_fast.phase.automaton import Extraction, agreement, extract_automaton
 from rnndyn_fast.phase.classify import classify, relative_phases
 from rnndyn_fast.phase.fixed_points import FixedPoints, find_end_states, find_fixed_points

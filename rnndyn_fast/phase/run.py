@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.phase.analysis import PhaseAnalysis, analyse_system, matched_oscillator
 from rnndyn_fast.phase.systems import CTRNNSystem, DynamicalSystem, load_npz
 from rnndyn_fast.train.phase_results import NETWORKS, NETWORKS_FORMAT, load_networks

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import reads
+from rnndyn_fast.file_io import reads
 from rnndyn_fast.nn import CTRNN
 
 

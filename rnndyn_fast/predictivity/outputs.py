@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rnndyn_fast.analysis.outputs import Row, write_csv
-from rnndyn_fast.files import reads, replaced_atomically
-from rnndyn_fast.names import others
+from rnndyn_fast.file_io import reads, replaced_atomically
 from rnndyn_fast.optional import require
 from rnndyn_fast.predictivity.predictivity import predictivity
 from rnndyn_fast.predictivity.recordings import load_recordings
 from rnndyn_fast.predictivity.results import PredictivityResult
+from rnndyn_fast.suggestions import others
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.names import check_choice
 from rnndyn_fast.predictivity.fits import METHODS, Fit, assign_folds, held_out_predictions, pls_fit, reduced, ridge_fit
 from rnndyn_fast.predictivity.recordings import Recordings
 from rnndyn_fast.predictivity.reliability import correlation, half_means, split_half_reliability
 from rnndyn_fast.predictivity.results import PredictivityResult
+from rnndyn_fast.suggestions import check_choice
 
 MAPPINGS = ("per_bin", "fixed")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rnndyn_fast.files import reads
-from rnndyn_fast.names import others
+from rnndyn_fast.file_io import reads
 from rnndyn_fast.optional import require
+from rnndyn_fast.suggestions import others
 
 
 @dataclass(frozen=True)

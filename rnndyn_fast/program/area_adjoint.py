@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rnndyn_fast.graph.spec import Activation, Area, Interaction, Norm, Operator, Pool
+from rnndyn_fast.graph.spec.network import Activation, Area, Interaction, Norm, Operator, Pool
 from rnndyn_fast.ops import core
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, gate_scalars

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rnndyn_fast.graph.spec import Activation, Area, Interaction, Norm, Operator, Pool
+from rnndyn_fast.graph.spec.network import Activation, Area, Interaction, Norm, Operator, Pool
 from rnndyn_fast.ops import core, cuda_module
 from rnndyn_fast.ops.core import MAX_TERMS
 from rnndyn_fast.ops.engines import MAX_SUMMED, can_end, can_sum

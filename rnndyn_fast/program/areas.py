@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.spec import Activation, Area, Connection, Interaction, Norm
+from rnndyn_fast.graph.spec.network import Activation, Area, Connection, Interaction, Norm
 from rnndyn_fast.ops import core
 from rnndyn_fast.ops.gate_step import ACTIVATION_NUMBERS, MAX_PORT_TERMS, can_compute_cell, gate_scalars
 from rnndyn_fast.ops.norm_step import MAX_NORM_TERMS, NormKind, NormRule, as_fixed

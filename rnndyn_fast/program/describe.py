@@ -8,9 +8,9 @@ import torch
 
 from rnndyn_fast.graph.linear import engines
 from rnndyn_fast.graph.schedule import Schedule
-from rnndyn_fast.graph.spec import Operator
+from rnndyn_fast.graph.spec.network import Operator
 from rnndyn_fast.ops import core
-from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.cuda_engine import choose_device_engine
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, choose_engine
 from rnndyn_fast.program.ir import Instr, Program, Role, instr_lives
 from rnndyn_fast.program.plan import Plan, Request, make_plan

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from rnndyn_fast.graph.linear import Chooser, dense_form, has_own_kernel, is_dense, is_one_kernel
-from rnndyn_fast.graph.spec import Connection, Operator
+from rnndyn_fast.graph.spec.network import Connection, Operator
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_packed_sizes, late_strides
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import MANY_WEIGHT_TILES, EngineChoice, Geometry

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rnndyn_fast.graph.schedule import Component, Drive
-from rnndyn_fast.graph.spec import Operator, pooled_shape
+from rnndyn_fast.graph.spec.network import Operator, pooled_shape
 from rnndyn_fast.ops.winograd_conv import WinogradMap
 from rnndyn_fast.program.areas import Slots
 from rnndyn_fast.program.ir import Role, Shape, View

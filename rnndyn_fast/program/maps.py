@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.graph.schedule import Drive, Schedule
-from rnndyn_fast.graph.spec import Connection, Pool
+from rnndyn_fast.graph.spec.network import Connection, Pool
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.program.builder import Builder
 from rnndyn_fast.program.ir import Role, View

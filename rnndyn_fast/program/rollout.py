@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.device import HALF_DTYPES, autocast_inputs
+from rnndyn_fast.graph.rollout_dtype import HALF_DTYPES, autocast_inputs
 from rnndyn_fast.graph.schedule import compile_schedule
-from rnndyn_fast.graph.spec import Network, Norm
+from rnndyn_fast.graph.spec.network import Network, Norm
 from rnndyn_fast.ops import core, cuda_module
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import ENGINES, with_precision
@@ -131,7 +131,7 @@ def rollout(
             where it can run, else the reference, with a warning that gives the reason.
         engine: how convolutions are computed: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
             (see :func:`rnndyn_fast.ops.engines.choose_engine`), on CUDA devices "fused" (see
-            :func:`rnndyn_fast.ops.device_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
+            :func:`rnndyn_fast.ops.cuda_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),
             and mean and unbiased variance, [C] each, are put there by ``<prefix>.<t>``.

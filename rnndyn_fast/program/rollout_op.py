@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnndyn_fast.graph.device import on_its_device
+from rnndyn_fast.graph.rollout_dtype import on_its_device
 from rnndyn_fast.graph.schedule import compile_schedule
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.program.ir import Value
 from rnndyn_fast.program.passes import Forward, as_states, no_gradient, run_backward, run_forward
 from rnndyn_fast.program.plan import Plan, Request, plan_of

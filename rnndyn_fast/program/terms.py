@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnndyn_fast.graph.linear import chooser
 from rnndyn_fast.graph.schedule import Drive, Schedule, Term
-from rnndyn_fast.graph.spec import Connection, Interaction, Operator, Pool
+from rnndyn_fast.graph.spec.network import Connection, Interaction, Operator, Pool
 from rnndyn_fast.ops.engines import MAX_SUMMED, can_sum, can_wait
 from rnndyn_fast.program.area_steps import Pending
 from rnndyn_fast.program.areas import AreaRules, Port

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnndyn_fast.graph.spec import ABSENT, ZERO, Area, Connection, Interaction, Network, Norm, Operator, Pool
+from rnndyn_fast.graph.spec.network import ABSENT, ZERO, Area, Connection, Interaction, Network, Norm, Operator, Pool
 from rnndyn_fast.reference.area_step import area_value
 from rnndyn_fast.reference.cells import ACTIVATIONS, cell_step
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from rnndyn_fast.analysis.intervals import UNKNOWN, Estimate
 from rnndyn_fast.analysis.outputs import spread, write_csv
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.script import SCRIPT
 from rnndyn_fast.report.style import STYLE

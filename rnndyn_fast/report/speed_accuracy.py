@@ -13,7 +13,7 @@ from rnndyn_fast.analysis.human_times import CEILINGS, ReactionTimeComparison
 from rnndyn_fast.analysis.intervals import Estimate
 from rnndyn_fast.analysis.outputs import Row, write_csv
 from rnndyn_fast.analysis.speed_accuracy import ReactionTimeResult
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot, Section
 

@@ -7,8 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rnndyn_fast.graph.spec import Activation, Area, Connection, Input, Interaction, Network, Norm, Operator, Pool, Readout, Role, Unroll
-from rnndyn_fast.names import check_choice, others
+from rnndyn_fast.graph.spec.network import (
+    Activation,
+    Area,
+    Connection,
+    Input,
+    Interaction,
+    Network,
+    Norm,
+    Operator,
+    Pool,
+    Readout,
+    Role,
+    Unroll,
+)
 from rnndyn_fast.nn.cell_graphs import add_cell, sequence
 from rnndyn_fast.nn.graph_builder import CellSpec, Graph, Source
 from rnndyn_fast.search import reciprocal_choices
@@ -21,6 +33,7 @@ from rnndyn_fast.search.reciprocal_choices import (
     of,
     reads_residual,
 )
+from rnndyn_fast.suggestions import check_choice, others
 
 # Names of this module -> those of nn.cell_graphs; the others are convolutional layers without a cell of their own.
 GATED = {

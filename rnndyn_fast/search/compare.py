@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rnndyn_fast.data import ImageFile
 from rnndyn_fast.extract import react
-from rnndyn_fast.files import write_text
-from rnndyn_fast.graph.files import network_to_plain
-from rnndyn_fast.graph.spec import Network
+from rnndyn_fast.file_io import write_text
+from rnndyn_fast.graph.spec.network import Network
+from rnndyn_fast.graph.spec.yaml_files import network_to_plain
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import Architecture, build_network, count_parameters
 from rnndyn_fast.search.compare_config import NETWORKS, REPORT, SPLITS, UNGATED, CompareConfig, Trained

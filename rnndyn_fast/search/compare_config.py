@@ -8,8 +8,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rnndyn_fast.names import others
 from rnndyn_fast.search.architecture import CELLS, FEEDFORWARD
+from rnndyn_fast.suggestions import others
 from rnndyn_fast.train import TrainConfig
 from rnndyn_fast.train.options import check_least, check_type, option
 

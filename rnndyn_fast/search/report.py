@@ -10,13 +10,13 @@ import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
 from rnndyn_fast.analysis.outputs import Row, write_csv
-from rnndyn_fast.files import write_text
-from rnndyn_fast.graph.files import network_from_plain, network_yaml
+from rnndyn_fast.file_io import write_text
+from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_yaml
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.space import Space
-from rnndyn_fast.search.study import INFEASIBLE, accuracy, finished
+from rnndyn_fast.search.storage import INFEASIBLE, accuracy, finished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnndyn_fast.data import ImageFile
-from rnndyn_fast.files import write_text
-from rnndyn_fast.graph.files import network_to_plain
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.graph.schedule import compile_schedule
+from rnndyn_fast.graph.spec.yaml_files import network_to_plain
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import build_network, count_parameters
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.space import Space
-from rnndyn_fast.search.study import (
+from rnndyn_fast.search.storage import (
     INFEASIBLE,
     LOCK,
     STORAGE,

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rnndyn_fast.files import reads
-from rnndyn_fast.names import nearest
+from rnndyn_fast.file_io import reads
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import MEANT, PER_LAYER, Architecture
 from rnndyn_fast.search.reciprocal_choices import DEFAULTS, FIRST, check_choice_of_cell
+from rnndyn_fast.suggestions import nearest
 
 FEEDBACK = re.compile(r"feedback_(\d+)_(\d+)")
 OF_LAYER = re.compile(r"layer(\d+)_(\w+)")

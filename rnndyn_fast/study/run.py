@@ -13,10 +13,10 @@ from typing import Any
 from rnndyn_fast.analysis import ReadoutZoneResult
 from rnndyn_fast.data import SPLITS, load_source, make_dataset
 from rnndyn_fast.extract import extract, sha256
-from rnndyn_fast.files import write_text
-from rnndyn_fast.names import flag
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.study.config import NETWORKS, TITLES, StudyConfig
 from rnndyn_fast.study.record import REPORT, NetworkRun, StudyRecord
+from rnndyn_fast.suggestions import flag
 from rnndyn_fast.train import (
     EpochMetrics,
     Reporter,

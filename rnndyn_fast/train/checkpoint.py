@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rnndyn_fast import models
-from rnndyn_fast.files import reads, written_whole
+from rnndyn_fast.file_io import reads, written_whole
 from rnndyn_fast.models.foreign import find_state_dict, load_tensors
 from rnndyn_fast.nn import RecurrentNetwork
 

@@ -278,7 +278,7 @@ class TrainConfig:
         from rnndyn_fast.models import options_of
         from rnndyn_fast.models.registry import OF_DATA
         from rnndyn_fast.models.spec_network import NETWORK
-        from rnndyn_fast.names import nearest
+        from rnndyn_fast.suggestions import nearest
 
         known = options_of(self.model)
         if (self.model == NETWORK) != (self.network is not None):

@@ -13,7 +13,7 @@ import torch
 from rnndyn_fast import models
 from rnndyn_fast.data import ImageFile
 from rnndyn_fast.models.foreign import blt_net_options, find_state_dict, fitted, load_tensors
-from rnndyn_fast.names import check_choice
+from rnndyn_fast.suggestions import check_choice
 from rnndyn_fast.train.checkpoint import FORMAT, load_weights, save_checkpoint
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.setup import describe_data, describe_input

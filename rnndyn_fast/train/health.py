@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.devices import in_precision
 from rnndyn_fast.graph import Network
+from rnndyn_fast.job_device import in_precision
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.train.objective import loss_over_time
 
@@ -152,7 +152,7 @@ def replay(out: str) -> str:
     Raises: FileNotFoundError: the run has kept no failure.
     """
     from rnndyn_fast.data import ImageFile
-    from rnndyn_fast.devices import choose_device
+    from rnndyn_fast.job_device import choose_device
     from rnndyn_fast.train.checkpoint import read_checkpoint
     from rnndyn_fast.train.config import TrainConfig
     from rnndyn_fast.train.setup import threads, training_images

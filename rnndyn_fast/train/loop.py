@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from rnndyn_fast.data import Batch, ImageFile
-from rnndyn_fast.devices import check_precision, choose_device
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
+from rnndyn_fast.job_device import check_precision, choose_device
 from rnndyn_fast.ops.engines import check_runs_on_cpu
 from rnndyn_fast.processes import Processes, processes
 from rnndyn_fast.train.checkpoint import read_checkpoint
@@ -310,7 +310,7 @@ def _check_same(config: TrainConfig, group: Processes) -> None:
 
 
 def _leftovers(out: Path) -> list[Path]:
-    """What a killed run was about to write: temporary files of :func:`rnndyn_fast.files.replaced_atomically`."""
+    """What a killed run was about to write: temporary files of :func:`rnndyn_fast.file_io.replaced_atomically`."""
     own = [name.partition(".")[0] for name in _OWN_FILES]
     return [path for stem in (*own, "epoch_*") for path in out.glob(f".{stem}.*") if path.suffix in (".pt", ".csv", ".jsonl", ".yaml")]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rnndyn_fast.files import reads, write_text
+from rnndyn_fast.file_io import reads, write_text
 
 CSV_NAME, JSONL_NAME = "metrics.csv", "metrics.jsonl"
 _TUPLES = ("train_accuracy", "val_accuracy", "ema_val_accuracy")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import reads, write_text, written_whole
+from rnndyn_fast.file_io import reads, write_text, written_whole
 from rnndyn_fast.nn.ctrnn import CTRNN, PUBLISHED_NAMES
 from rnndyn_fast.optional import require
 from rnndyn_fast.train.checkpoint import versions

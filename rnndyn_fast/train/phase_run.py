@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import reads, write_text, written_whole
+from rnndyn_fast.file_io import reads, write_text, written_whole
 from rnndyn_fast.nn import CTRNN
 from rnndyn_fast.ops.ctrnn_train import ctrnn_train
 from rnndyn_fast.optional import require

@@ -14,7 +14,7 @@ from torch import nn
 from rnndyn_fast import models
 from rnndyn_fast.data import ImageFile, ImageSplit
 from rnndyn_fast.data.own_images import images_for_training
-from rnndyn_fast.devices import backend_on
+from rnndyn_fast.job_device import backend_on
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.optional import require

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rnndyn_fast.devices import PRECISIONS, in_precision
+from rnndyn_fast.job_device import PRECISIONS, in_precision
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep, RecurrentNetwork
 from rnndyn_fast.nn.cuda_graphs import CudaGraphs, Graphs, update
 from rnndyn_fast.processes import Processes
@@ -65,7 +65,7 @@ class Steps:
         optimizer: of its parameters.
         loss: from log-probabilities [T, N, classes] and labels to a scalar, a mean over the samples weighted by `weight`.
         device: where it all is.
-        precision: of maps, by autocast: a key of `rnndyn_fast.devices.PRECISIONS`.
+        precision: of maps, by autocast: a key of `rnndyn_fast.job_device.PRECISIONS`.
         penalty: is added to the loss before gradients are taken.
         before_update: what is done to the gradients, which are whole and unscaled then.
         weight: what the samples with these labels weigh together in the mean; None: their number.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.optional import require
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.metrics import EpochMetrics

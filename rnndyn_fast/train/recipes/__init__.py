@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rnndyn_fast.names import nearest
+from rnndyn_fast.suggestions import nearest
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rnndyn_fast.ops import fused_conv, measured
+from rnndyn_fast.ops import engine_timing, fused_conv
 from rnndyn_fast.ops.engines import DEVICE_ENGINES, EngineChoice, Geometry, Operator
 
 
@@ -28,8 +28,8 @@ def choose_device_engine(
     """Choose how a linear map is computed on a CUDA device.
 
     The rule of ``engine="auto"``: for each pass (the map, the gradient of its source, the gradient of its weight) the fused convolution
-    where it can run and is faster by more than 3%, else the vendor's. Both are timed once per machine (:mod:`rnndyn_fast.ops.measured`),
-    the first time that a map of that shape is met. Where they cannot be timed (while a CUDA graph is captured), and where the fused
+    where it can run and is faster by more than 3%, else the vendor's. Both are timed once per machine, the first time that a map of that
+    shape is met (:mod:`rnndyn_fast.ops.engine_timing`). Where they cannot be timed (while a CUDA graph is captured), and where the fused
     convolution fails, the vendor's computes. From compute capability 9.0 on it computes unless they have been timed (``RNNDYN_MEASURE=1``).
 
     Args:
@@ -53,8 +53,8 @@ def choose_device_engine(
         return EngineChoice(None, "asked for", fused=fused_conv.PASSES)
     if device is None:
         return EngineChoice(None, "or fused: whichever is the faster, as measured at the first rollout on the device (before sm_90)")
-    case = measured.Case(geometry, weight_shape, height, width, dtype, samples)
-    times, why = measured.times_of(case, device, measured.why_not_now(device))
+    case = engine_timing.Case(geometry, weight_shape, height, width, dtype, samples)
+    times, why = engine_timing.times_of(case, device, engine_timing.why_not_now(device))
     if times is None:
         return EngineChoice(None, f"not measured: {why}")
     passes = tuple(p for p in fused_conv.PASSES if times[p].prefers_fused)

@@ -72,7 +72,7 @@ class Connection:
     ``steps``: the time steps at which the connection is there; None: all.
 
     ``state``: which map of a source with several it reads (None: its output). ``port``: the term of the target it enters: "drive" or
-    "modulator", or a port of the target's cell; None: by role (see :class:`~rnndyn_fast.graph.areas.Interaction`), or the first port.
+    "modulator", or a port of the target's cell; None: by role (see :class:`~rnndyn_fast.graph.spec.areas.Interaction`), or the first port.
     """
 
     source: str

@@ -14,14 +14,14 @@ import torch
 from cases import CASES, RolloutCase
 from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, widened
 
-from rnndyn_fast.devices import choose_device
+from rnndyn_fast.job_device import choose_device
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import cuda_module, launches, measured
+from rnndyn_fast.ops import cuda_module, engine_timing, launches
 from rnndyn_fast.ops.cells import GRUGates
-from rnndyn_fast.ops.device_engine import choose_device_engine
+from rnndyn_fast.ops.cuda_engine import choose_device_engine
+from rnndyn_fast.ops.engine_timing import Case, Times
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
 from rnndyn_fast.ops.gate_step import can_run_gate_step
-from rnndyn_fast.ops.measured import Case, Times
 from rnndyn_fast.ops.readout_zones import can_run_readout_zones
 from rnndyn_fast.ops.trajectory_norms import can_run_trajectory_norms
 from rnndyn_fast.program import can_run_native, kinds, rollout
@@ -42,14 +42,14 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
 
     monkeypatch.setenv("RNNDYN_CACHE", str(tmp_path))
     monkeypatch.delenv("RNNDYN_MEASURE", raising=False)
-    monkeypatch.setattr(measured, "measure", measure)
-    monkeypatch.setattr(measured, "device_name", lambda device: "some GPU")
-    monkeypatch.setattr(measured, "driver", lambda: "580.1")
-    monkeypatch.setattr(measured, "build_id", lambda: "abc")
+    monkeypatch.setattr(engine_timing, "measure", measure)
+    monkeypatch.setattr(engine_timing, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(engine_timing, "driver", lambda: "580.1")
+    monkeypatch.setattr(engine_timing, "build_id", lambda: "abc")
     monkeypatch.setattr(cuda_module, "capability", lambda device: (8, 9))
-    measured.forget()
+    engine_timing.forget()
     yield asked
-    measured.forget()
+    engine_timing.forget()
 
 
 def choose(engine: str = "auto", dtype: torch.dtype = torch.float16, samples: int = 100, device: Any = DEVICE) -> EngineChoice:
@@ -71,17 +71,17 @@ def test_a_shape_is_measured_once_per_machine(timed: list[str], monkeypatch: pyt
     choose()
     choose(samples=65)  # the same power of two
     assert len(timed) == 1
-    measured.forget()  # another process
+    engine_timing.forget()  # another process
     choose()
     assert len(timed) == 1
     choose(samples=64)
     choose(dtype=torch.bfloat16)
     assert len(timed) == 3
-    kept = json.loads(measured.cache_file().read_text(encoding="utf-8"))
+    kept = json.loads(engine_timing.cache_file().read_text(encoding="utf-8"))
     assert len(kept) == 3
     assert all(key.startswith(f"some GPU, driver 580.1, torch {torch.__version__}, cuDNN ") and "kernels abc" in key for key in kept)
     for count, name in enumerate(("device_name", "driver", "build_id"), 4):
-        monkeypatch.setattr(measured, name, lambda *_: "another")
+        monkeypatch.setattr(engine_timing, name, lambda *_: "another")
         choose()
         assert len(timed) == count
 
@@ -100,14 +100,14 @@ def test_from_hopper_on_the_vendor_computes_until_a_measurement_says_otherwise(
     assert choose().fused == ("forward",)
     assert len(timed) == 1
     monkeypatch.delenv("RNNDYN_MEASURE")
-    measured.forget()  # another process, which finds the measurement in the file
+    engine_timing.forget()  # another process, which finds the measurement in the file
     assert choose().fused == ("forward",)
     assert len(timed) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"x": {"forward": 1}}'], ids=["empty", "cut", "list", "other"])
 def test_a_file_of_another_kind_is_measured_anew(text: str, timed: list[str]) -> None:
-    measured.cache_file().write_text(text, encoding="utf-8")
+    engine_timing.cache_file().write_text(text, encoding="utf-8")
     assert choose().fused
     assert len(timed) == 1
 
@@ -123,15 +123,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(timed: list[str], monkeypat
 def test_where_nothing_can_be_measured_the_vendor_computes_and_the_reason_says_why(
     timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measured, "capturing", lambda: True)
+    monkeypatch.setattr(engine_timing, "capturing", lambda: True)
     assert choose() == EngineChoice(None, "not measured: a CUDA graph is being captured; run once before capturing")
-    monkeypatch.setattr(measured, "capturing", lambda: False)
+    monkeypatch.setattr(engine_timing, "capturing", lambda: False)
 
     def no_room(case: Case, device: torch.device) -> dict[str, Times]:
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(measured, "measure", no_room)
+        patch.setattr(engine_timing, "measure", no_room)
         assert choose() == EngineChoice(None, "not measured: cpu has too little free memory for it")
     monkeypatch.setenv("RNNDYN_MEASURE", "0")
     assert choose() == EngineChoice(None, "not measured: RNNDYN_MEASURE=0")
@@ -178,8 +178,8 @@ def test_both_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.M
             torch.testing.assert_close(ours.half(), theirs.half(), rtol=1e-2, atol=1e-2)
             return [1.0, 2.0]
 
-        monkeypatch.setattr(measured, "alternate", alternate)
-        found = measured.measure(Case(geometry, shape, size, size, torch.float16, 2), DEVICE)
+        monkeypatch.setattr(engine_timing, "alternate", alternate)
+        found = engine_timing.measure(Case(geometry, shape, size, size, torch.float16, 2), DEVICE)
         assert found == {name: Times(1.0, 2.0) for name in ("forward", "data", "weight")}
 
 
@@ -189,8 +189,8 @@ class Eager:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.captured = 0
         self.taken = 2e-4
-        patch.setattr(measured, "CudaGraphs", lambda: self)
-        patch.setattr(measured, "seconds", self.seconds)
+        patch.setattr(engine_timing, "CudaGraphs", lambda: self)
+        patch.setattr(engine_timing, "seconds", self.seconds)
 
     def check(self, tensors: Any) -> None:
         """Any tensors will do."""
@@ -217,12 +217,12 @@ def test_what_is_timed_are_replays_of_several_calls(monkeypatch: pytest.MonkeyPa
         return run
 
     # A call of 0.2 ms: five in a graph; two before, one replay to begin with, then the rounds.
-    assert measured.alternate([contender(0), contender(1)], DEVICE) == [2e-4 / 5] * 2
-    assert calls == [2 + 5 * (1 + measured.ROUNDS)] * 2
+    assert engine_timing.alternate([contender(0), contender(1)], DEVICE) == [2e-4 / 5] * 2
+    assert calls == [2 + 5 * (1 + engine_timing.ROUNDS)] * 2
     assert eager.captured == 2
     eager.taken, calls[:] = 1.0, [0, 0]
-    assert measured.alternate([contender(0)], DEVICE) == [1.0]
-    assert calls[0] == 2 + 1 + measured.ROUNDS
+    assert engine_timing.alternate([contender(0)], DEVICE) == [1.0]
+    assert calls[0] == 2 + 1 + engine_timing.ROUNDS
 
 
 def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,9 +231,9 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     Eager(monkeypatch)
     monkeypatch.setenv("RNNDYN_CACHE", str(tmp_path))
     monkeypatch.delenv("RNNDYN_MEASURE", raising=False)
-    monkeypatch.setattr(measured, "device_name", lambda device: "some GPU")
-    monkeypatch.setattr(measured, "driver", lambda: "580.1")
-    measured.forget()
+    monkeypatch.setattr(engine_timing, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(engine_timing, "driver", lambda: "580.1")
+    engine_timing.forget()
 
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("recurrent_conv_kernel: invalid argument")
@@ -248,13 +248,13 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     assert str(said.message).endswith("): recurrent_conv_kernel: invalid argument")
     assert choice.fused == ()
     assert "forward fused failed, data fused failed, weight 0.04 against 0.04" in choice.reason
-    assert json.loads(measured.cache_file().read_text(encoding="utf-8")) == {}
+    assert json.loads(engine_timing.cache_file().read_text(encoding="utf-8")) == {}
     # The vendor's own failure is its own: the rollout goes on to meet it, or not.
     monkeypatch.setattr(torch, "convolution", failing)
     assert choose_device_engine(CONV, (24, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE) == EngineChoice(
         None, "not measured: recurrent_conv_kernel: invalid argument"
     )
-    measured.forget()
+    engine_timing.forget()
 
 
 def mixed(passes: tuple[str, ...]) -> Callable[..., EngineChoice]:

@@ -10,7 +10,7 @@ identity) to the map of its source and feeds its target. One area at one time st
 
 A connection whose source has no state yet is left out (at the first time step there is no lateral and no top-down term); an area none of
 whose drive terms is there yet has no state itself. Absent is not zero: a bias is added only with the term it belongs to. (An area may be
-declared zero, or given by an input, before its first state: :class:`~rnndyn_fast.graph.areas.Area`.)
+declared zero, or given by an input, before its first state: :class:`~rnndyn_fast.graph.spec.areas.Area`.)
 
 An area may have a gated *cell* as its update rule instead (:mod:`rnndyn_fast.ops.cells`): then connections enter its ports. Whatever
 else a layer has (a convolution before or after the cell, a bypass, pooling) is a further area, connected without delay. An area of several
@@ -27,9 +27,9 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from rnndyn_fast.graph.areas import ABSENT, ZERO, Area, Input, Interaction, Norm
-from rnndyn_fast.graph.connections import FIT, SAME, Connection, Pool, Role, Shape, Window, pooled_shape
-from rnndyn_fast.graph.encoding import from_plain, to_plain
+from rnndyn_fast.graph.spec.areas import ABSENT, ZERO, Area, Input, Interaction, Norm
+from rnndyn_fast.graph.spec.connections import FIT, SAME, Connection, Pool, Role, Shape, Window, pooled_shape
+from rnndyn_fast.graph.spec.json_values import from_plain, to_plain
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.engines import Operator
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
 from rnndyn_fast.ops import cuda_module, launches
 from rnndyn_fast.ops.capture import CudaGraphs, Graphs
 from rnndyn_fast.ops.engines import Geometry, Operator

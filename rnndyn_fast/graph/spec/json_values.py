@@ -7,8 +7,8 @@ import enum
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from rnndyn_fast.graph.areas import Interaction, Norm
-from rnndyn_fast.graph.connections import Pool, Role
+from rnndyn_fast.graph.spec.areas import Interaction, Norm
+from rnndyn_fast.graph.spec.connections import Pool, Role
 from rnndyn_fast.ops.activations import Activation
 from rnndyn_fast.ops.cells import Cell, cell_from_plain
 from rnndyn_fast.ops.engines import Operator
