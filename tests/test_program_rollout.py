@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast import release_memory
-from rnndyn_fast.graph import Network, compile_schedule
+from rnndyn_fast.graph import Area, Connection, Input, Network, compile_schedule
+from rnndyn_fast.graph import Role as Way
 from rnndyn_fast.models import convrnn, rcnn_sat
 from rnndyn_fast.nn import ConvCell, RecurrentNetwork
 from rnndyn_fast.ops import buffers, core, kept_packs
@@ -463,6 +464,27 @@ def test_scratch_that_stays_is_none_of_the_buffers() -> None:
     assert not buffers.lies_in_region(scratch)
     assert core.workspace_of(1 << 19)[0] is scratch
     core.drop_workspace()
+
+
+def test_pixels_that_a_strided_map_does_not_read_have_no_gradient() -> None:
+    """In every pass, whatever lay in the arena: matrix units write what the taps reach."""
+    areas = (Area("v0", channels=8), Area("v1", channels=8), Area("v2", channels=8))
+    connections = (
+        Connection("image", "v0", Way.BOTTOM_UP, kernel_size=3),
+        Connection("v0", "v1", Way.BOTTOM_UP, kernel_size=1, stride=2, padding=0),
+        Connection("v1", "v1", Way.LATERAL, kernel_size=3),
+        Connection("v1", "v2", Way.BOTTOM_UP, kernel_size=1, stride=3, padding=0),
+    )
+    net = Network("strided", (Input("image", channels=8, height=9, width=9),), areas, connections)
+    weights = {name: (0.3 * torch.randn(shape)).requires_grad_(True) for name, shape in net.parameter_shapes.items()}
+    for _ in range(3):
+        x = torch.randn(2, 8, 9, 9, requires_grad=True)
+        grads = []
+        for options in ({"backend": "native", "engine": "amx"}, {"backend": "reference"}):
+            states = rollout(net, 3, [x], weights, ("v1", "v2"), **options)  # type: ignore[arg-type]
+            grads.append(torch.autograd.grad(sum(s.square().sum() for s in states), [x, *weights.values()]))
+        for ours, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_large_weights_in_the_vendors_order_are_not_kept() -> None:

@@ -130,7 +130,7 @@ def amx_conv(
     epilogue: Epilogue | None = None,
 ) -> Tensor:
     """The linear map, written into ``out``, or added to it, and perhaps its epilogue; with a weight packed for the gradient of the data,
-    that gradient.
+    that gradient. Pixels that the map does not reach (:func:`reaches_all`) are left as they are.
 
     Raises: ValueError, for an epilogue where the map does not reach every pixel (:func:`reaches_all`).
     """
@@ -140,8 +140,6 @@ def amx_conv(
     phases = [(first, taps) for first, taps in _phases(m, scatter) if taps and first[0] < out.shape[1] and first[1] < out.shape[2]]
     if epilogue is not None and not reaches_all(m):
         raise ValueError(f"epilogue: a stride of {m.stride} beyond the kernel {list(m.kernel)} leaves pixels that nothing reaches")
-    if scatter and len(phases) < min(step, out.shape[1]) * min(step, out.shape[2]) and not accumulate:
-        out.zero_()  # (a stride beyond the kernel leaves pixels that nothing reaches)
     own = [first for first, taps in _phases(m, scatter) if taps]
     packed = dict(zip(own, weight.data if weight.strides is None else weight.data * len(own), strict=True))
     call, (samples, in_height, in_width, in_channels), (_, h, w, c) = CpuCall(), x.shape, out.shape
@@ -160,9 +158,10 @@ def amx_conv(
     return out
 
 
-def reaches_all(m: AmxMap) -> bool:
-    """Whether every pixel of the result has a tap, as an epilogue needs."""
-    return not m.transposed or m.stride <= min(m.kernel)
+def reaches_all(m: object, *, backward: bool = False) -> bool:
+    """Whether every pixel of the result has a tap, as an epilogue needs; ``backward``: of the gradient of the data. A stride beyond the
+    kernel leaves some out."""
+    return not isinstance(m, AmxMap) or m.transposed == backward or m.stride <= min(m.kernel)
 
 
 def amx_weight_grad(

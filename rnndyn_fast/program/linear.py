@@ -13,7 +13,7 @@ import torch
 
 from rnndyn_fast.graph.linear import Chooser, dense_form, has_own_kernel, is_dense, is_one_kernel
 from rnndyn_fast.graph.spec.network import Connection, Operator
-from rnndyn_fast.ops.amx_conv import AmxMap, amx_packed_sizes, late_strides
+from rnndyn_fast.ops.amx_conv import AmxMap, amx_packed_sizes, late_strides, reaches_all
 from rnndyn_fast.ops.buffers import sums_dtype
 from rnndyn_fast.ops.engines import MANY_WEIGHT_TILES, EngineChoice, Geometry
 from rnndyn_fast.ops.winograd_conv import WinogradMap, packed_bytes, packed_sizes, packs_taps
@@ -227,6 +227,8 @@ class Dense:
         if self.choice.map is not None:
             packed, form = self.packed(backward=True)
             out = b.new(shape, grad.dtype, f"{self.name} grad of data") if into is None else into
+            if into is None and not reaches_all(self.choice.map, backward=True):
+                b.emit("fill", out=out, value=0.0)
             b.emit("conv", xs=[grad], packed=[packed], out=out, forms=[form], accumulate=into is not None)
             return out
         if "data" not in self.choice.fused:
@@ -303,6 +305,8 @@ def convolve_sum(linear: list[Dense], xs: list[View], out: View | None = None) -
         out = b.new(first.output_shape(xs[0].shape), xs[0].dtype, " + ".join(m.name for m in linear))
     if first.choice.map is not None:
         packed = [m.packed(backward=False) for m in linear]
+        if not reaches_all(first.choice.map, backward=False):
+            b.emit("fill", out=out, value=0.0)
         b.emit("conv", xs=list(xs), packed=[views for views, _ in packed], out=out, forms=[form for _, form in packed])
     elif "forward" in first.choice.fused:
         settings = [(m.geometry.stride, m.geometry.padding, m.transposed) for m in linear]

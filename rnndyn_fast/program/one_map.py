@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.ops.addresses import first_element
+from rnndyn_fast.ops.amx_conv import reaches_all
 from rnndyn_fast.ops.buffers import empty
 from rnndyn_fast.ops.engines import EngineChoice, Geometry
 from rnndyn_fast.ops.epilogue import Epilogue
@@ -156,6 +157,8 @@ def sum_of_maps(
     else:
         assert to is not None
         packed = [m.dense.packed(backward=False) for m in maps]
+        if not accumulate and first.dense.choice.map is not None and not reaches_all(first.dense.choice.map, backward=False):
+            first.b.emit("fill", out=to, value=0.0)
         epilogue = {} if end is None else {"ends": True, **{name: _given(first, value) for name, value in vars(end).items()}}
         first.b.emit(
             "conv", xs=[first.given(x) for x in xs], packed=[views for views, _ in packed], out=to, forms=[form for _, form in packed],
