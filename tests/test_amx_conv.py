@@ -5,6 +5,7 @@ Without matrix units the same kernels run on emulated ones: slowly, so the shape
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional
 from rnndyn_fast import _core
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.ops import core, engines
-from rnndyn_fast.ops.amx_conv import AmxMap
+from rnndyn_fast.ops.amx_conv import AmxMap, amx_conv, amx_weight_grad, pack_amx_weight
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, can_run_amx, can_sum, choose_engine, with_precision
 from rnndyn_fast.program.one_map import OneMap, sum_of_maps
 
@@ -290,3 +291,32 @@ def test_network(precision: str, tolerance: float) -> None:
     assert weight is not None
     assert exact is not None
     assert _relative(weight, exact) < 100 * tolerance  # (a relu or a maximum decides a near tie otherwise)
+
+
+SMALL = [(h, w) for h in (1, 2, 5) for w in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+def test_maps_smaller_than_kernels(kernel: int, stride: int, transposed: bool) -> None:
+    """With every padding: grids of results may be wider than what they read, and have pixels that nothing reaches."""
+    function = functional.conv_transpose2d if transposed else functional.conv2d
+    for padding, (h, w), extra in itertools.product(range(kernel // 2 + 2), SMALL, (0, 1) if transposed and stride > 1 else (0,)):
+        options = {"stride": stride, "padding": padding, **({"output_padding": extra} if transposed else {})}
+        x, weight = torch.randn(2, h, w, 5), torch.randn(*((5, 3) if transposed else (3, 5)), kernel, kernel)
+        leaves = [x.permute(0, 3, 1, 2).double().requires_grad_(True), weight.double().requires_grad_(True)]
+        try:
+            exact = function(*leaves, **options)
+        except RuntimeError:  # the kernel does not fit
+            continue
+        if not exact.numel():
+            continue
+        grad = torch.randn(exact.shape)
+        grad_x, grad_weight = torch.autograd.grad(exact, leaves, grad.double())
+        m, grad = AmxMap((kernel, kernel), stride, padding, transposed, 3), grad.permute(0, 2, 3, 1).contiguous()
+        ours = amx_conv(x, pack_amx_weight(m, weight), torch.zeros(grad.shape))
+        ours_x = amx_conv(grad, pack_amx_weight(m, weight, backward=True), torch.zeros(x.shape))
+        ours_weight = amx_weight_grad(m, x, grad, torch.zeros(weight.shape))
+        for found, expected in ((ours, exact), (ours_x, grad_x), (ours_weight.permute(0, 2, 3, 1), grad_weight)):
+            torch.testing.assert_close(found.permute(0, 3, 1, 2).double(), expected, rtol=1e-4, atol=1e-4)

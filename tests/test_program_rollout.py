@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from rnndyn_fast.program.gradients import Gradients
 from rnndyn_fast.program.ir import Program, Role, Value, instr_lives
 from rnndyn_fast.program.linear import Dense
 from rnndyn_fast.program.lower import Lowering
+from rnndyn_fast.program.place import place, validate
 
 KINDS = ("simplernn", "gru", "lstm", "ugrnn", "intersectionrnn", "rgc_shallow", "rgc_median")
 
@@ -464,6 +466,16 @@ def test_scratch_that_stays_is_none_of_the_buffers() -> None:
     assert not buffers.lies_in_region(scratch)
     assert core.workspace_of(1 << 19)[0] is scratch
     core.drop_workspace()
+
+
+def test_validation_finds_a_sum_over_a_later_term() -> None:
+    for number, allowed in ((0, True), (2, False)):
+        b = Builder()
+        terms = [b.zeros((1, 2, 2, 3), torch.float32, f"term {k}") for k in range(3)]
+        b.emit("norm_step", drives=terms, drive_sum=terms[number], modulators=[], state=b.new((1, 2, 2, 3), torch.float32, "state"))
+        offsets, nbytes = place(b.instrs)
+        with nullcontext() if allowed else pytest.raises(AssertionError, match="a sum is written over a term"):
+            validate(Program(tuple(b.instrs), offsets, nbytes, len(b.instrs)))
 
 
 def test_pixels_that_a_strided_map_does_not_read_have_no_gradient() -> None:

@@ -231,7 +231,8 @@ struct AmxBand {
     // The rectangle of x that both see, but for the taps.
     const int64_t step = s.layout.step, top = (first + one.row) * step, bottom = (first + two.last) * step;
     const int64_t left = one.row == two.last ? one.first / group * step : 0;
-    const int64_t right = one.row == two.last ? (two.first + 15) / group * step : p.in_width;
+    // (A grid may be wider than x: that of a transposed convolution without padding.)
+    const int64_t right = (one.row == two.last ? (two.first + 15) / group : phase.width - 1) * step;
     AmxActiveTaps taps;
     taps.count = 0;
     for (int t = 0; t < phase.num_taps; ++t) {

@@ -140,6 +140,8 @@ def amx_conv(
     phases = [(first, taps) for first, taps in _phases(m, scatter) if taps and first[0] < out.shape[1] and first[1] < out.shape[2]]
     if epilogue is not None and not reaches_all(m):
         raise ValueError(f"epilogue: a stride of {m.stride} beyond the kernel {list(m.kernel)} leaves pixels that nothing reaches")
+    if not phases:
+        return out
     own = [first for first, taps in _phases(m, scatter) if taps]
     packed = dict(zip(own, weight.data if weight.strides is None else weight.data * len(own), strict=True))
     call, (samples, in_height, in_width, in_channels), (_, h, w, c) = CpuCall(), x.shape, out.shape

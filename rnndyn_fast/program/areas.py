@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _BY_OUTPUT = (Activation.RELU, Activation.ELU, Activation.TANH)
 
 
+def begin_with(room: View, values: list[View]) -> None:
+    """Put the value that lies in ``room``, if there is one, first: a kernel writes the sum of terms over the first one alone."""
+    values.sort(key=lambda value: not value.same_place(room))
+
+
 @dataclass(eq=False)
 class Port:
     """What enters one port of an area at one or more slots.
@@ -162,6 +167,9 @@ class AreaRules:
 
     def _sum_room(self, at: Slots, name: str, port: Port, limit: int) -> tuple[list[View], View | None]:
         """The terms as a kernel takes them, and where it is to put their sum; None: one term, which is the sum, or nobody wants it."""
+        if not port.private:
+            room = self.room(at, name, port.values[0].shape[3])
+            begin_with(room, port.values)
         values = self.b.at_most(port.values, limit)
         if len(values) == 1 and not port.biases and not port.constant:
             return values, None
@@ -169,7 +177,6 @@ class AreaRules:
             return values, None
         if port.private:
             return values, values[0]
-        room = self.room(at, name, values[0].shape[3])
         port.private = True
         return values, room
 
@@ -346,6 +353,7 @@ class AreaRules:
         rule = self.norm_rule(at.area)
         assert rule is not None
         state = self.room(at, "state None", at.area.channels)
+        begin_with(state, drive.values)
         drives = self.b.at_most(drive.values, MAX_NORM_TERMS)
         bias = self.bias(drive)
         several = len(drives) > 1 or bias is not None

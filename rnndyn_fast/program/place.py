@@ -7,6 +7,7 @@ in the smallest gap between those that are alive with it (:mod:`rnndyn_fast.prog
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rnndyn_fast.program.ir import Instr, Program, Role, Value, instr_lives
 from rnndyn_fast.program.placement import Life, placed
@@ -25,14 +26,29 @@ def place(instrs: Sequence[Instr], fixed: frozenset[Value] = frozenset()) -> tup
     return {value.number: offset for value, offset in zip(lives, offsets, strict=True)}, end
 
 
+# The sums that kernels write, and the operands that they are of (lists of both: one for each port).
+SUMS = {"norm_step": {"drive_sum": "drives", "modulator_sum": "modulators"}, "gate_step": {"sums": "ports"}}
+
+
+def _check_sum(total: Any, terms: Any, instr: Instr) -> None:
+    if isinstance(total, list):
+        for one, own in zip(total, terms, strict=True):
+            _check_sum(one, own, instr)
+    elif total is not None and any(term.same_place(total) for term in terms[1:]):
+        raise AssertionError(f"a sum is written over a term that is read after it: {instr}")
+
+
 def validate(program: Program) -> None:
-    """Raise ``AssertionError`` unless every value that is read was written, and no two that are alive together share a byte."""
+    """Raise ``AssertionError`` unless every value that is read was written, no two that are alive together share a byte, and no kernel
+    writes a sum over one of its terms but the first."""
     written: set[Value] = set()
     for k, instr in enumerate(program.instrs):
         for view in instr.reads:
             if view.value.role is Role.ARENA and view.value not in written and not any(view.value is w.value for w in instr.writes):
                 raise AssertionError(f"instruction {k} reads {view.value} {view.value.name!r}, which nothing has written: {instr}")
         written.update(view.value for view in instr.writes)
+        for total, terms in SUMS.get(instr.kind, {}).items():
+            _check_sum(instr.operands.get(total), instr.operands.get(terms), instr)
     lives = instr_lives(program.instrs)
     spans = sorted((program.offsets[v.number], program.offsets[v.number] + v.nbytes, *life, v) for v, life in lives.items() if v.nbytes)
     for i, (first, end, born, dies, value) in enumerate(spans):
