@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+# Hooks of all modules, those of ``torch.nn.modules.module.register_module_forward_hook`` and the like.
+GLOBAL_HOOKS: dict[str, dict[int, Any]] = {
+    "register_module_forward_pre_hook": _module._global_forward_pre_hooks,
+    "register_module_forward_hook": _module._global_forward_hooks,
+    "register_module_full_backward_pre_hook": _module._global_backward_pre_hooks,
+    "register_module_full_backward_hook": _module._global_backward_hooks,
+}
 
 
 def constant_when_compiled(function: Function) -> Function:

@@ -108,6 +108,7 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["plan", "blt_net_64", "--image-size", "20"], "image-size: expected a multiple of 8"),
         (["plan", "blt_net_64", "--unroll", "sideways"], "--unroll: expected one of engineering, biological, got 'sideways'"),
         (["plan", "blt_net_64", "--engine", "fft"], "engine: expected one of"),
+        (["plan", "blt_net_64", "--lesion", "v5:lateral"], "--lesion: 'v5:lateral': unknown area 'v5'"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5"], "checkpoint: no such file: absent.pt"),
         (["analyse", "absent.h5", "--out", "a"], "absent.h5"),
         (["demo", "--epochs", "0"], "epochs: expected at least 1"),
@@ -194,6 +195,10 @@ def test_plan_prints_the_schedule(capfd: pytest.CaptureFixture[str]) -> None:
     assert "once" in text
     assert main(["plan", "blt_net_128", "--num-classes", "10"]) == 0
     assert "5 time steps" not in capfd.readouterr().out
+    assert main(["plan", "blt_net_64", "--lesion", "v4:lateral@3-,it@2"]) == 0
+    lesioned = capfd.readouterr().out
+    assert "conv3(v4, v4.lateral){t=0..2}" in lesioned
+    assert "it = it before{t=0..1,3..9} + it clamp 1{t=2}" in lesioned
     assert main(["plan", "blt_net_64", "--engine", "direct"]) == 0
     assert "winograd" not in capfd.readouterr().out
 

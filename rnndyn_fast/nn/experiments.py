@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -16,23 +17,28 @@ from rnndyn_fast.nn.interventions import (
     StateChange,
     Steps,
     lesion_of,
+    parse_lesion,
     refuse_gradients_of_functions,
     rewrite,
     state_change,
 )
-from rnndyn_fast.nn.parameters import Current
+from rnndyn_fast.nn.parameters import Current, stored
 from rnndyn_fast.reference.interventions import StateFunction
+from rnndyn_fast.torch_internals import constant_when_compiled
 
 Self = TypeVar("Self", bound="Experiments")
 
 
 class Experiments:
-    """Mixed into a network with the attributes ``network``, ``timesteps`` and ``backend``."""
+    """Mixed into a network with these attributes (``_traced`` holds what compiled calls run)."""
 
     network: Network
     timesteps: int
     backend: str | None
+    _traced: SimpleNamespace
     _changes: tuple[StateChange | Lesion, ...] = ()
+    _in_force = ""  # what they are, in words that are equal where one plan serves both
+    _given: Mapping[str, Tensor] = MappingProxyType({})
     _rewritten: tuple[Any, Rewritten] | None = None
 
     @property
@@ -71,7 +77,7 @@ class Experiments:
 
         Raises: ``ValueError``, ``TypeError`` naming the argument, what was expected, what came.
 
-        Differentiable: states and values, by both backends. ``torch.compile``: no.
+        Differentiable: states and values, by both backends. ``torch.compile``: around compiled calls, not inside of them.
 
         >>> from rnndyn_fast.models import blt_net_64
         >>> net = blt_net_64(timesteps=4, widths=(2, 4, 8, 16, 32))
@@ -97,33 +103,81 @@ class Experiments:
             yield self
 
     @contextmanager
+    def lesion_named(self: Self, text: str) -> Iterator[Self]:
+        """A lesion as the command line names it: of connections, "v4:lateral@3-" (from step 3 on), "it>v4@2-5", or of all units of an
+        area, "it@4".
+
+        Raises: ``ValueError`` naming ``lesion``, what was expected, what came.
+        """
+        with ExitStack() as stack:
+            try:
+                what, steps = parse_lesion(text)
+                stack.enter_context(self.lesion(what, steps) if ":" in what or ">" in what else self.intervene(what, steps, "zero"))
+            except ValueError as error:
+                raise ValueError(f"lesion: {text!r}: {error}") from None
+            yield self
+
+    @contextmanager
     def _changed(self, change: StateChange | Lesion) -> Iterator[None]:
-        self._changes = (*self._changes, change)
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"{type(self).__name__}: expected intervene and lesion around a compiled call, got them inside of it; enter the block first"
+            )
+        self._set_changes((*self._changes, change))  # (raises now what would be raised in the block)
         try:
-            rewrite(self.network, self.timesteps, self.interventions)  # (raises now what would be raised in the block)
             yield
         finally:
-            self._changes = tuple(one for one in self._changes if one is not change)
+            self._set_changes(tuple(one for one in self._changes if one is not change))
+
+    def _set_changes(self, changes: tuple[StateChange | Lesion, ...]) -> None:
+        found = rewrite(self.network, self.timesteps, changes)
+        self._given = found.given
+        self._in_force = f"{found.network.to_json()} {[one.steps for one in changes]}" if changes else ""
+        self._changes = changes
 
     def _with_interventions(self, now: Current) -> Current:
         """The network, with those that are in force."""
         if torch.compiler.is_compiling():
-            raise TypeError(
-                f"{type(self).__name__}: expected a call outside of torch.compile and torch.export, which do not record interventions; "
-                "call the module itself"
-            )
-        key = (now.network, self.timesteps, self.interventions)
-        if self._rewritten is None or self._rewritten[0] != key:
-            self._rewritten = key, rewrite(*key)
-        found = self._rewritten[1]
+            found: Rewritten = getattr(self._traced, _rewrite_while_tracing(self))
+        else:
+            key = (now.network, self.timesteps, self.interventions)
+            if self._rewritten is None or self._rewritten[0] != key:
+                self._rewritten = key, rewrite(*key)
+            found = self._rewritten[1]
         example = next(iter(now.parameters.values()))
-        given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in found.given.items()}
+        given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in self._given.items()}
         return Current(found.network, {**now.parameters, **given}, now.snapshot, found.names)
 
     def _check_functions(self, inputs: Sequence[Tensor]) -> None:
-        if self.backend != "reference" and torch.is_grad_enabled() and len(inputs) and isinstance(inputs[0], Tensor):
+        if self.backend == "reference" or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            _try_functions(self)
+        elif len(inputs) and isinstance(inputs[0], Tensor):
             refuse_gradients_of_functions(self.interventions, self.network, inputs[0], self.timesteps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of the network without what a ``with`` block changes."""
-        return {**self.__dict__, "_changes": (), "_rewritten": None}
+        return {**self.__dict__, "_changes": (), "_in_force": "", "_given": {}, "_rewritten": None, "_traced": SimpleNamespace()}
+
+
+@constant_when_compiled
+def _rewrite_while_tracing(net: Any) -> str:
+    """A compiler traces calls with the interventions that are in force; it looks at ``_in_force`` and ``_given`` again in later ones."""
+    network = net._reader.derived(net, net.network).network
+    key = f"{network.to_json()} {net.timesteps} {net._in_force}"
+
+    def made() -> Rewritten:
+        found = rewrite(network, net.timesteps, net.interventions)
+        found.network.parameter_shapes, found.network.buffer_shapes  # noqa: B018 (a compiler cannot trace that they are computed once)
+        return found
+
+    return stored(net._traced, key, made)
+
+
+@constant_when_compiled
+def _try_functions(net: Any) -> bool:
+    like = next(net.parameters())
+    with torch.enable_grad():
+        refuse_gradients_of_functions(net.interventions, net.network, like.new_zeros((1, 1, 1, 1)), net.timesteps)
+    return True

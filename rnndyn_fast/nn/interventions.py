@@ -7,9 +7,10 @@ time steps they are there. So the engine and the reference run what they always 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ _VALUES = {"clamp": "value", "scale": "value", "noise": "std"}  # what each need
 Steps = int | range | slice | Iterable[int] | None
 
 
+def held_steps(steps: Any) -> Sequence[int] | slice | None:
+    """What was given, to be read more than once: ints in a tuple, unless it is a slice or None, which the number of time steps decides.
+
+    Raises: TypeError naming ``steps``.
+    """
+    if steps is None or isinstance(steps, slice):
+        return steps
+    one = isinstance(steps, SupportsIndex) and getattr(steps, "ndim", 0) == 0  # (an array of one entry can be an index too)
+    if isinstance(steps, bool | str | bytes) or not (one or isinstance(steps, Iterable)):
+        raise TypeError(f"steps: expected an int, a range, a slice, ints, or None for all, got {steps!r}")
+    found = []
+    for t in [steps] if one else steps:
+        if isinstance(t, bool) or not isinstance(t, SupportsIndex) or getattr(t, "dtype", None) == torch.bool:
+            raise TypeError(f"steps: expected ints, got {t!r}")
+        try:
+            found.append(operator.index(t))
+        except TypeError:  # (tensors and arrays have the method whatever they hold)
+            raise TypeError(f"steps: expected ints, got {t!r}") from None
+    return tuple(found)
+
+
 def steps_of(steps: Steps, timesteps: int) -> tuple[int, ...]:
     """Time steps as numbers, in order.
 
@@ -32,17 +54,9 @@ def steps_of(steps: Steps, timesteps: int) -> tuple[int, ...]:
     """
     if steps is None:
         return tuple(range(timesteps))
-    if isinstance(steps, slice):
-        found: Sequence[Any] = range(timesteps)[steps]
-    elif isinstance(steps, int) and not isinstance(steps, bool):
-        found = [steps]
-    elif isinstance(steps, Iterable) and not isinstance(steps, str | bytes):
-        found = list(steps)
-    else:
-        raise TypeError(f"steps: expected an int, a range, a slice, ints, or None for all, got {steps!r}")
+    found = range(timesteps)[steps] if isinstance(steps, slice) else held_steps(steps)
+    assert isinstance(found, Sequence)
     for t in found:
-        if isinstance(t, bool) or not isinstance(t, int):
-            raise TypeError(f"steps: expected ints, got {t!r}")
         if not 0 <= t < timesteps:
             raise ValueError(f"steps: expected some of 0 .. {timesteps - 1}, got {t}")
     if not found:
@@ -73,7 +87,12 @@ class Lesion:
 
 
 def _expanded(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.is_complex():
+        raise TypeError(f"{name}: expected a number or a tensor that expands to [C, H, W] = {list(shape)}, got {value!r}")
     try:
         return tensor.expand(shape)
     except RuntimeError:
@@ -89,6 +108,7 @@ def state_change(
     name, state = network.recorded(area)
     first = network.area(name).states[0]
     shape = network.shapes[name]
+    steps = held_steps(steps)
     steps_of(steps, timesteps)
     if isinstance(action, str):
         if action not in ACTIONS:
@@ -106,8 +126,10 @@ def state_change(
             wanted = "a number or a tensor" if option in takes else "none"
             raise TypeError(f"{option}: expected {wanted} for the action {rule!r}, got {given!r}")
     value: Any = 0.0 if rule == "zero" else next((options[option] for option in takes), None)
-    if rule == "noise" and not isinstance(value, Tensor) and value < 0:
-        raise ValueError(f"std: expected at least 0, got {value}")
+    if value is not None:
+        value = _expanded(next(iter(takes), "value"), value, shape)
+    if rule == "noise" and bool((value < 0).any()):
+        raise ValueError(f"std: expected at least 0, got {float(value.min())}")
     mask = None
     if units is not None:
         mask = _expanded("units", units, shape)
@@ -118,7 +140,7 @@ def state_change(
         None if state == first else state,
         steps,
         "clamp" if rule == "zero" else rule,
-        None if value is None else _expanded(next(iter(takes), "value"), value, shape),
+        value,
         mask,
         options["seed"],
         None if isinstance(action, str) else action,
@@ -127,6 +149,7 @@ def state_change(
 
 def lesion_of(network: Network, connection: str, steps: Steps, timesteps: int) -> Lesion:
     """Checked; see :meth:`rnndyn_fast.nn.RecurrentNetwork.lesion`."""
+    steps = held_steps(steps)
     steps_of(steps, timesteps)
     source, arrow, target = connection.partition(">")
     if arrow:
