@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_modules_interventions import pair
 from torch import Tensor
+from torch.nn import functional
 
 from rnndyn_fast.nn.interventions import parse_lesion
 
@@ -35,10 +36,51 @@ def test_functions_that_hold_parameters() -> None:
     assert direction.grad is not None
 
 
+def test_functions_that_draw() -> None:
+    """The backward pass calls them again."""
+    _, ours, x = pair()
+    with ours.intervene("it", 2, lambda h, t: functional.dropout(h, 0.5)):
+        with pytest.raises(TypeError, match="action: expected a function that gives the same for the same state"):
+            ours(x)
+        with torch.no_grad():
+            ours(x)
+
+
+def test_functions_that_work_in_place() -> None:
+    """They change a copy."""
+    _, ours, x = pair()
+    units = torch.rand(32, 2, 2) > 0.5
+    weights = torch.randn(5, 3, 5, dtype=torch.float64)
+    results = []
+    for function in (lambda h, t: h.mul_(2), lambda h, t: 2 * h):
+        with ours.intervene("it", 2, function, units=units):
+            found = ours(x)
+            results.append((found.detach(), torch.autograd.grad((found * weights).sum(), ours.v2.lateral.weight)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_block_that_nobody_enters() -> None:
+    """It would change nothing without a word."""
+    _, ours, x = pair()
+    before = ours(x)
+    with pytest.warns(UserWarning, match=r"net.lesion\(...\) does nothing by itself; it lasts as long as the block of: with net.lesion"):
+        ours.lesion("v4:lateral")
+    block = ours.lesion("v4:lateral")
+    with block, block:
+        assert len(ours.interventions) == 2
+        lesioned = ours(x)
+    assert ours.interventions == ()
+    torch.testing.assert_close(block(lambda: ours(x))(), lesioned)
+    torch.testing.assert_close(ours(x), before)
+
+
 BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda net: net.intervene("v5", 1), r"unknown area 'v5'; areas are"),
     (lambda net: net.intervene("v4:c", 1), r"area 'v4' has no state 'c'"),
     (lambda net: net.intervene("v4", 5), r"steps: expected some of 0 .. 4, got 5"),
+    (lambda net: net.intervene(3, 1), r"area: expected the name of an area, got 3"),
+    (lambda net: net.lesion(None), r"connection: expected the name of a connection, as 'v4:lateral', got None"),
+    (lambda net: net.intervene("v4", 1, "noise", std=1.0, seed=2**63), r"seed: expected an int of 64 bits, got 9223372036854775808"),
     (lambda net: net.intervene("v4", -1), r"steps: expected some of 0 .. 4, got -1"),
     (lambda net: net.intervene("v4", slice(9, None)), r"steps: expected some of 0 .. 4, got none"),
     (lambda net: net.intervene("v4", "3-"), r"steps: expected an int, a range, a slice, ints, or None for all, got '3-'"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ContextDecorator
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +19,43 @@ from rnndyn_fast.nn.interventions import (
     Steps,
     lesion_of,
     parse_lesion,
-    refuse_gradients_of_functions,
     rewrite,
     state_change,
+    try_functions,
 )
 from rnndyn_fast.nn.parameters import Current, stored
 from rnndyn_fast.reference.interventions import StateFunction
 from rnndyn_fast.torch_internals import constant_when_compiled
 
 Self = TypeVar("Self", bound="Experiments")
+Owner = TypeVar("Owner", bound="Experiments")
+
+
+class Block(ContextDecorator, Generic[Owner]):
+    """A change that is in force within ``with``, which gives the network."""
+
+    def __init__(self, net: Owner, change: StateChange | Lesion) -> None:
+        self._net, self._change, self._used = net, change, False
+
+    def __enter__(self) -> Owner:
+        self._used = True
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                f"{type(self._net).__name__}: expected intervene and lesion around a compiled call, got them inside of it; enter the "
+                "block first"
+            )
+        self._net._set_changes((*self._net.interventions, self._change))  # (raises now what would be raised in the block)
+        return self._net
+
+    def __exit__(self, *_: object) -> None:
+        held = list(self._net.interventions)
+        del held[max(k for k, one in enumerate(held) if one is self._change)]
+        self._net._set_changes(tuple(held))
+
+    def __del__(self) -> None:
+        if not getattr(self, "_used", True):
+            what = "lesion" if isinstance(self._change, Lesion) else "intervene"
+            warnings.warn(f"net.{what}(...) does nothing by itself; it lasts as long as the block of: with net.{what}(...):", stacklevel=2)
 
 
 class Experiments:
@@ -40,13 +69,13 @@ class Experiments:
     _in_force = ""  # what they are, in words that are equal where one plan serves both
     _given: Mapping[str, Tensor] = MappingProxyType({})
     _rewritten: tuple[Any, Rewritten] | None = None
+    _tried: tuple[StateChange | Lesion, ...] | None = None
 
     @property
     def interventions(self) -> tuple[StateChange | Lesion, ...]:
         """Those that are in force, in their order."""
         return self._changes
 
-    @contextmanager
     def intervene(
         self: Self,
         area: str,
@@ -57,7 +86,7 @@ class Experiments:
         std: float | Tensor | None = None,
         seed: int = 0,
         units: Tensor | None = None,  # [C, H, W] bool
-    ) -> Iterator[Self]:
+    ) -> Block[Self]:
         r"""Change the states of an area while the ``with`` block lasts, for everything that reads them and for the caller.
 
         .. math:: h_t \leftarrow 0 \;\text{("zero")}, \quad v \;\text{("clamp")}, \quad v\,h_t \;\text{("scale")}, \quad
@@ -86,11 +115,9 @@ class Experiments:
         torch.Size([4, 1, 100])
         """
         options = {"value": value, "std": std, "seed": seed}
-        with self._changed(state_change(self.network, area, steps, action, options, units, self.timesteps)):
-            yield self
+        return Block(self, state_change(self.network, area, steps, action, options, units, self.timesteps))
 
-    @contextmanager
-    def lesion(self: Self, connection: str, steps: Steps = None) -> Iterator[Self]:
+    def lesion(self: Self, connection: str, steps: Steps = None) -> Block[Self]:
         """Turn connections off at some time steps while the ``with`` block lasts. A term that is off is left out, its bias too.
 
         Args:
@@ -99,35 +126,19 @@ class Experiments:
 
         Raises: ``ValueError``, ``TypeError`` naming the argument, what was expected, what came.
         """
-        with self._changed(lesion_of(self.network, connection, steps, self.timesteps)):
-            yield self
+        return Block(self, lesion_of(self.network, connection, steps, self.timesteps))
 
-    @contextmanager
-    def lesion_named(self: Self, text: str) -> Iterator[Self]:
+    def lesion_named(self: Self, text: str) -> Block[Self]:
         """A lesion as the command line names it: of connections, "v4:lateral@3-" (from step 3 on), "it>v4@2-5", or of all units of an
         area, "it@4".
 
         Raises: ``ValueError`` naming ``lesion``, what was expected, what came.
         """
-        with ExitStack() as stack:
-            try:
-                what, steps = parse_lesion(text)
-                stack.enter_context(self.lesion(what, steps) if ":" in what or ">" in what else self.intervene(what, steps, "zero"))
-            except ValueError as error:
-                raise ValueError(f"lesion: {text!r}: {error}") from None
-            yield self
-
-    @contextmanager
-    def _changed(self, change: StateChange | Lesion) -> Iterator[None]:
-        if torch.compiler.is_compiling():
-            raise TypeError(
-                f"{type(self).__name__}: expected intervene and lesion around a compiled call, got them inside of it; enter the block first"
-            )
-        self._set_changes((*self._changes, change))  # (raises now what would be raised in the block)
         try:
-            yield
-        finally:
-            self._set_changes(tuple(one for one in self._changes if one is not change))
+            what, steps = parse_lesion(text)
+            return self.lesion(what, steps) if ":" in what or ">" in what else self.intervene(what, steps, "zero")
+        except ValueError as error:
+            raise ValueError(f"lesion: {text!r}: {error}") from None
 
     def _set_changes(self, changes: tuple[StateChange | Lesion, ...]) -> None:
         found = rewrite(self.network, self.timesteps, changes)
@@ -154,11 +165,20 @@ class Experiments:
         if torch.compiler.is_compiling():
             _try_functions(self)
         elif len(inputs) and isinstance(inputs[0], Tensor):
-            refuse_gradients_of_functions(self.interventions, self.network, inputs[0], self.timesteps)
+            try_functions(self._changes, self.network, inputs[0], self.timesteps, twice=self._tried is not self._changes)
+            self._tried = self._changes
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are of the network without what a ``with`` block changes."""
-        return {**self.__dict__, "_changes": (), "_in_force": "", "_given": {}, "_rewritten": None, "_traced": SimpleNamespace()}
+        return {
+            **self.__dict__,
+            "_changes": (),
+            "_in_force": "",
+            "_given": {},
+            "_rewritten": None,
+            "_tried": None,
+            "_traced": SimpleNamespace(),
+        }
 
 
 @constant_when_compiled
@@ -179,5 +199,5 @@ def _rewrite_while_tracing(net: Any) -> str:
 def _try_functions(net: Any) -> bool:
     like = next(net.parameters())
     with torch.enable_grad():
-        refuse_gradients_of_functions(net.interventions, net.network, like.new_zeros((1, 1, 1, 1)), net.timesteps)
+        try_functions(net.interventions, net.network, like.new_zeros((1, 1, 1, 1)), net.timesteps, twice=True)
     return True

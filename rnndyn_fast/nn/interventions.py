@@ -7,6 +7,7 @@ time steps they are there. So the engine and the reference run what they always 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,6 +106,8 @@ def state_change(
     network: Network, area: str, steps: Steps, action: str | StateFunction, options: dict[str, Any], units: Any, timesteps: int
 ) -> StateChange:
     """A checked change; see :meth:`rnndyn_fast.nn.RecurrentNetwork.intervene`."""
+    if not isinstance(area, str):
+        raise TypeError(f"area: expected the name of an area, got {area!r}")
     name, state = network.recorded(area)
     first = network.area(name).states[0]
     shape = network.shapes[name]
@@ -121,6 +124,8 @@ def state_change(
         if option == "seed":
             if isinstance(given, bool) or not isinstance(given, int):
                 raise TypeError(f"seed: expected an int, got {given!r}")
+            if not -(2**63) <= given < 2**63:
+                raise ValueError(f"seed: expected an int of 64 bits, got {given}")
             continue
         if (given is not None) != (option in takes):
             wanted = "a number or a tensor" if option in takes else "none"
@@ -151,6 +156,8 @@ def lesion_of(network: Network, connection: str, steps: Steps, timesteps: int) -
     """Checked; see :meth:`rnndyn_fast.nn.RecurrentNetwork.lesion`."""
     steps = held_steps(steps)
     steps_of(steps, timesteps)
+    if not isinstance(connection, str):
+        raise TypeError(f"connection: expected the name of a connection, as 'v4:lateral', got {connection!r}")
     source, arrow, target = connection.partition(">")
     if arrow:
         chosen = [c for c in network.connections if (c.source, c.target) == (source.strip(), target.strip())]
@@ -283,16 +290,34 @@ def _insert(result: Rewritten, timesteps: int, name: str, state: str | None, cha
     result.network = replace(network, areas=tuple(areas), connections=(*(redirected(c) for c in network.connections), *added))
 
 
-def refuse_gradients_of_functions(changes: Sequence[StateChange | Lesion], network: Network, like: Tensor, timesteps: int) -> None:
-    """A native rollout gives no gradient to what a function holds: raise ``TypeError`` rather than leave it out. ``like``: an input."""
+def try_functions(changes: Sequence[StateChange | Lesion], network: Network, like: Tensor, timesteps: int, *, twice: bool) -> None:
+    """Call the functions of changes, as a native rollout calls them again in its backward pass, and gives no gradient to what they hold.
+
+    Args:
+        like: an input.
+        twice: whether each is called twice on the same state.
+
+    Raises:
+        TypeError: a function uses a tensor that requires a gradient, or gives something else when it is called again.
+    """
     for one in changes:
-        if isinstance(one, StateChange) and one.function is not None:
-            y = one.function(like.new_zeros((like.shape[-4], *network.shapes[one.area])), steps_of(one.steps, timesteps)[0])
-            if isinstance(y, Tensor) and y.requires_grad:
-                raise TypeError(
-                    "action: expected a function of the state alone, got one that uses a tensor which requires a gradient; a native "
-                    'rollout gives it none: detach it, pass it as value=, or use backend="reference"'
-                )
+        if not isinstance(one, StateChange) or one.function is None:
+            continue
+        shape, step = (like.shape[-4], *network.shapes[one.area]), steps_of(one.steps, timesteps)[0]
+        state = torch.linspace(-1.0, 1.0, math.prod(shape), dtype=like.dtype, device=like.device).reshape(shape)
+        y = one.function(state.clone(), step)
+        if not isinstance(y, Tensor):
+            continue  # (which the rollout refuses)
+        if y.requires_grad:
+            raise TypeError(
+                "action: expected a function of the state alone, got one that uses a tensor which requires a gradient; a native rollout "
+                'gives it none: detach it, pass it as value=, or use backend="reference"'
+            )
+        if twice and not torch.equal(y.nan_to_num(), one.function(state.clone(), step).nan_to_num()):
+            raise TypeError(
+                "action: expected a function that gives the same for the same state, as it is called again in the backward pass, got one "
+                'that does not: draw its random numbers beforehand, take "noise", or torch.no_grad() where no gradient is needed'
+            )
 
 
 def parse_lesion(text: str) -> tuple[str, slice | int | None]:

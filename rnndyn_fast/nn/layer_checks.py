@@ -28,7 +28,8 @@ _REMEDY = (
 
 def name_of(cls: type) -> str:
     """A class in messages."""
-    return f"torch.nn.{cls.__name__}" if getattr(nn, cls.__name__, None) is cls else cls.__name__
+    known = getattr(nn, cls.__name__, None)
+    return cls.__name__ if known is None else f"torch.nn.{cls.__name__}" if known is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def refuse_hooks(path: str, module: nn.Module) -> None:

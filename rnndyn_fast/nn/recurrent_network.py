@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,7 +153,9 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         readout = self.network.readout
         if readout is None:
             raise ValueError(f"network {self.network.name!r} has no readout")
-        with torch.autocast(representations.device.type, enabled=False):  # small, and the logarithm that follows needs the precision
+        device = representations.device.type
+        # (Small, and the logarithm that follows needs the precision.)
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             if readout.parameter is None:
                 logits = representations[..., : readout.num_classes]
             else:

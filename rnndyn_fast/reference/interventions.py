@@ -40,7 +40,7 @@ def _of_function(cell: Intervention, x: Tensor) -> Tensor:
             f"action: this function is not held: {_MOST_FUNCTIONS} others came after it (define functions once, outside of loops), or it "
             "is of another process (an exported program holds no functions)"
         )
-    y = function(x, cell.step)
+    y = function(x.clone(), cell.step)  # (which it may change in place)
     if not isinstance(y, Tensor):
         raise TypeError(f"action: expected a function that gives a tensor, got {type(y).__name__}")
     if y.shape != x.shape:
