@@ -114,6 +114,26 @@ def test_loss_is_the_sum_over_time_of_mean_nll() -> None:
     assert loss_over_time(log_probs, labels).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0, -1, 4, 1]), ValueError, r"labels: expected classes 0 .. 4, got -1"),
+        (torch.tensor([0, 5, 4, 1]), ValueError, r"labels: expected classes 0 .. 4, got 5"),
+        (torch.tensor([0.0, 3.0, 4.0, 1.0]), TypeError, r"labels: expected integers \[N\], got torch.float32"),
+        (torch.tensor([True, False, True, True]), TypeError, r"labels: expected integers \[N\], got torch.bool"),
+        (torch.tensor([0, 3, 4]), ValueError, r"labels: expected \[N\] = \[4\] or \[N, classes\] = \[4, 5\], got \[3\]"),
+        (torch.zeros(4, 4), ValueError, r"labels: expected \[N\] = \[4\] or"),
+        ([0, 3, 4, 1], TypeError, r"labels: expected a tensor, got list"),
+    ],
+)
+def test_labels_that_are_none(labels: Any, error: type[Exception], message: str) -> None:
+    log_probs = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).log_softmax(2)
+    with pytest.raises(error, match=message):
+        loss_over_time(log_probs, labels)
+    whole = loss_over_time(log_probs, torch.tensor([0, 3, 4, 1]))
+    assert torch.equal(loss_over_time(log_probs, torch.tensor([0, 3, 4, 1], dtype=torch.int32)), whole)
+
+
 def test_initialise_is_xavier_but_for_transposed_convolutions() -> None:
     torch.manual_seed(0)
     net = blt_net_64(image_size=16, widths=(4, 6, 12, 24, 48), topdown_connections=True, num_classes=10)

@@ -119,9 +119,8 @@ def _run(argv: list[str], told: _Told) -> int:
 
     parser = command_parser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals
-    words = normalise(words, parser)
     try:
-        given = parser.parse(words)
+        given = parser.parse(normalise(words, parser))
     except ArgumentError as error:
         message = str(error)
         unknown = next((word for word in message.partition("unrecognized arguments: ")[2].split() if word.startswith("--")), None)

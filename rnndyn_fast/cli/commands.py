@@ -38,8 +38,6 @@ def plan(
     **options: Any,
 ) -> None:
     """`rnndyn plan`"""
-    from contextlib import ExitStack
-
     import torch
 
     from rnndyn_fast import models
@@ -66,9 +64,7 @@ def plan(
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
-    with ExitStack() as lesions:
-        for text in _names(lesion):
-            lesions.enter_context(net.lesion_named(text))
+    with net.lesions_named(_names(lesion)):
         schedule = net.schedule()
     print(describe(schedule, engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
 

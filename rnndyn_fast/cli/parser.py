@@ -14,6 +14,7 @@ from rnndyn_fast.cli.table import COMMANDS
 from rnndyn_fast.names import flag
 from rnndyn_fast.optional import require
 
+_PATHS = ("out", "data", "checkpoint", "run", "weights", "result", "source")
 _YES_NO = ("true", "false", "yes", "no")
 
 
@@ -58,7 +59,12 @@ class CommandParser:
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Values of the arguments by name. Raises ``ArgumentError``, and ``SystemExit`` after --help and --print-config."""
-        return {name: value for name, value in vars(self.parser.parse_args(words)).items() if name != "config"}
+        given = vars(self.parser.parse_args(words))
+        for name, value in given.items():
+            if value == "" and self.parser.get_default(name) != "":  # (as a variable of a shell that is not set; a path "" would be here)
+                what = name if name in self.positionals else flag(name)
+                raise argparse.ArgumentError(None, f"{what}: expected {'a path' if name in _PATHS else 'a value'}, got an empty text")
+        return {name: value for name, value in given.items() if name != "config"}
 
 
 def normalise(argv: list[str], parser: CommandParser) -> list[str]:
@@ -66,16 +72,24 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
 
     Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8),
     switches without a value, whatever follows them (--overwrite), and optional numbers as none (--stop-loss none).
+
+    Raises ``ArgumentError`` for an option that is there twice.
     """
     lists = [flag(name) for name, hint in parser.hints.items() if _is_list(hint)]
     switches = [flag(name) for name, hint in parser.hints.items() if hint is bool]
     numbers = [flag(name) for name, hint in parser.hints.items() if {int, float} & {*typing.get_args(hint)} and _may_be_none(hint)]
     out: list[str] = []
+    seen: set[str] = set()
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.lower().replace("_", "-")
+            if name in seen and name != "--config":  # (of several files, later ones say what earlier ones do not)
+                raise argparse.ArgumentError(None, f"{name}: expected once, got it twice")
+            seen.add(name)
             if name in switches and not equals and after.lower() not in _YES_NO:
+                if after and not after.startswith("-") and not parser.positionals:
+                    raise argparse.ArgumentError(None, f"{name}: expected true or false, or nothing after it, got {after}")
                 equals, value = "=", "true"
             if name == "--config" and equals:
                 value = _config_file(parser, value)

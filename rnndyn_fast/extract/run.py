@@ -141,8 +141,7 @@ def extract(
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
     representations = net.network.readout.source
     experiment = ExitStack()
-    for text in lesion:
-        experiment.enter_context(net.lesion_named(text))
+    experiment.enter_context(net.lesions_named(lesion))
     chosen = {name: _check_areas(net, name, lists[name]) for name in ("areas", "pooled", "save")}
     measured, compared = chosen["areas"] or (representations,), chosen["pooled"] or (representations,)
     trained = contents["data"]

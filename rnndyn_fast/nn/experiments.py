@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ContextDecorator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from rnndyn_fast.nn.interventions import (
     Rewritten,
     StateChange,
     Steps,
+    check_driven,
     lesion_of,
     parse_lesion,
     rewrite,
@@ -128,20 +129,26 @@ class Experiments:
         """
         return Block(self, lesion_of(self.network, connection, steps, self.timesteps))
 
-    def lesion_named(self: Self, text: str) -> Block[Self]:
-        """A lesion as the command line names it: of connections, "v4:lateral@3-" (from step 3 on), "it>v4@2-5", or of all units of an
+    @contextmanager
+    def lesions_named(self: Self, texts: Iterable[str]) -> Iterator[Self]:
+        """Lesions as the command line names them: of connections, "v4:lateral@3-" (from step 3 on), "it>v4@2-5", or of all units of an
         area, "it@4".
 
         Raises: ``ValueError`` naming ``lesion``, what was expected, what came.
         """
-        try:
-            what, steps = parse_lesion(text)
-            return self.lesion(what, steps) if ":" in what or ">" in what else self.intervene(what, steps, "zero")
-        except ValueError as error:
-            raise ValueError(f"lesion: {text!r}: {error}") from None
+        with ExitStack() as stack:
+            for text in texts:
+                try:
+                    what, steps = parse_lesion(text)
+                    stack.enter_context(self.lesion(what, steps) if ":" in what or ">" in what else self.intervene(what, steps, "zero"))
+                except ValueError as error:
+                    raise ValueError(f"lesion: {text!r}: {error}") from None
+            yield self
 
     def _set_changes(self, changes: tuple[StateChange | Lesion, ...]) -> None:
         found = rewrite(self.network, self.timesteps, changes)
+        if len(changes) > len(self._changes):
+            check_driven(self.network, self.timesteps, found)
         self._given = found.given
         self._in_force = f"{found.network.to_json()} {[one.steps for one in changes]}" if changes else ""
         self._changes = changes

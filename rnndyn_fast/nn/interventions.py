@@ -220,6 +220,22 @@ def rewrite(network: Network, timesteps: int, changes: Sequence[StateChange | Le
     return result
 
 
+def check_driven(network: Network, timesteps: int, found: Rewritten) -> None:
+    """Raise ``ValueError`` where lesions leave the readout's area without its first states: its results would be of other time steps."""
+    area = network.readout.source if network.readout is not None else network.areas[-1].name
+    (first,) = compile_schedule(network, timesteps, (area,)).first_step.values()
+    name = found.names.get(area, area)
+    undriven = f"steps: area {area!r} of network {network.name!r} has no state at step {first}: nothing drives it then"
+    try:
+        (now,) = compile_schedule(found.network, timesteps, (name,)).first_step.values()
+    except ValueError as error:
+        if str(error).startswith("timesteps: "):
+            raise ValueError(undriven) from None
+        raise
+    if now > first:
+        raise ValueError(undriven)
+
+
 def _before(area: str) -> str:
     return f"{area} before"
 
