@@ -104,6 +104,9 @@ BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda net: net.lesion("v4"), r"connection: expected an area and one of"),
     (lambda net: net.lesion("v1:lateral"), r"connection: network 'blt_net_64' has no 'v1:lateral'; there are "),
     (lambda net: net.lesion("it>v2"), r"has no 'it>v2'"),
+    (lambda net: net.lesion("it>gap", 0), r"steps: area 'gap' of network 'blt_net_64' has no state at step 0: nothing drives it then"),
+    (lambda net: net.lesion("v4:bottom_up", [0, 1]), r"steps: area 'gap' .* has no state at step 0: nothing drives it then"),
+    (lambda net: net.lesion("it>gap"), r"steps: area 'gap' .* has no state at step 0: nothing drives it then"),
 ]
 
 

@@ -77,6 +77,24 @@ def test_what_looks_on_sees_the_rollout() -> None:
         torch.testing.assert_close(traced(x + 1), ours(x + 1))
 
 
+def test_parametrizations_are_computed_once_per_call() -> None:
+    """In the first call too, in which the network is looked at."""
+    _, ours, x = pair()
+    count = 0
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return weight
+
+    parametrize.register_parametrization(ours.v2.lateral, "weight", Counted())
+    count = 0
+    for n in (1, 2, 3):
+        ours(x)
+        assert count == n
+
+
 SPECIAL: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: x.to_sparse(), r"image: expected a dense tensor, got torch.sparse_coo"),
     (lambda x: torch.nested.nested_tensor([x[0], x[1]]), r"image: expected a dense tensor, got a nested tensor"),

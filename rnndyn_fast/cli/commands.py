@@ -59,13 +59,13 @@ def plan(
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
-    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
-        print(_defaults(built))
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
     with net.lesions_named(_names(lesion)):
         schedule = net.schedule()
+    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
+        print(_defaults(built))
     print(describe(schedule, engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
 
 

@@ -73,20 +73,16 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
     Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8),
     switches without a value, whatever follows them (--overwrite), and optional numbers as none (--stop-loss none).
 
-    Raises ``ArgumentError`` for an option that is there twice.
+    Raises ``ArgumentError`` for a switch that is neither true nor false.
     """
     lists = [flag(name) for name, hint in parser.hints.items() if _is_list(hint)]
     switches = [flag(name) for name, hint in parser.hints.items() if hint is bool]
     numbers = [flag(name) for name, hint in parser.hints.items() if {int, float} & {*typing.get_args(hint)} and _may_be_none(hint)]
     out: list[str] = []
-    seen: set[str] = set()
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.lower().replace("_", "-")
-            if name in seen and name != "--config":  # (of several files, later ones say what earlier ones do not)
-                raise argparse.ArgumentError(None, f"{name}: expected once, got it twice")
-            seen.add(name)
             if name in switches and not equals and after.lower() not in _YES_NO:
                 if after and not after.startswith("-") and not parser.positionals:
                     raise argparse.ArgumentError(None, f"{name}: expected true or false, or nothing after it, got {after}")
@@ -104,6 +100,16 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
             word = _null(word)
         out.append(word)
     return out
+
+
+def repeated(words: list[str]) -> dict[str, list[str]]:
+    """Options that are there more than once with different values, of which the last counts, and these values. ``words``: normalised."""
+    given: dict[str, list[str]] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name != "--config":  # (of several files, later ones say what earlier ones do not)
+            given.setdefault(name, []).append((value if equals else after).strip("[]"))
+    return {name: values for name, values in given.items() if len(set(values)) > 1}
 
 
 def _may_be_none(hint: Any) -> bool:

@@ -146,25 +146,34 @@ class Experiments:
             yield self
 
     def _set_changes(self, changes: tuple[StateChange | Lesion, ...]) -> None:
-        found = rewrite(self.network, self.timesteps, changes)
-        if len(changes) > len(self._changes):
-            check_driven(self.network, self.timesteps, found)
-        self._given = found.given
-        self._in_force = f"{found.network.to_json()} {[one.steps for one in changes]}" if changes else ""
+        """Raises what :meth:`intervene` and :meth:`lesion` raise, where there are more of them than before."""
+        added = len(changes) > len(self._changes)
+        try:
+            found = rewrite(self.network, self.timesteps, changes)
+            if added:
+                check_driven(self.network, self.timesteps, found)
+            self._given, words = found.given, found.network.to_json()
+        except ValueError:
+            if added:
+                raise
+            self._given, words = {}, ""  # (the time steps are others than when they began; the next call says so)
+        self._in_force = f"{words} {[one.steps for one in changes]}" if changes else ""
         self._changes = changes
 
     def _with_interventions(self, now: Current) -> Current:
         """The network, with those that are in force."""
         if torch.compiler.is_compiling():
             found: Rewritten = getattr(self._traced, _rewrite_while_tracing(self))
+            given = self._given
         else:
             key = (now.network, self.timesteps, self.interventions)
             if self._rewritten is None or self._rewritten[0] != key:
                 self._rewritten = key, rewrite(*key)
             found = self._rewritten[1]
+            given = found.given
         example = next(iter(now.parameters.values()))
-        given = {name: t.to(device=example.device, dtype=example.dtype) for name, t in self._given.items()}
-        return Current(found.network, {**now.parameters, **given}, now.snapshot, found.names)
+        cast = {name: t.to(device=example.device, dtype=example.dtype) for name, t in given.items()}
+        return Current(found.network, {**now.parameters, **cast}, now.snapshot, found.names)
 
     def _check_functions(self, inputs: Sequence[Tensor]) -> None:
         if self.backend == "reference" or not torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rnndyn_fast.graph.spec import Network
 from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
@@ -222,14 +223,14 @@ class ModuleReader:
             return Current(derived.network, found, None)
         if any(_ALL_MODULES):
             refuse_global_hooks()
-        snapshot = self._latest
-        if snapshot is None or not snapshot.holds(root, base):
-            snapshot = self._take(root, base)
-        parameters = snapshot.values(snapshot.parameters)
-        if parameters is None:
-            snapshot = self._take(root, base, anew=True)
+        snapshot, parameters = self._latest, None
+        if snapshot is not None and snapshot.holds(root, base):
             parameters = snapshot.values(snapshot.parameters)
-            assert parameters is not None
+        if snapshot is None or parameters is None:
+            with parametrize.cached():  # (one evaluation of each parametrization, as in other calls)
+                snapshot = self._take(root, base, anew=snapshot is not None and snapshot.holds(root, base))
+                parameters = snapshot.values(snapshot.parameters)
+                assert parameters is not None
         if snapshot.derived.filled:
             snapshot.fill(parameters)
         return Current(snapshot.derived.network, parameters, snapshot)
