@@ -229,6 +229,12 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
         assert " runs; " in line, line
 
 
+def test_a_configuration_with_a_key_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 3\nlr: 0.1\nepochs: 4\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--data", "d", "--out", "o"]) == 2
+    assert "c.yaml: the key 'epochs' is there twice" in capfd.readouterr().err
+
+
 def test_a_file_for_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results").write_text("x")
     assert main(["extract", "c.pt", "d.h5", "--out", str(tmp_path / "results")]) == 2

@@ -127,12 +127,27 @@ def _is_list(hint: Any) -> bool:
 
 
 def _config_file(parser: CommandParser, value: str) -> str:
-    """A configuration file as it is; the name of a published recipe of training as its file."""
+    """A configuration file as it is, if it can be read in one way; the name of a published recipe of training as its file."""
+    if Path(value).is_file():
+        _refuse_repeated_keys(Path(value))
     if parser.command != "train" or Path(value).suffix or Path(value).exists():
         return value
     from rnndyn_fast.train.recipes import recipe
 
     return str(recipe(value))
+
+
+def _refuse_repeated_keys(path: Path) -> None:
+    import yaml
+
+    from rnndyn_fast.plain_values import RepeatedKeyError, plain_values
+
+    try:
+        plain_values(path.read_text(encoding="utf-8"))
+    except RepeatedKeyError as error:
+        raise argparse.ArgumentError(None, f"--config: {path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        pass  # (which the parser tells)
 
 
 def _bracketed(value: str) -> str:
