@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,17 @@ def test_checkpoint_of_another_architecture_lists_what_does_not_fit(trained: Pat
     assert "missing: readout.bias" in message
     assert "unexpected: v1.lateral.weight, v2.lateral.weight" in message
     assert "gap_ln.weight [12] instead of [14]" in message
+
+
+def test_a_run_does_not_go_on_with_changed_layers(images: Path, trained: Path, tmp_path: Path) -> None:
+    """Its network would be another than the one that was saved."""
+    net, contents = load_checkpoint(trained)
+    net.it_ln.eps = 0.1
+    folder = tmp_path / "run"
+    shutil.copytree(trained.parent, folder)
+    save_checkpoint(folder / "last.pt", {**contents, "model": net.config})
+    with pytest.raises(ValueError, match=r"resume: .*last.pt is of a network with changed layers \(it_ln\), which a run cannot take up"):
+        run(images, folder, resume=True, epochs=3)
 
 
 def test_load_checkpoint_can_unroll_longer(trained: Path) -> None:
