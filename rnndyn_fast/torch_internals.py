@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+# Hooks of all modules, those of ``torch.nn.modules.module.register_module_forward_hook`` and the like.
+GLOBAL_HOOKS: dict[str, dict[int, Any]] = {
+    "register_module_forward_pre_hook": _module._global_forward_pre_hooks,
+    "register_module_forward_hook": _module._global_forward_hooks,
+    "register_module_full_backward_pre_hook": _module._global_backward_pre_hooks,
+    "register_module_full_backward_hook": _module._global_backward_hooks,
+}
 
 
 def constant_when_compiled(function: Function) -> Function:
@@ -30,6 +41,15 @@ def graph_is_kept() -> bool:
 def in_transform() -> bool:
     """Whether a ``torch.func`` transform (vmap, grad, jvp) surrounds the call."""
     return bool(get_interpreter_stack())
+
+
+def is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is done to tensors goes through Python: a dispatch mode is on (FakeTensorMode, make_fx, a counter of operations), or one
+    of them is of a subclass that does so, and may have no memory."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    others: set[Any] = set(map(type, tensors)) - _PLAIN
+    return any(cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ for cls in others)
 
 
 @constant_when_compiled  # torch.compile guards on these transforms itself, but cannot trace the question

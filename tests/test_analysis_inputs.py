@@ -146,6 +146,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "labels half": ({"labels": np.array([0, 0.5, 1])}, ValueError, "labels: expected integers .* got 0.5"),
     "labels high": ({"labels": np.array([0, 5, 1])}, ValueError, r"labels: .* got values in \[0, 5\]"),
     "labels low": ({"labels": np.array([0, -1, 1])}, ValueError, r"labels: .* got values in \[-1, 1\]"),
+    "labels of 64 bits without sign": ({"labels": np.array([0, 2**63, 1], np.uint64)}, ValueError, r"labels: .* got values in \[0.0, 9.2"),
+    "masked": (
+        {"trajectories": np.ma.masked_array(np.ones((6, 3, 8)), mask=np.arange(144).reshape(6, 3, 8) < 5)},
+        TypeError,
+        "expected an array without masked entries, got 5 of them",
+    ),
     "labels bool": ({"labels": np.array([True, False, True])}, TypeError, "labels: expected integers"),
     "log_probs": (
         {"log_probs": np.zeros((6, 3, 4))},

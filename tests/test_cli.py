@@ -95,6 +95,11 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["train", "--data", "d", "--out", "o", "--epohcs", "3"], "did you mean '--epochs'"),
         (["train", "--data", "d", "--out", "o.h5"], "--out: expected a folder, o.h5 is the name of a file"),
         (["train"], "missing: --data, --out"),
+        (["train", "--data", "d", "--out", "o", "--epochs", ""], "--epochs: expected a whole number, got nothing"),
+        (["train", "--data", "d", "--out", ""], "--out: expected a path, got an empty text"),
+        (["train", "--data", "", "--out", "o"], "--data: expected a path, got an empty text"),
+        (["extract", "", "d.h5", "--out", "o"], "checkpoint: expected a path, got an empty text"),
+        (["train", "--data", "d", "--out", "o", "--topdown-connections", "maybe"], "--topdown-connections: expected true or false, or"),
         (["train", "--data", "d", "--out", "o", "--epochs", "many"], "--epochs: expected a whole number, got many"),
         (["train", "--data", "d", "--out", "o", "--backend", "fast"], "backend: expected one of"),
         (["train", "--data", "d", "--out", "o", "--depth", "3"], "--depth"),
@@ -108,6 +113,7 @@ def test_help_version_and_no_arguments(capfd: pytest.CaptureFixture[str]) -> Non
         (["plan", "blt_net_64", "--image-size", "20"], "image-size: expected a multiple of 8"),
         (["plan", "blt_net_64", "--unroll", "sideways"], "--unroll: expected one of engineering, biological, got 'sideways'"),
         (["plan", "blt_net_64", "--engine", "fft"], "engine: expected one of"),
+        (["plan", "blt_net_64", "--lesion", "v5:lateral"], "--lesion: 'v5:lateral': unknown area 'v5'"),
         (["extract", "absent.pt", "i.h5", "--out", "r.h5"], "checkpoint: no such file: absent.pt"),
         (["analyse", "absent.h5", "--out", "a"], "absent.h5"),
         (["demo", "--epochs", "0"], "epochs: expected at least 1"),
@@ -194,6 +200,10 @@ def test_plan_prints_the_schedule(capfd: pytest.CaptureFixture[str]) -> None:
     assert "once" in text
     assert main(["plan", "blt_net_128", "--num-classes", "10"]) == 0
     assert "5 time steps" not in capfd.readouterr().out
+    assert main(["plan", "blt_net_64", "--lesion", "v4:lateral@3-,it@2"]) == 0
+    lesioned = capfd.readouterr().out
+    assert "conv3(v4, v4.lateral){t=0..2}" in lesioned
+    assert "it = it before{t=0..1,3..9} + it clamp 1{t=2}" in lesioned
     assert main(["plan", "blt_net_64", "--engine", "direct"]) == 0
     assert "winograd" not in capfd.readouterr().out
 
@@ -217,6 +227,30 @@ def test_doctor_says_what_runs(capfd: pytest.CaptureFixture[str]) -> None:
     for engine in ("auto", "direct", "winograd"):
         line = next(line for line in text.splitlines() if f"convolutions, {engine}" in line)
         assert " runs; " in line, line
+
+
+def test_a_configuration_with_a_key_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 3\nlr: 0.1\nepochs: 4\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--data", "d", "--out", "o"]) == 2
+    assert "c.yaml: the key 'epochs' is there twice" in capfd.readouterr().err
+
+
+def test_a_file_for_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").write_text("x")
+    assert main(["extract", "c.pt", "d.h5", "--out", str(tmp_path / "results")]) == 2
+    assert "--out: expected a folder, or a file (.h5)" in capfd.readouterr().err
+
+
+def test_repeated_options_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    """The last one counts."""
+    words = ["plan", "blt_net_64", "--timesteps", "3", "--batch", "2", "--Batch=2", "--widths", "4,8,16,32,64"]
+    assert main([*words, "--timesteps=4", "--widths=2,4,8,16,32"]) == 0
+    told = capfd.readouterr()
+    assert "4 time steps" in told.out
+    assert told.err.splitlines() == [
+        "rnndyn: --timesteps is there 2 times (3, 4); the last one counts",
+        "rnndyn: --widths is there 2 times (4,8,16,32,64, 2,4,8,16,32); the last one counts",
+    ]
 
 
 def test_dashes_and_lists_are_normalised() -> None:

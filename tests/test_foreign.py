@@ -18,6 +18,7 @@ from rnndyn_fast.data import make_dataset
 from rnndyn_fast.extract import load_results
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.train import load_checkpoint, read_checkpoint
+from rnndyn_fast.train.checkpoint import load_weights
 
 WIDTHS = (2, 4, 8, 16, 32)
 
@@ -98,6 +99,22 @@ def test_commands_take_weights_with_a_model(net: Any, images: Path, tmp_path: Pa
         assert message in capfd.readouterr().err
     assert main(["extract", str(weights), str(images), "--out", str(tmp_path / "s.h5")]) == 2
     assert "holds weights from elsewhere (a state_dict); say of which network: --model" in capfd.readouterr().err
+
+
+def test_checkpoints_of_other_versions(net: Any, tmp_path: Path) -> None:
+    torch.save({"format": "rnndyn_fast.checkpoint/99", "state_dict": net.state_dict()}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"is of another version of rnndyn: expected the format rnndyn_fast.checkpoint/1, got .*/99"):
+        read_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_that_are_no_floats(dtype: torch.dtype, net: Any) -> None:
+    """They would be cast without a word."""
+    state = net.state_dict()
+    before = state["v1.lateral.weight"].clone()
+    with pytest.raises(ValueError, match=rf"other kinds of numbers: v1.lateral.weight {dtype}"):
+        load_weights(net, {**state, "v1.lateral.weight": before.to(dtype)}, "w.pth")
+    assert torch.equal(net.state_dict()["v1.lateral.weight"], before)
 
 
 def test_what_is_assumed_is_said(net: Any, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -324,7 +324,3 @@ def test_changes_hold_for_compiled_calls() -> None:
     for change in changes:
         doubled(change, ours)
         torch.testing.assert_close(compiled(x), ours(x))
-    ours.v2.bottom_up.register_forward_hook(lambda *_: None)
-    torch._dynamo.reset()  # (by default a compiled call does not look at hooks again)
-    with pytest.raises(Exception, match=r"v2.bottom_up._forward_hooks"):
-        compiled(x)

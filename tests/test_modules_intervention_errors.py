@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_modules_interventions import pair
 from torch import Tensor
+from torch.nn import functional
 
 from rnndyn_fast.nn.interventions import parse_lesion
 
@@ -35,14 +36,60 @@ def test_functions_that_hold_parameters() -> None:
     assert direction.grad is not None
 
 
+def test_functions_that_draw() -> None:
+    """The backward pass calls them again."""
+    _, ours, x = pair()
+    with ours.intervene("it", 2, lambda h, t: functional.dropout(h, 0.5)):
+        with pytest.raises(TypeError, match="action: expected a function that gives the same for the same state"):
+            ours(x)
+        with torch.no_grad():
+            ours(x)
+
+
+def test_functions_that_work_in_place() -> None:
+    """They change a copy."""
+    _, ours, x = pair()
+    units = torch.rand(32, 2, 2) > 0.5
+    weights = torch.randn(5, 3, 5, dtype=torch.float64)
+    results = []
+    for function in (lambda h, t: h.mul_(2), lambda h, t: 2 * h):
+        with ours.intervene("it", 2, function, units=units):
+            found = ours(x)
+            results.append((found.detach(), torch.autograd.grad((found * weights).sum(), ours.v2.lateral.weight)[0]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_block_that_nobody_enters() -> None:
+    """It would change nothing without a word."""
+    _, ours, x = pair()
+    before = ours(x)
+    with pytest.warns(UserWarning, match=r"net.lesion\(...\) does nothing by itself; it lasts as long as the block of: with net.lesion"):
+        ours.lesion("v4:lateral")
+    block = ours.lesion("v4:lateral")
+    with block, block:
+        assert len(ours.interventions) == 2
+        lesioned = ours(x)
+    assert ours.interventions == ()
+    torch.testing.assert_close(block(lambda: ours(x))(), lesioned)
+    torch.testing.assert_close(ours(x), before)
+
+
 BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda net: net.intervene("v5", 1), r"unknown area 'v5'; areas are"),
     (lambda net: net.intervene("v4:c", 1), r"area 'v4' has no state 'c'"),
     (lambda net: net.intervene("v4", 5), r"steps: expected some of 0 .. 4, got 5"),
+    (lambda net: net.intervene(3, 1), r"area: expected the name of an area, got 3"),
+    (lambda net: net.lesion(None), r"connection: expected the name of a connection, as 'v4:lateral', got None"),
+    (lambda net: net.intervene("v4", 1, "noise", std=1.0, seed=2**63), r"seed: expected an int of 64 bits, got 9223372036854775808"),
     (lambda net: net.intervene("v4", -1), r"steps: expected some of 0 .. 4, got -1"),
     (lambda net: net.intervene("v4", slice(9, None)), r"steps: expected some of 0 .. 4, got none"),
     (lambda net: net.intervene("v4", "3-"), r"steps: expected an int, a range, a slice, ints, or None for all, got '3-'"),
     (lambda net: net.intervene("v4", [0.5]), r"steps: expected ints, got 0.5"),
+    (lambda net: net.intervene("v4", torch.tensor([0.0, 1.0])), r"steps: expected ints, got tensor"),
+    (lambda net: net.intervene("v4", torch.tensor([False, True])), r"steps: expected ints, got tensor\(False\)"),
+    (lambda net: net.intervene("v4", 1, "scale", "half"), r"value: expected a number or a tensor .*, got 'half'"),
+    (lambda net: net.intervene("v4", 1, "noise", std=torch.tensor(-1.0)), r"std: expected at least 0, got -1.0"),
+    (lambda net: net.intervene("v4", 1, "noise", std="1"), r"std: expected a number or a tensor"),
     (lambda net: net.intervene("v4", 1, "zeros"), r"action: expected one of zero, .*, got 'zeros'"),
     (lambda net: net.intervene("v4", 1, 0.5), r"action: expected one of zero, .* or a function of a state and a time step, got 0.5"),
     (lambda net: net.intervene("v4", 1, "scale"), r"value: expected a number or a tensor for the action 'scale', got None"),
@@ -57,6 +104,9 @@ BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda net: net.lesion("v4"), r"connection: expected an area and one of"),
     (lambda net: net.lesion("v1:lateral"), r"connection: network 'blt_net_64' has no 'v1:lateral'; there are "),
     (lambda net: net.lesion("it>v2"), r"has no 'it>v2'"),
+    (lambda net: net.lesion("it>gap", 0), r"steps: area 'gap' of network 'blt_net_64' has no state at step 0: nothing drives it then"),
+    (lambda net: net.lesion("v4:bottom_up", [0, 1]), r"steps: area 'gap' .* has no state at step 0: nothing drives it then"),
+    (lambda net: net.lesion("it>gap"), r"steps: area 'gap' .* has no state at step 0: nothing drives it then"),
 ]
 
 
@@ -86,11 +136,6 @@ def test_refused_at_the_call(backend: str) -> None:
         ours.intervene("it", 1, lambda h, t: None),
     ):  # type: ignore[arg-type,return-value]
         ours(x)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="eager", fullgraph=True)
-    compiled(x)
-    with pytest.raises(Exception, match=r"expected a call outside of torch.compile"), ours.intervene("it", 1):
-        compiled(x)
 
 
 def test_what_the_command_line_names() -> None:

@@ -15,6 +15,7 @@ from rnndyn_fast.graph.spec.network import Activation
 from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_to_plain, network_yaml, read_network
 from rnndyn_fast.models import blt_net_64, build
 from rnndyn_fast.ops.cells import LSTM, Gain, ReciprocalGated
+from rnndyn_fast.plain_values import plain_values
 from rnndyn_fast.train import TrainConfig, load_checkpoint
 
 SMALL = Network(
@@ -146,3 +147,17 @@ def test_plan_train_and_extract_take_a_file(tmp_path: Path, capfd: pytest.Captur
     assert main(["plan", str(again / "train.yaml")]) == 0
     assert main(["train", *common, "--model", "blt_net_65", "--out", str(tmp_path / "no")]) == 2
     assert "did you mean" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("n.yaml", "name: a\ninputs: []\nname: b\n"), ("n.json", '{"name": "a", "areas": [{"name": "v", "name": "w"}]}')],
+)
+def test_keys_that_are_there_twice(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="cannot be read: the key 'name' is there twice"):
+        read_network(tmp_path / name)
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    assert plain_values("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}

@@ -109,6 +109,30 @@ def test_refusals(options: list[str], message: str, tmp_path: Path, capfd: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        ("path,label,label", "a/00.png,a,b", "expected one column label, got 2"),
+        ("path,path,label", "a/00.png,a/01.png,a", "expected one column path, got 2"),
+        ("path,label", "a/00.png,a,small", "line 2: expected 2 cells, got 3; quote a text that has commas"),
+        ("path,label", "a/00.png,a\n./a/../a/00.png,a", r"line 3: ./a/../a/00.png is in line 2 too"),
+    ],
+)
+def test_tables_that_can_be_read_in_two_ways(header: str, row: str, message: str, tmp_path: Path) -> None:
+    folder(tmp_path, a=2)
+    (tmp_path / "t.csv").write_text(f"{header}\n{row}\n")
+    with pytest.raises(ValueError, match=message):
+        make_dataset(tmp_path / "o.h5", source=str(tmp_path / "t.csv"), size=16)
+
+
+def test_empty_cells_at_the_end_of_a_line(tmp_path: Path) -> None:
+    """As spreadsheets write them."""
+    folder(tmp_path, a=20, b=20)
+    rows = [f"{c}/{k:02d}.png,{c},," for c in "ab" for k in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    assert make_dataset(tmp_path / "o.h5", source=str(tmp_path / "t.csv"), size=16).exists()
+
+
 def test_a_class_without_training_images(tmp_path: Path) -> None:
     folder(tmp_path, a=20, b=2)
     rows = [f"a/{k:02d}.png,a,train" for k in range(20)] + [f"b/{k:02d}.png,b,test" for k in range(2)]

@@ -267,3 +267,14 @@ def test_compile_schedule_arguments() -> None:
         compile_schedule(network, 3, "gap")
     with pytest.raises(ValueError, match=r"unknown area 'v3'; areas are \['retina'"):
         compile_schedule(network, 3, ("v3",))
+
+
+def test_text_says_when_connections_are_there() -> None:
+    """Those that are off at some steps, and an area that others find changed at some."""
+    net = blt_net_64(timesteps=6, image_size=16, widths=(2, 4, 8, 16, 32))
+    assert "{t=" not in str(net.schedule())
+    with net.lesion("v4:lateral", slice(3, None)), net.lesion("it>v4", 2), net.lesion("gap:lateral"), net.intervene("it", [1, 5]):
+        text = str(net.schedule())
+    assert "conv3(v4, v4.lateral){t=0..2} + convT3/2(it, v4.top_down){t=0..1,3..5}" in text
+    assert "it = it before{t=0,2..4} + it clamp 1{t=1,5}" in text
+    assert "off at all steps: gap -> gap (lateral)" in text

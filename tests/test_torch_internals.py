@@ -62,3 +62,18 @@ def test_tangents_are_seen() -> None:
         assert not torch_internals.has_tangent([x])
         assert torch_internals.has_tangent([x, dual])
     assert not torch_internals.has_tangent([x])
+
+
+def test_hooks_of_all_modules_are_seen() -> None:
+    """Each is registered where we look, by the function of that name."""
+    module = torch.nn.modules.module
+    assert all(not hooks for hooks in torch_internals.GLOBAL_HOOKS.values())
+    for name, hooks in torch_internals.GLOBAL_HOOKS.items():
+        handle = getattr(module, name)(lambda *_: None)
+        assert len(hooks) == 1, name
+        handle.remove()
+        assert not hooks
+    every = {name for name in dir(module) if name.startswith("register_module_") and name.endswith("_hook")}
+    others = {"register_module_backward_hook"}  # (the same as the full one, before it)
+    others |= {f"register_module_{kind}_registration_hook" for kind in ("buffer", "module", "parameter")}
+    assert every == torch_internals.GLOBAL_HOOKS.keys() | others, torch.__version__

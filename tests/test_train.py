@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,26 @@ def test_loss_is_the_sum_over_time_of_mean_nll() -> None:
     for t in range(3):
         expected += -sum(float(log_probs[t, n, labels[n]]) for n in range(4)) / 4
     assert loss_over_time(log_probs, labels).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0, -1, 4, 1]), ValueError, r"labels: expected classes 0 .. 4, got -1"),
+        (torch.tensor([0, 5, 4, 1]), ValueError, r"labels: expected classes 0 .. 4, got 5"),
+        (torch.tensor([0.0, 3.0, 4.0, 1.0]), TypeError, r"labels: expected integers \[N\], got torch.float32"),
+        (torch.tensor([True, False, True, True]), TypeError, r"labels: expected integers \[N\], got torch.bool"),
+        (torch.tensor([0, 3, 4]), ValueError, r"labels: expected \[N\] = \[4\] or \[N, classes\] = \[4, 5\], got \[3\]"),
+        (torch.zeros(4, 4), ValueError, r"labels: expected \[N\] = \[4\] or"),
+        ([0, 3, 4, 1], TypeError, r"labels: expected a tensor, got list"),
+    ],
+)
+def test_labels_that_are_none(labels: Any, error: type[Exception], message: str) -> None:
+    log_probs = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).log_softmax(2)
+    with pytest.raises(error, match=message):
+        loss_over_time(log_probs, labels)
+    whole = loss_over_time(log_probs, torch.tensor([0, 3, 4, 1]))
+    assert torch.equal(loss_over_time(log_probs, torch.tensor([0, 3, 4, 1], dtype=torch.int32)), whole)
 
 
 def test_initialise_is_xavier_but_for_transposed_convolutions() -> None:
@@ -328,6 +349,17 @@ def test_checkpoint_of_another_architecture_lists_what_does_not_fit(trained: Pat
     assert "missing: readout.bias" in message
     assert "unexpected: v1.lateral.weight, v2.lateral.weight" in message
     assert "gap_ln.weight [12] instead of [14]" in message
+
+
+def test_a_run_does_not_go_on_with_changed_layers(images: Path, trained: Path, tmp_path: Path) -> None:
+    """Its network would be another than the one that was saved."""
+    net, contents = load_checkpoint(trained)
+    net.it_ln.eps = 0.1
+    folder = tmp_path / "run"
+    shutil.copytree(trained.parent, folder)
+    save_checkpoint(folder / "last.pt", {**contents, "model": net.config})
+    with pytest.raises(ValueError, match=r"resume: .*last.pt is of a network with changed layers \(it_ln\), which a run cannot take up"):
+        run(images, folder, resume=True, epochs=3)
 
 
 def test_load_checkpoint_can_unroll_longer(trained: Path) -> None:

@@ -12,7 +12,11 @@ from torch import Tensor
 def as_tensor(name: str, value: Any) -> Tensor:
     """The value as a detached tensor: torch tensors as they are, anything array-like through NumPy."""
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got {'a nested tensor' if value.is_nested else value.layout}")
         return value.detach()
+    if np.ma.is_masked(value):
+        raise TypeError(f"{name}: expected an array without masked entries, got {int(np.ma.count_masked(value))} of them")
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected a numeric array or tensor, got {type(value).__name__} of dtype {array.dtype}")
@@ -44,6 +48,8 @@ def as_labels(name: str, value: Any, samples: int, classes: int) -> Tensor:  # [
         raise TypeError(f"{name}: expected integers [N], got dtype {tensor.dtype}")
     if tensor.dim() != 1 or tensor.shape[0] != samples:
         raise ValueError(f"{name}: expected shape [N] = [{samples}], got {list(tensor.shape)}")
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):  # (of which PyTorch has no smallest and largest)
+        tensor = tensor.double()
     if tensor.is_floating_point():
         if bool(torch.isnan(tensor).any()):
             raise ValueError(f"{name}: expected integers [N] in [0, C) = [0, {classes}), got NaN")

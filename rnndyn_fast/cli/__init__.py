@@ -114,13 +114,13 @@ def _run(argv: list[str], told: _Told) -> int:
     from jsonargparse import ArgumentError
 
     from rnndyn_fast.cli.arguments import command_parser
-    from rnndyn_fast.cli.parser import normalise
     from rnndyn_fast.suggestions import flag, nearest
+    from rnndyn_fast.cli.parser import normalise, repeated
 
     parser = command_parser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals
-    words = normalise(words, parser)
     try:
+        words = normalise(words, parser)
         given = parser.parse(words)
     except ArgumentError as error:
         message = str(error)
@@ -129,6 +129,8 @@ def _run(argv: list[str], told: _Told) -> int:
         raise _UsageError(f"{message}{near}", f" (see rnndyn {command} --help)") from error
     except SystemExit as stop:  # --help and --print-config print and stop
         return stop.code if isinstance(stop.code, int) else EXIT_OK
+    for name, values in repeated(words).items():
+        print(f"rnndyn: {name} is there {len(values)} times ({', '.join(values)}); the last one counts", file=sys.stderr)
     if given.get("out") is not None:
         given["out"] = place(command, given["out"])
     function(**given)

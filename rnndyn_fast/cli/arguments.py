@@ -35,6 +35,9 @@ def _data_make(parser: CommandParser) -> None:
     add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
+_LESION = "connections and areas that are off at some steps, as v4:lateral@3-,it>v4@2-5,it@4"
+
+
 def _plan(parser: CommandParser) -> None:
     from rnndyn_fast.train.config import NETWORK_OPTIONS, TrainConfig
 
@@ -49,6 +52,7 @@ def _plan(parser: CommandParser) -> None:
     )
     add(parser, "dtype", Literal["float32", "float64", "float16", "bfloat16"], "of the maps", "float32")
     add(parser, "batch", int, "images in a batch", 16)
+    add(parser, "lesion", str, _LESION, "")
     add(parser, "instructions", Literal["inference", "training"] | None, "print every instruction of that program too", None)
 
 
@@ -93,7 +97,7 @@ def _extract(parser: CommandParser) -> None:
     add(parser, "device", str | None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one", None)
     add(parser, "precision", Literal["float32", "float16", "bfloat16"], "of maps, by autocast; float16 on a GPU", "float32")
     add(parser, "untrained", bool, "the network as it was before training", False)
-    add(parser, "lesion", str, "connections and areas that are off at some steps, as v4:lateral@3-,it>v4@2-5,it@4", "")
+    add(parser, "lesion", str, _LESION, "")
     _add_engine(parser)
     add(parser, "overwrite", bool, "replace files that exist", False)
 

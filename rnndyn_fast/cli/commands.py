@@ -20,6 +20,11 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """What is separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def plan(
     model: str,
     num_classes: int | None,
@@ -29,6 +34,7 @@ def plan(
     dtype: str = "float32",
     batch: int = 16,
     instructions: str | None = None,
+    lesion: str = "",
     **options: Any,
 ) -> None:
     """`rnndyn plan`"""
@@ -53,12 +59,14 @@ def plan(
             built |= {name: value for name, value in given.items() if value is not None}
     with torch.device("meta"):
         net = models.build(built)
-    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
-        print(_defaults(built))
     where = named_device(device)
     if torch.cuda.is_available():  # (elsewhere the plan says what it would depend on)
         check_device(where)
-    print(describe(net.schedule(), engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
+    with net.lesions_named(_names(lesion)):
+        schedule = net.schedule()
+    if str(built["model"]).startswith("blt_net") and not model.endswith(".pt"):
+        print(_defaults(built))
+    print(describe(schedule, engine, device=device, dtype=getattr(torch, dtype), samples=batch, instructions=instructions))
 
 
 def _defaults(built: dict[str, Any]) -> str:
@@ -150,7 +158,7 @@ def extract(**options: Any) -> None:
     from rnndyn_fast.extract import REDUCERS, trajectories_path
     from rnndyn_fast.extract import extract as run
 
-    lists: dict[str, Any] = {name: tuple(part.strip() for part in options.pop(name).split(",") if part.strip()) for name in _LISTS}
+    lists: dict[str, Any] = {name: _names(options.pop(name)) for name in _LISTS}
     lists["reducers"] = REDUCERS if lists["reducers"] == ("all",) else lists["reducers"]
     for name in ("rdm_classes", "rdm_images"):
         text = options[name]

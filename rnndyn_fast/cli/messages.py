@@ -65,7 +65,8 @@ def _of_the_parser(text: str) -> str:
     )
     text = re.sub(r'^Parser key "([^"]+)": ?', r"\1: ", text)
     text = text.replace("expected tuple", "expected numbers with commas between them, as 8,16,32,48,64")
-    text = re.sub(r"\. Got value: ", ", got ", text)
+    text = re.sub(r"\. Got value: ?", ", got ", text)
+    text = re.sub(r", got $", ", got nothing", text)
     found = re.search(r"expected float, got (\S+)$", text)
     if found and found[1].lower().strip("'") in _NOT_FINITE:
         text = text.replace("expected float", "expected a finite number")

@@ -14,6 +14,7 @@ from rnndyn_fast.cli.table import COMMANDS
 from rnndyn_fast.optional import require
 from rnndyn_fast.suggestions import flag
 
+_PATHS = ("out", "data", "checkpoint", "run", "weights", "result", "source")
 _YES_NO = ("true", "false", "yes", "no")
 
 
@@ -58,7 +59,12 @@ class CommandParser:
 
     def parse(self, words: list[str]) -> dict[str, Any]:
         """Values of the arguments by name. Raises ``ArgumentError``, and ``SystemExit`` after --help and --print-config."""
-        return {name: value for name, value in vars(self.parser.parse_args(words)).items() if name != "config"}
+        given = vars(self.parser.parse_args(words))
+        for name, value in given.items():
+            if value == "" and self.parser.get_default(name) != "":  # (as a variable of a shell that is not set; a path "" would be here)
+                what = name if name in self.positionals else flag(name)
+                raise argparse.ArgumentError(None, f"{what}: expected {'a path' if name in _PATHS else 'a value'}, got an empty text")
+        return {name: value for name, value in given.items() if name != "config"}
 
 
 def normalise(argv: list[str], parser: CommandParser) -> list[str]:
@@ -66,6 +72,8 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
 
     Options may be written with underscores and in any case (--batch_size, --LT_interaction), lists without brackets (--widths 4,6,8),
     switches without a value, whatever follows them (--overwrite), and optional numbers as none (--stop-loss none).
+
+    Raises ``ArgumentError`` for a switch that is neither true nor false.
     """
     lists = [flag(name) for name, hint in parser.hints.items() if _is_list(hint)]
     switches = [flag(name) for name, hint in parser.hints.items() if hint is bool]
@@ -76,6 +84,8 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
             name, equals, value = word.partition("=")
             name = name.lower().replace("_", "-")
             if name in switches and not equals and after.lower() not in _YES_NO:
+                if after and not after.startswith("-") and not parser.positionals:
+                    raise argparse.ArgumentError(None, f"{name}: expected true or false, or nothing after it, got {after}")
                 equals, value = "=", "true"
             if name == "--config" and equals:
                 value = _config_file(parser, value)
@@ -90,6 +100,16 @@ def normalise(argv: list[str], parser: CommandParser) -> list[str]:
             word = _null(word)
         out.append(word)
     return out
+
+
+def repeated(words: list[str]) -> dict[str, list[str]]:
+    """Options that are there more than once with different values, of which the last counts, and these values. ``words``: normalised."""
+    given: dict[str, list[str]] = {}
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name != "--config":  # (of several files, later ones say what earlier ones do not)
+            given.setdefault(name, []).append((value if equals else after).strip("[]"))
+    return {name: values for name, values in given.items() if len(set(values)) > 1}
 
 
 def _may_be_none(hint: Any) -> bool:
@@ -107,12 +127,27 @@ def _is_list(hint: Any) -> bool:
 
 
 def _config_file(parser: CommandParser, value: str) -> str:
-    """A configuration file as it is; the name of a published recipe of training as its file."""
+    """A configuration file as it is, if it can be read in one way; the name of a published recipe of training as its file."""
+    if Path(value).is_file():
+        _refuse_repeated_keys(Path(value))
     if parser.command != "train" or Path(value).suffix or Path(value).exists():
         return value
     from rnndyn_fast.train.recipes import recipe
 
     return str(recipe(value))
+
+
+def _refuse_repeated_keys(path: Path) -> None:
+    import yaml
+
+    from rnndyn_fast.plain_values import RepeatedKeyError, plain_values
+
+    try:
+        plain_values(path.read_text(encoding="utf-8"))
+    except RepeatedKeyError as error:
+        raise argparse.ArgumentError(None, f"--config: {path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        pass  # (which the parser tells)
 
 
 def _bracketed(value: str) -> str:

@@ -97,6 +97,8 @@ def place(command: str, out: str) -> str:
     """
     path = Path(out)
     if command in FILES:
+        if path.is_file() and not path.suffix:
+            raise ValueError(f"out: expected a folder, or a file ({Path(FILES[command]).suffix}), {out} is another file")
         return str(path / FILES[command]) if out.endswith("/") or path.is_dir() or not path.suffix else out
     if (path.exists() and not path.is_dir()) or path.suffix in _FILE_SUFFIXES:
         raise ValueError(f"out: expected a folder, {out} {'is a file' if path.exists() else 'is the name of a file'}")

@@ -140,7 +140,8 @@ def list_table(path: str | os.PathLike[str]) -> Listing:
 
     Raises:
         FileNotFoundError: files that are not there, with their number.
-        ValueError: no such columns, an empty or repeated path, an empty label, or no rows; names the line.
+        ValueError: no such columns, or one twice; an empty or repeated path, an empty label, more cells than columns, or no rows; names the
+            line.
     """
     path = Path(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -151,25 +152,36 @@ def list_table(path: str | os.PathLike[str]) -> Listing:
             missing = [name for name in ("path", "label") if name not in columns]
             if missing:
                 raise ValueError(f"source: {path}: expected the columns path and label (and split), got {', '.join(columns) or 'none'}")
-            rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for row in reader]
+            twice = next((name for name in ("path", "label", "split") if columns.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"source: {path}: expected one column {twice}, got {columns.count(twice)}")
+            rows = [
+                (reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}, list(row.get(None) or ()))
+                for row in reader
+            ]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"source: {path}: expected a table in UTF-8 with commas: {error}") from error
     if not rows:
         raise ValueError(f"source: {path}: expected a row per image, got none")
     seen: dict[str, int] = {}
-    for line, row in rows:
+    for line, row, more in rows:
+        if any(cell.strip() for cell in more):
+            raise ValueError(
+                f"source: {path}, line {line}: expected {len(columns)} cells, got {len(columns) + len(more)}; quote a text that has commas"
+            )
         for name in ("path", "label", *(("split",) if "split" in columns else ())):
             if not row[name]:
                 raise ValueError(f"source: {path}, line {line}: {name} is empty")
-        if row["path"] in seen:
-            raise ValueError(f"source: {path}, line {line}: {row['path']} is in line {seen[row['path']]} too")
-        seen[row["path"]] = line
-    names = [row["path"] for _, row in rows]
-    labels = [row["label"] for _, row in rows]
+        file_path = os.path.normpath(path.parent / row["path"])
+        if file_path in seen:
+            raise ValueError(f"source: {path}, line {line}: {row['path']} is in line {seen[file_path]} too")
+        seen[file_path] = line
+    names = [row["path"] for _, row, _ in rows]
+    labels = [row["label"] for _, row, _ in rows]
     numbers = all(label.isdecimal() for label in labels)
     classes = tuple(sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None))
     root = path.parent
     _refuse_broken(path, root, names)
     index = {name: k for k, name in enumerate(classes)}
-    splits = [row["split"] for _, row in rows] if "split" in columns else []
+    splits = [row["split"] for _, row, _ in rows] if "split" in columns else []
     return Listing(root, names, np.array([index[label] for label in labels], np.int64), classes, splits)

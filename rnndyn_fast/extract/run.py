@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from rnndyn_fast.extract.trajectories import DTYPES
 from rnndyn_fast.job_device import backend_on, check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.nn import GraphedNetwork, RecurrentNetwork
 from rnndyn_fast.nn.cuda_graphs import Graphs
-from rnndyn_fast.nn.interventions import parse_lesion
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions
 from rnndyn_fast.train.foreign import Foreign
 from rnndyn_fast.train.loop import INITIAL
@@ -142,8 +141,7 @@ def extract(
         raise ValueError(f"checkpoint: the network in {used} has no readout, so there are no readout zones")
     representations = net.network.readout.source
     experiment = ExitStack()
-    for text in lesion:
-        experiment.enter_context(_lesioned(net, text))
+    experiment.enter_context(net.lesions_named(lesion))
     chosen = {name: _check_areas(net, name, lists[name]) for name in ("areas", "pooled", "save")}
     measured, compared = chosen["areas"] or (representations,), chosen["pooled"] or (representations,)
     trained = contents["data"]
@@ -202,17 +200,6 @@ def extract(
             overwrite=overwrite, manifest={"checkpoint": sha, "machine": platform.machine(), **made_with},
             descriptors=descriptors, reporter=reporter, title=split,
         )  # fmt: skip
-
-
-def _lesioned(net: RecurrentNetwork, text: str) -> AbstractContextManager[Any]:
-    """A lesion as the command line names it: of connections, or of all units of an area."""
-    try:
-        what, steps = parse_lesion(text)
-        with ExitStack() as stack:
-            stack.enter_context(net.lesion(what, steps) if ":" in what or ">" in what else net.intervene(what, steps, "zero"))
-            return stack.pop_all()
-    except ValueError as error:
-        raise ValueError(f"lesion: {text!r}: {error}") from None
 
 
 def network_forward(

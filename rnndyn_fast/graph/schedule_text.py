@@ -36,16 +36,31 @@ def _term(network: Network, c: Connection, source: str) -> str:
     return f"{first}{kind}{size}{stride}{groups}({text}, {c.parameter})"
 
 
+def _when(c: Connection, timesteps: int) -> str:
+    """The time steps at which a connection is there, where it is not always."""
+    if c.steps is None or len(there := sorted(t for t in c.steps if t < timesteps)) == timesteps:
+        return ""
+    runs: list[list[int]] = []
+    for t in there:
+        if runs and runs[-1][-1] == t - 1:
+            runs[-1] = [runs[-1][0], t]
+        else:
+            runs.append([t])
+    return f"{{t={','.join('..'.join(map(str, run)) for run in runs)}}}"
+
+
 def _sums(schedule: Schedule, name: str) -> dict[str, str]:
-    """The terms of each port at the update that has most of them."""
+    """The terms of each port, of all updates."""
     network = schedule.network
-    slots = [item for item in schedule.terms if item[0] == name]
-    item = max(slots, key=lambda i: (len(schedule.terms[i]), len(schedule.zeros[i])))
-    reads = [(t.connection, schedule.drives[t.drive].source) for t in schedule.terms[item]]
-    reads += [(c, c.source) for c in schedule.zeros[item]]
+    sources: dict[Connection, str] = {}  # (at a first step another than later)
+    for item in schedule.terms:
+        if item[0] == name:
+            sources.update({c: c.source for c in schedule.zeros[item]})
+            sources.update({t.connection: schedule.drives[t.drive].source for t in schedule.terms[item]})
     sums: dict[str, list[str]] = {port: [] for port in network.area(name).ports}
-    for c, source in reads:
-        sums[network.port(c)].append(_term(network, c, source))
+    for c in network.connections:
+        if c in sources:
+            sums[network.port(c)].append(_term(network, c, sources[c]) + _when(c, schedule.timesteps))
     return {port: " + ".join(texts) for port, texts in sums.items() if texts}
 
 
@@ -101,6 +116,9 @@ def schedule_text(schedule: Schedule) -> str:
     unread = [a.name for a in network.areas if not schedule.num_slots[a.name]]
     if unread:
         lines.append(f"  never computed (nothing reads them): {', '.join(unread)}")
+    off = [c.label for c in network.connections if c.steps is not None and not any(t < schedule.timesteps for t in c.steps)]
+    if off:
+        lines.append(f"  off at all steps: {', '.join(off)}")
     scheduled, every_step = schedule.multiplications()
     lines += [
         "",

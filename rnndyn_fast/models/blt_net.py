@@ -125,7 +125,7 @@ class BLTNet(RecurrentNetwork):
         modules["gap_ln"] = nn.LayerNorm([widths[-1]]) if norm is Norm.LAYER else nn.Identity()
         modules["readout"] = nn.Linear(widths[-1], options["num_classes"], bias=bool(options["classifier_bias"]))
         super().__init__(network, options["timesteps"], backend=options["backend"], engine=options["engine"], modules=modules)
-        self.config: dict[str, Any] = {"model": model, **options, "widths": list(widths)}
+        self.config = {"model": model, **options, "widths": list(widths)}
 
     @staticmethod
     def _check(options: dict[str, Any]) -> None:

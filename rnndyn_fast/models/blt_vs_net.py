@@ -181,7 +181,6 @@ class BLTVS(RecurrentNetwork):
         )  # fmt: skip
         self.readout_type, self.hook_type = options["readout_type"], options["hook_type"]
         self.num_classes, self.add_feats, self.image_size, self.bio_unroll = o.num_classes, o.add_feats, o.image_size, o.bio
-        self.config: dict[str, Any] = {"model": "blt_vs", **options}
         first = self.schedule().first_step["Readout.logits"]
         if self.readout_type == "single":
             self.readout_weights = nn.Parameter(torch.ones(self.timesteps - first))
@@ -191,6 +190,7 @@ class BLTVS(RecurrentNetwork):
                 for t in range(self.timesteps):
                     for stream in streams:
                         self.add_module(f"{name}_{t}{stream}", nn.Identity())
+        self.config = {"model": "blt_vs", **options}
 
     def forward(  # type: ignore[override]
         self,
@@ -210,8 +210,8 @@ class BLTVS(RecurrentNetwork):
         Raises: ``ValueError`` for an unknown area or time step, which lists those there are.
         """
         for name in ("num_classes", "add_feats", "image_size", "bio_unroll", "readout_type", "hook_type"):
-            if getattr(self, name) != self.config[name]:
-                raise TypeError(f"{name}: expected {self.config[name]!r}, as the network was built, got {getattr(self, name)!r}")
+            if getattr(self, name) != self._as_built[0][name]:
+                raise TypeError(f"{name}: expected {self._as_built[0][name]!r}, as the network was built, got {getattr(self, name)!r}")
         wanted, steps = self._wanted(areas, timesteps) if extract_actvs else ((), ())
         hooked = AREAS if self.hook_type != "None" else ()
         nodes = [f"{name}.{stream}" for name in AREAS if name in wanted or name in hooked for stream in ("bu", "td")]

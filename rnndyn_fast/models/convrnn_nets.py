@@ -187,8 +187,8 @@ class ConvRNN(RecurrentNetwork):
         super().__init__(network, timesteps, backend=options["backend"], engine=options["engine"])
         self.layers = layers
         self.decoder: Decoder = DECODERS[SUFFIXES[name.removeprefix(base)]]()
-        self.config: dict[str, Any] = {"model": "convrnn", "name": name, **options}
         initialise(self)
+        self.config = {"model": "convrnn", "name": name, **options}
 
     @property
     def first_driven_step(self) -> int:

@@ -77,7 +77,6 @@ class RCNNSAT(RecurrentNetwork):
         layers = tuple((c // options["width_divisor"], k) for c, k in LAYERS[kind])
         network = rcnn_sat_network(kind, layers, (height, width), options["num_classes"], steps, bool(options["cumulative_readout"]))
         super().__init__(network, steps, backend=options["backend"], engine=options["engine"])
-        self.config: dict[str, Any] = {"model": "rcnn_sat", **options}
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = MOMENTUM
@@ -85,6 +84,7 @@ class RCNNSAT(RecurrentNetwork):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.config = {"model": "rcnn_sat", **options}
 
 
 _KERAS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}

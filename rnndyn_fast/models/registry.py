@@ -14,6 +14,7 @@ from rnndyn_fast.models.rcnn_sat_nets import rcnn_sat
 from rnndyn_fast.models.spec_network import NETWORK, SpecNetwork
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.suggestions import nearest
+from rnndyn_fast.nn.changed_layers import change_layers
 
 MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
     "blt_net_64": blt_net_64,
@@ -46,11 +47,12 @@ def options_of(model: str) -> list[str]:
 
 def build(config: Mapping[str, Any]) -> RecurrentNetwork:
     """Build a model from its ``config``: the name under "model", and the factory's options. (The name "network": the spec under "network".)
+    Under "layers": what was changed in its layers (:mod:`rnndyn_fast.nn.changed_layers`).
 
-    Raises ``ValueError`` for an unknown model or option, with the nearest names.
+    Raises ``ValueError`` for an unknown model or option, with the nearest names, and for layers that do not fit.
     """
     options = dict(config)
-    name = options.pop("model", None)
+    name, layers = options.pop("model", None), options.pop("layers", {})
     known = options_of(str(name))
     for option in options:
         if option not in known:
@@ -60,7 +62,14 @@ def build(config: Mapping[str, Any]) -> RecurrentNetwork:
     if missing:
         example = " (as in model_options: {name: rgc_shallow})" if missing == ["name"] else ""
         raise ValueError(f"model {name}: missing option {missing[0]!r}{example}; options are {known}")
-    return factory(**options)
+    net = factory(**options)
+    if layers:
+        change_layers(net, layers)
+        try:
+            net.current()
+        except TypeError as error:
+            raise ValueError(f"layers: {error}") from error
+    return net
 
 
 def build_for(config: Mapping[str, Any], *, num_classes: int, image_size: int) -> RecurrentNetwork:

@@ -46,4 +46,4 @@ class SpecNetwork(RecurrentNetwork):
                 raise ValueError(f"network: expected {name} = {wanted}, as in the data, the spec {spec.name!r} has {own}")
         super().__init__(spec, timesteps, backend=backend, engine=engine)
         plain = network_to_plain(spec)
-        self.config: dict[str, Any] = {"model": NETWORK, "network": plain, "timesteps": timesteps, "backend": backend, "engine": engine}
+        self.config = {"model": NETWORK, "network": plain, "timesteps": timesteps, "backend": backend, "engine": engine}

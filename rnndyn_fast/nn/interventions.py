@@ -7,9 +7,11 @@ time steps they are there. So the engine and the reference run what they always 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,6 +27,27 @@ _VALUES = {"clamp": "value", "scale": "value", "noise": "std"}  # what each need
 Steps = int | range | slice | Iterable[int] | None
 
 
+def held_steps(steps: Any) -> Sequence[int] | slice | None:
+    """What was given, to be read more than once: ints in a tuple, unless it is a slice or None, which the number of time steps decides.
+
+    Raises: TypeError naming ``steps``.
+    """
+    if steps is None or isinstance(steps, slice):
+        return steps
+    one = isinstance(steps, SupportsIndex) and getattr(steps, "ndim", 0) == 0  # (an array of one entry can be an index too)
+    if isinstance(steps, bool | str | bytes) or not (one or isinstance(steps, Iterable)):
+        raise TypeError(f"steps: expected an int, a range, a slice, ints, or None for all, got {steps!r}")
+    found = []
+    for t in [steps] if one else steps:
+        if isinstance(t, bool) or not isinstance(t, SupportsIndex) or getattr(t, "dtype", None) == torch.bool:
+            raise TypeError(f"steps: expected ints, got {t!r}")
+        try:
+            found.append(operator.index(t))
+        except TypeError:  # (tensors and arrays have the method whatever they hold)
+            raise TypeError(f"steps: expected ints, got {t!r}") from None
+    return tuple(found)
+
+
 def steps_of(steps: Steps, timesteps: int) -> tuple[int, ...]:
     """Time steps as numbers, in order.
 
@@ -32,17 +55,9 @@ def steps_of(steps: Steps, timesteps: int) -> tuple[int, ...]:
     """
     if steps is None:
         return tuple(range(timesteps))
-    if isinstance(steps, slice):
-        found: Sequence[Any] = range(timesteps)[steps]
-    elif isinstance(steps, int) and not isinstance(steps, bool):
-        found = [steps]
-    elif isinstance(steps, Iterable) and not isinstance(steps, str | bytes):
-        found = list(steps)
-    else:
-        raise TypeError(f"steps: expected an int, a range, a slice, ints, or None for all, got {steps!r}")
+    found = range(timesteps)[steps] if isinstance(steps, slice) else held_steps(steps)
+    assert isinstance(found, Sequence)
     for t in found:
-        if isinstance(t, bool) or not isinstance(t, int):
-            raise TypeError(f"steps: expected ints, got {t!r}")
         if not 0 <= t < timesteps:
             raise ValueError(f"steps: expected some of 0 .. {timesteps - 1}, got {t}")
     if not found:
@@ -73,7 +88,12 @@ class Lesion:
 
 
 def _expanded(name: str, value: Any, shape: tuple[int, int, int]) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.is_complex():
+        raise TypeError(f"{name}: expected a number or a tensor that expands to [C, H, W] = {list(shape)}, got {value!r}")
     try:
         return tensor.expand(shape)
     except RuntimeError:
@@ -86,9 +106,12 @@ def state_change(
     network: Network, area: str, steps: Steps, action: str | StateFunction, options: dict[str, Any], units: Any, timesteps: int
 ) -> StateChange:
     """A checked change; see :meth:`rnndyn_fast.nn.RecurrentNetwork.intervene`."""
+    if not isinstance(area, str):
+        raise TypeError(f"area: expected the name of an area, got {area!r}")
     name, state = network.recorded(area)
     first = network.area(name).states[0]
     shape = network.shapes[name]
+    steps = held_steps(steps)
     steps_of(steps, timesteps)
     if isinstance(action, str):
         if action not in ACTIONS:
@@ -101,13 +124,17 @@ def state_change(
         if option == "seed":
             if isinstance(given, bool) or not isinstance(given, int):
                 raise TypeError(f"seed: expected an int, got {given!r}")
+            if not -(2**63) <= given < 2**63:
+                raise ValueError(f"seed: expected an int of 64 bits, got {given}")
             continue
         if (given is not None) != (option in takes):
             wanted = "a number or a tensor" if option in takes else "none"
             raise TypeError(f"{option}: expected {wanted} for the action {rule!r}, got {given!r}")
     value: Any = 0.0 if rule == "zero" else next((options[option] for option in takes), None)
-    if rule == "noise" and not isinstance(value, Tensor) and value < 0:
-        raise ValueError(f"std: expected at least 0, got {value}")
+    if value is not None:
+        value = _expanded(next(iter(takes), "value"), value, shape)
+    if rule == "noise" and bool((value < 0).any()):
+        raise ValueError(f"std: expected at least 0, got {float(value.min())}")
     mask = None
     if units is not None:
         mask = _expanded("units", units, shape)
@@ -118,7 +145,7 @@ def state_change(
         None if state == first else state,
         steps,
         "clamp" if rule == "zero" else rule,
-        None if value is None else _expanded(next(iter(takes), "value"), value, shape),
+        value,
         mask,
         options["seed"],
         None if isinstance(action, str) else action,
@@ -127,7 +154,10 @@ def state_change(
 
 def lesion_of(network: Network, connection: str, steps: Steps, timesteps: int) -> Lesion:
     """Checked; see :meth:`rnndyn_fast.nn.RecurrentNetwork.lesion`."""
+    steps = held_steps(steps)
     steps_of(steps, timesteps)
+    if not isinstance(connection, str):
+        raise TypeError(f"connection: expected the name of a connection, as 'v4:lateral', got {connection!r}")
     source, arrow, target = connection.partition(">")
     if arrow:
         chosen = [c for c in network.connections if (c.source, c.target) == (source.strip(), target.strip())]
@@ -188,6 +218,22 @@ def rewrite(network: Network, timesteps: int, changes: Sequence[StateChange | Le
         else:
             result.names[f"{area}:{state}"] = f"{area} {state}"
     return result
+
+
+def check_driven(network: Network, timesteps: int, found: Rewritten) -> None:
+    """Raise ``ValueError`` where lesions leave the readout's area without its first states: its results would be of other time steps."""
+    area = network.readout.source if network.readout is not None else network.areas[-1].name
+    (first,) = compile_schedule(network, timesteps, (area,)).first_step.values()
+    name = found.names.get(area, area)
+    undriven = f"steps: area {area!r} of network {network.name!r} has no state at step {first}: nothing drives it then"
+    try:
+        (now,) = compile_schedule(found.network, timesteps, (name,)).first_step.values()
+    except ValueError as error:
+        if str(error).startswith("timesteps: "):
+            raise ValueError(undriven) from None
+        raise
+    if now > first:
+        raise ValueError(undriven)
 
 
 def _before(area: str) -> str:
@@ -260,16 +306,34 @@ def _insert(result: Rewritten, timesteps: int, name: str, state: str | None, cha
     result.network = replace(network, areas=tuple(areas), connections=(*(redirected(c) for c in network.connections), *added))
 
 
-def refuse_gradients_of_functions(changes: Sequence[StateChange | Lesion], network: Network, like: Tensor, timesteps: int) -> None:
-    """A native rollout gives no gradient to what a function holds: raise ``TypeError`` rather than leave it out. ``like``: an input."""
+def try_functions(changes: Sequence[StateChange | Lesion], network: Network, like: Tensor, timesteps: int, *, twice: bool) -> None:
+    """Call the functions of changes, as a native rollout calls them again in its backward pass, and gives no gradient to what they hold.
+
+    Args:
+        like: an input.
+        twice: whether each is called twice on the same state.
+
+    Raises:
+        TypeError: a function uses a tensor that requires a gradient, or gives something else when it is called again.
+    """
     for one in changes:
-        if isinstance(one, StateChange) and one.function is not None:
-            y = one.function(like.new_zeros((like.shape[-4], *network.shapes[one.area])), steps_of(one.steps, timesteps)[0])
-            if isinstance(y, Tensor) and y.requires_grad:
-                raise TypeError(
-                    "action: expected a function of the state alone, got one that uses a tensor which requires a gradient; a native "
-                    'rollout gives it none: detach it, pass it as value=, or use backend="reference"'
-                )
+        if not isinstance(one, StateChange) or one.function is None:
+            continue
+        shape, step = (like.shape[-4], *network.shapes[one.area]), steps_of(one.steps, timesteps)[0]
+        state = torch.linspace(-1.0, 1.0, math.prod(shape), dtype=like.dtype, device=like.device).reshape(shape)
+        y = one.function(state.clone(), step)
+        if not isinstance(y, Tensor):
+            continue  # (which the rollout refuses)
+        if y.requires_grad:
+            raise TypeError(
+                "action: expected a function of the state alone, got one that uses a tensor which requires a gradient; a native rollout "
+                'gives it none: detach it, pass it as value=, or use backend="reference"'
+            )
+        if twice and not torch.equal(y.nan_to_num(), one.function(state.clone(), step).nan_to_num()):
+            raise TypeError(
+                "action: expected a function that gives the same for the same state, as it is called again in the backward pass, got one "
+                'that does not: draw its random numbers beforehand, take "noise", or torch.no_grad() where no gradient is needed'
+            )
 
 
 def parse_lesion(text: str) -> tuple[str, slice | int | None]:

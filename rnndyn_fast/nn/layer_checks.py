@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from rnndyn_fast.torch_internals import GLOBAL_HOOKS
+
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hooks",
     "_forward_hooks": "forward hooks",
@@ -26,7 +28,8 @@ _REMEDY = (
 
 def name_of(cls: type) -> str:
     """A class in messages."""
-    return f"torch.nn.{cls.__name__}" if getattr(nn, cls.__name__, None) is cls else cls.__name__
+    known = getattr(nn, cls.__name__, None)
+    return cls.__name__ if known is None else f"torch.nn.{cls.__name__}" if known is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def refuse_hooks(path: str, module: nn.Module) -> None:
@@ -44,6 +47,18 @@ def refuse_hooks(path: str, module: nn.Module) -> None:
                 f"{path}.{name}: expected that of {name_of(type(module))}, got {vars(module)[name]!r} on the instance, which a rollout "
                 "would not call"
             )
+
+
+def refuse_global_hooks() -> None:
+    """Raise ``TypeError`` where all modules have hooks that would be called with what a layer takes or gives. (PyTorch's own, as those of
+    its counter of operations, only look on.)"""
+    for registered_by, hooks in GLOBAL_HOOKS.items():
+        for hook in list(hooks.values()):
+            if not str(getattr(hook, "__module__", "")).startswith("torch."):
+                raise TypeError(
+                    f"torch.nn.modules.module.{registered_by}: expected no hooks of all modules, got {hook!r}: a rollout reads the "
+                    f"parameters of layers and does not call them; {_REMEDY}"
+                )
 
 
 def computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:

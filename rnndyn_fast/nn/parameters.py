@@ -6,18 +6,21 @@ it depends on: submodules, their classes, hooks, and the attributes that decide 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
-from operator import attrgetter
+from operator import attrgetter, itemgetter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.nn.derived_network import FLAGS, Derived, derive
-from rnndyn_fast.nn.layer_checks import HOOKS
-from rnndyn_fast.torch_internals import constant_when_compiled
+from rnndyn_fast.nn.layer_checks import HOOKS, refuse_global_hooks
+from rnndyn_fast.torch_internals import GLOBAL_HOOKS, constant_when_compiled
 
 # What the forward methods of these layers read besides parameters and buffers.
 _READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -28,6 +31,7 @@ _READ: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.BatchNorm2d, ("num_features", "eps", "training")),
 )
 _NONE: Mapping[str, Any] = {}
+_ALL_MODULES = tuple(GLOBAL_HOOKS.values())
 _MOST_NETWORKS = 16  # of one module: a layer has one for each size of its input
 
 
@@ -84,7 +88,7 @@ class _Snapshot:
         self._dicts = [vars(m) for m in modules]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
-        self._groups: list[tuple[Callable[[Any], Any], list[nn.Module], list[Any]]] = []
+        self._groups: list[tuple[Callable[[Any], Any], list[Any], list[Any]]] = []
         for cls, names in _READ:
             self._watch([m for m in modules if isinstance(m, cls)], names)
         flagged: dict[tuple[str, ...], list[nn.Module]] = {}
@@ -92,16 +96,19 @@ class _Snapshot:
             flagged.setdefault(tuple(name for name in FLAGS if name in vars(m)), []).append(m)
         for names, some in flagged.items():
             self._watch(some, names)
-        self._absent = [(m._parameters, kind) for m in modules for kind in ("weight", "bias") if kind in m._parameters
-                        and m._parameters[kind] is None]  # fmt: skip
+        absent = [(m._parameters, kind) for m in modules for kind in ("weight", "bias") if kind in m._parameters]
+        self._absent = [(held.get, kind) for held, kind in absent if held[kind] is None]
         self.parameters = self._sources(there, derived.network.parameter_shapes)
         self.buffers = self._sources(there, derived.network.buffer_shapes)
         self._constants: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def _watch(self, modules: list[Any], names: tuple[str, ...]) -> None:
-        if modules and names:
-            get = attrgetter(*names)
-            self._groups.append((get, modules, list(map(get, modules))))
+        if not modules or not names:
+            return
+        # (Half the time of attributes, where no class computes them.)
+        plain = all(name in vars(m) and not hasattr(type(m), name) for m in modules for name in names)
+        get, where = (itemgetter(*names), list(map(vars, modules))) if plain else (attrgetter(*names), modules)
+        self._groups.append((get, where, list(map(get, where))))
 
     def _sources(self, there: Mapping[str, nn.Module], names: Any) -> list[tuple[str, Mapping[str, Any], str, nn.Module]]:
         found = []
@@ -123,10 +130,13 @@ class _Snapshot:
             return False
         if list(map(len, self._dicts)) != self._sizes:
             return False
-        for get, modules, then in self._groups:
-            if list(map(get, modules)) != then:
-                return False
-        return all(held.get(kind) is None for held, kind in self._absent)
+        try:
+            for get, where, then in self._groups:
+                if list(map(get, where)) != then:
+                    return False
+        except (AttributeError, KeyError):  # one was deleted
+            return False
+        return not self._absent or [get(kind) for get, kind in self._absent].count(None) == len(self._absent)
 
     def values(self, sources: list[tuple[str, Mapping[str, Any], str, nn.Module]]) -> dict[str, Tensor] | None:
         """Tensors by name; None: one is missing."""
@@ -190,7 +200,7 @@ class ModuleReader:
         self._options = containers, unread
         self._snapshots: dict[Network, _Snapshot] = {}
         self._latest: _Snapshot | None = None
-        self.traced: dict[str, Derived] = {}  # what compiled calls run
+        self.traced = SimpleNamespace()  # what compiled calls run
 
     def __reduce__(self) -> Any:
         return ModuleReader, self._options
@@ -202,23 +212,25 @@ class ModuleReader:
             TypeError, ValueError: naming the module and the attribute that no network can say.
         """
         if torch.compiler.is_compiling():
-            _derive_while_tracing(self, root, base)
-            derived = self.traced[base.to_json()]
-            _show_to_compiler(root, base)
+            traced: _Traced = getattr(self.traced, _derive_while_tracing(self, root, base))
+            derived = traced.derived
+            _show_to_compiler(root, base, traced.hooks)
             found = _walk(root, tuple(name for name in derived.network.parameter_shapes if name not in derived.filled))
             example = next(iter(found.values()))
             for name, value in derived.filled.items():
                 if name in derived.network.parameter_shapes:
                     found[name] = torch.full(derived.network.parameter_shapes[name], value, dtype=example.dtype, device=example.device)
             return Current(derived.network, found, None)
-        snapshot = self._latest
-        if snapshot is None or not snapshot.holds(root, base):
-            snapshot = self._take(root, base)
-        parameters = snapshot.values(snapshot.parameters)
-        if parameters is None:
-            snapshot = self._take(root, base, anew=True)
+        if any(_ALL_MODULES):
+            refuse_global_hooks()
+        snapshot, parameters = self._latest, None
+        if snapshot is not None and snapshot.holds(root, base):
             parameters = snapshot.values(snapshot.parameters)
-            assert parameters is not None
+        if snapshot is None or parameters is None:
+            with parametrize.cached():  # (one evaluation of each parametrization, as in other calls)
+                snapshot = self._take(root, base, anew=snapshot is not None and snapshot.holds(root, base))
+                parameters = snapshot.values(snapshot.parameters)
+                assert parameters is not None
         if snapshot.derived.filled:
             snapshot.fill(parameters)
         return Current(snapshot.derived.network, parameters, snapshot)
@@ -242,11 +254,31 @@ class ModuleReader:
         return snapshot
 
 
+class _Traced(NamedTuple):
+    """What a compiled call runs. ``hooks``: those of its modules and of all modules."""
+
+    derived: Derived
+    hooks: list[Mapping[int, Any]]
+
+
+def stored(store: SimpleNamespace, key: str, make: Callable[[], Any]) -> str:
+    """The name of an attribute that holds what is made, once for the same key. (Compiled calls compare the attributes that they read: of a
+    dict they would compare all keys.)"""
+    name = f"_{hashlib.sha256(key.encode()).hexdigest()}"
+    if not hasattr(store, name):
+        setattr(store, name, make())
+    return name
+
+
 @constant_when_compiled
-def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) -> bool:
+def _derive_while_tracing(reader: ModuleReader, root: nn.Module, base: Network) -> str:
     """A compiler traces calls, and so finds out here what the modules are; it does not see what is changed in them afterwards."""
-    reader.traced[base.to_json()] = reader.derived(root, base)
-    return True
+    refuse_global_hooks()
+    derived = reader.derived(root, base)
+    modules = [module for _, module in _tree(root, (*base.parameter_shapes, *base.buffer_shapes))]
+    hooks = [*_ALL_MODULES, *(getattr(m, name) for m in modules for name in HOOKS)]
+    key = f"{derived.network.to_json()} {sorted(derived.filled.items())} {[id(h) for h in hooks]}"
+    return stored(reader.traced, key, lambda: _Traced(derived, hooks))
 
 
 @constant_when_compiled
@@ -254,9 +286,10 @@ def _constant(module: nn.Module, name: str) -> float:
     return float(getattr(module, name))
 
 
-def _show_to_compiler(root: nn.Module, base: Network) -> int:
+def _show_to_compiler(root: nn.Module, base: Network, hooks: list[Mapping[int, Any]]) -> int:
     """Read, in code that is traced, what the network was derived from, so that compiled calls look at it again: compare each value."""
-    seen = 0
+    # (Of the attributes of modules that hold them, a compiler looks at none again.)
+    seen = sum([len(held) for held in hooks])
     for _, module in _tree(root, (*base.parameter_shapes, *base.buffer_shapes)):
         for cls, names in _READ:
             if isinstance(module, cls):

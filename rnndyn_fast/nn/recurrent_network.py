@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from rnndyn_fast.graph.schedule import Schedule, compile_schedule
 from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.nn.batch_norms import move_statistics, norms_in_training
 from rnndyn_fast.nn.blt_conv import BLTConv
+from rnndyn_fast.nn.changed_layers import changed_layers, described
 from rnndyn_fast.nn.derived_network import module_at
 from rnndyn_fast.nn.experiments import Experiments
 from rnndyn_fast.nn.layer_checks import HOOKS, check_layer, computes_as
@@ -57,7 +60,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         self.timesteps = timesteps
         self.backend = backend
         self.engine = engine
-        self._changes = ()
+        self._changes, self._in_force, self._given, self._traced = (), "", {}, SimpleNamespace()
         for name, module in (modules or {}).items():
             self.add_module(name, module)
         for path, leaf in leaf_layers(network):
@@ -74,11 +77,39 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
     def current(self) -> Current:
         """The network as its modules are now, and its parameters. Raises TypeError, ValueError: as :meth:`run`."""
         now = self._reader.read(self, self.network)
-        return self._with_interventions(now) if self.interventions else now
+        return self._with_interventions(now) if self._in_force else now
 
     def version(self) -> Hashable:
         """What its rollouts depend on besides parameters: it differs after any change that its modules honour."""
         return self.current().network, self.interventions
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What :func:`rnndyn_fast.models.build` builds this network from: its options, and under "layers" what has been changed since in
+        its layers. (Parameters are not in it.)
+
+        Raises:
+            TypeError: a change that cannot be made again, or interventions that are in force; names module and attribute.
+            AttributeError: a network that was not built by name.
+        """
+        options, network, timesteps, built = self._as_built
+        if self.interventions:
+            raise TypeError(f"interventions: expected none in force, which are not saved, got {len(self.interventions)}; leave the block")
+        if self.network != network:
+            raise TypeError(f"network: expected the spec that {options['model']!r} was built with, got another one, which is not saved")
+        if self.timesteps != timesteps:
+            if "presentation" in options:  # (which says when the image goes)
+                raise TypeError(f"timesteps: expected {timesteps}, as the network was built, got {self.timesteps}; build it with as many")
+            options = {**options, "timesteps": self.timesteps}
+        now = self.current().network
+        changes = changed_layers(self, built)
+        if now == network:  # (so flags that areas have been given say what is the case anyway)
+            changes = {path: change for path, change in changes.items() if "class" in change}
+        return {**options, "layers": changes} if changes else dict(options)
+
+    @config.setter
+    def config(self, options: dict[str, Any]) -> None:
+        self._as_built = options, self.network, self.timesteps, described(self)
 
     @staticmethod
     def _recorded(network: Network, record: Iterable[str]) -> tuple[str, ...]:
@@ -122,7 +153,9 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         readout = self.network.readout
         if readout is None:
             raise ValueError(f"network {self.network.name!r} has no readout")
-        with torch.autocast(representations.device.type, enabled=False):  # small, and the logarithm that follows needs the precision
+        device = representations.device.type
+        # (Small, and the logarithm that follows needs the precision.)
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             if readout.parameter is None:
                 logits = representations[..., : readout.num_classes]
             else:
@@ -197,7 +230,7 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         """States of some areas, [T', N, C, H, W] each (see :func:`rnndyn_fast.rollout`). Training moves the running statistics."""
         refuse_tracers(type(self).__name__, inputs)
         now = self.current()
-        if self.interventions:
+        if self._in_force:
             self._check_functions(inputs)
             names = [now.names.get(name, name) for name in names]
         parameters = now.parameters

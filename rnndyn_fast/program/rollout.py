@@ -7,7 +7,7 @@ instead, whatever transforms surround it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def can_run_native(network: Network, inputs: Sequence[Tensor], parameters: Mappi
     for name, tensor in (*zip((n.name for n in network.inputs), inputs, strict=True), *parameters.items()):
         if reason:
             break
-        if tensor.device != example.device:
+        if tensor.layout != torch.strided:
+            reason = f"{name} is {tensor.layout}; the native engine takes dense tensors"
+        elif tensor.device != example.device:
             reason = f"{name} is on {tensor.device}, and the first input on {example.device}"
         elif core.on_device(tensor):
             reason = cuda_module.why_not(tensor)
@@ -62,6 +64,8 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
     for node, x in zip(network.inputs, inputs, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{node.name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            raise TypeError(f"{node.name}: expected a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
         symbols = ["T", "N", "C", "H", "W"] if node.frames else ["N", "C", "H", "W"]
         wanted = (node.channels, node.height, node.width)
         if x.dim() != len(symbols) or tuple(x.shape[-3:]) != wanted:
@@ -87,10 +91,18 @@ def _check(network: Network, inputs: Sequence[Tensor], parameters: Mapping[str, 
         # (Half-precision maps may meet parameters of float32, which are what an optimiser moves.)
         half = core.on_device(example) and example.dtype in HALF_DTYPES and p.dtype == torch.float32
         if not (half or p.dtype == example.dtype) or p.device != example.device:
-            raise TypeError(
-                f"{network.inputs[0].name}: expected {p.dtype} on {p.device} like parameter {name!r}, "
-                f"got {example.dtype} on {example.device}"
-            )
+            raise _unlike(network, example, name, parameters, shapes)
+
+
+def _unlike(network: Network, example: Tensor, name: str, parameters: Mapping[str, Tensor], names: Iterable[str]) -> TypeError:
+    """A parameter of another dtype or device than the input: which of them is the odd one."""
+    odd, where = parameters[name], network.inputs[0].name
+    if any(p.dtype != odd.dtype or p.device != odd.device for p in (parameters[other] for other in names if other in parameters)):
+        return TypeError(
+            f"{name}: expected {example.dtype} on {example.device} like {where!r}, got {odd.dtype} on {odd.device}, which not all "
+            "parameters have"
+        )
+    return TypeError(f"{where}: expected {odd.dtype} on {odd.device} like parameter {name!r}, got {example.dtype} on {example.device}")
 
 
 def _check_samples(network: Network, inputs: Sequence[Tensor]) -> None:
@@ -172,6 +184,8 @@ def rollout(
     if statistics is not None:
         _check_samples(network, inputs)
     used = {name: parameters[name] for name in shapes}
+    if not torch.compiler.is_compiling() and any([t.is_neg() for t in (*inputs, *used.values())]):  # (as the imaginary part of a conjugate)
+        inputs, used = [x.resolve_neg() for x in inputs], {name: p.resolve_neg() for name, p in used.items()}
     if backend != "reference":
         inputs = autocast_inputs(inputs)
     if backend is None:

@@ -22,7 +22,7 @@ from rnndyn_fast.program.ir import Value
 from rnndyn_fast.program.passes import Forward, as_states, no_gradient, run_backward, run_forward
 from rnndyn_fast.program.plan import Plan, Request, plan_of
 from rnndyn_fast.reference.rollout import Statistics
-from rnndyn_fast.torch_internals import constant_when_compiled, graph_is_kept, in_transform
+from rnndyn_fast.torch_internals import constant_when_compiled, graph_is_kept, in_transform, is_watched
 
 _LIBRARY = torch.library.Library("rnndyn", "FRAGMENT")
 # Returns the recorded states, mean and unbiased variance of each batch norm (with batch_statistics), and where gradients are needed what
@@ -284,7 +284,7 @@ def run_rollout(
     tensors = (*inputs, *parameters.values())
     needs = tuple(t.requires_grad for t in tensors) if torch.is_grad_enabled() else (False,) * len(tensors)
     key = Key(network.to_json(), timesteps, record, needs, statistics is not None, engine)
-    if torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or is_watched(tensors):
         if torch.compiler.is_compiling():
             found = torch.ops.rnndyn.rollout(list(inputs), list(parameters.values()), *key.options)
         else:

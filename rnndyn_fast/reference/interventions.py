@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
@@ -13,6 +15,8 @@ from rnndyn_fast.reference.philox import unit_normals
 
 StateFunction = Callable[[Tensor, int], Tensor]  # state [N, C, H, W], time step -> [N, C, H, W]
 _MOST_FUNCTIONS = 256
+# (Not from 0: a plan or an exported program that names a function of another process must not find one of this.)
+_numbers = itertools.count(secrets.randbits(48))
 _functions: OrderedDict[int, StateFunction] = OrderedDict()  # by number; specs are plain data and hold numbers
 
 
@@ -22,7 +26,7 @@ def number_of(function: StateFunction) -> int:
         if held is function:
             _functions.move_to_end(number)
             return number
-    number = max(_functions, default=-1) + 1
+    number = next(_numbers)
     _functions[number] = function
     while len(_functions) > _MOST_FUNCTIONS:
         _functions.popitem(last=False)
@@ -33,9 +37,10 @@ def _of_function(cell: Intervention, x: Tensor) -> Tensor:
     function = _functions.get(cell.function)
     if function is None:
         raise RuntimeError(
-            f"action: this function is not held any more: {_MOST_FUNCTIONS} others came after it; define functions once, outside of loops"
+            f"action: this function is not held: {_MOST_FUNCTIONS} others came after it (define functions once, outside of loops), or it "
+            "is of another process (an exported program holds no functions)"
         )
-    y = function(x, cell.step)
+    y = function(x.clone(), cell.step)  # (which it may change in place)
     if not isinstance(y, Tensor):
         raise TypeError(f"action: expected a function that gives a tensor, got {type(y).__name__}")
     if y.shape != x.shape:

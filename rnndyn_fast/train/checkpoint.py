@@ -58,6 +58,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     contents = load_tensors(path)
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
+        if isinstance(found, str) and found.startswith(FORMAT.partition("/")[0]):
+            raise ValueError(f"checkpoint: {path} is of another version of rnndyn: expected the format {FORMAT}, got {found}")
         try:
             find_state_dict(contents, path)
         except ValueError:
@@ -128,8 +130,21 @@ def load_weights(net: nn.Module, state_dict: dict[str, torch.Tensor], path: str 
         for name in own
         if name in state_dict and own[name].shape != state_dict[name].shape
     ]
+    kinds = [
+        f"{name} {state_dict[name].dtype}"
+        for name in own
+        if name in state_dict
+        and (own[name].is_floating_point(), False) != (state_dict[name].is_floating_point(), state_dict[name].is_complex())
+    ]
     faults = [
-        f"{what} {_some(names)}" for what, names in (("missing:", missing), ("unexpected:", unexpected), ("other shapes:", shapes)) if names
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("missing:", missing),
+            ("unexpected:", unexpected),
+            ("other shapes:", shapes),
+            ("other kinds of numbers:", kinds),
+        )
+        if names
     ]
     if faults:
         raise ValueError(f"checkpoint: {os.fspath(path)} is of another architecture; {'; '.join(faults)}")

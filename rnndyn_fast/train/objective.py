@@ -31,8 +31,10 @@ def loss_over_time(
     weights of time steps each step counts that many times, and "mean" divides by their sum. Shares q[n, c] in place of labels:
     ``sum over c of q[n, c] log_probs[t, n, c]`` in place of ``log_probs[t, n, labels[n]]``.
 
-    Returns: a scalar in nats. Differentiable in `log_probs`. Raises ValueError: not one weight per time step.
+    Returns: a scalar in nats. Differentiable in `log_probs`. Raises ValueError, TypeError: not one weight per time step; labels that are no
+    integers, not one per sample, or (on the CPU) none of the classes.
     """
+    labels = _checked(labels, log_probs)
     if over == "last":
         log_probs = log_probs[-1:]
     timesteps, count = log_probs.shape[:2]
@@ -52,6 +54,29 @@ def loss_over_time(
     weight = count if class_weights is None else sample_weight(labels, class_weights)
     steps = timesteps if time_weights is None else time_weights.sum()
     return total / (weight * steps if over == "mean" else weight)
+
+
+def _checked(
+    labels: Tensor,  # integers [N], or shares of classes [N, classes]
+    log_probs: Tensor,  # [T, N, classes]
+) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if log_probs.ndim != 3:
+        raise ValueError(f"log_probs: expected [T, N, classes], got {list(log_probs.shape)}")
+    _, count, classes = log_probs.shape
+    if labels.shape not in ((count,), (count, classes)):
+        raise ValueError(f"labels: expected [N] = [{count}] or [N, classes] = [{count}, {classes}], got {list(labels.shape)}")
+    if labels.ndim == 2:
+        return labels
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected integers [N], got {labels.dtype}")
+    labels = labels.long()
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels: expected classes 0 .. {classes - 1}, got {low if low < 0 else high}")
+    return labels
 
 
 def sample_weight(

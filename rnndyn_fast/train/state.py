@@ -197,6 +197,9 @@ class State:
                     f"resume: {name} of {self.config.data} differs from that of the data the run was started with, "
                     f"{checkpoint['data']['path']}"
                 )
+        layers = checkpoint["model"].get("layers", {})
+        if layers != self.net.config.get("layers", {}):
+            raise ValueError(f"resume: {path} is of a network with changed layers ({', '.join(layers)}), which a run cannot take up")
         load_weights(self.net, checkpoint.get("trained_state_dict", checkpoint["state_dict"]), path)
         if self.average is not None:
             load_weights(self.average.module, checkpoint["state_dict"], path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import typing
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rnndyn_fast.graph.spec.json_values import from_plain, to_plain
 from rnndyn_fast.graph.spec.network import Area, Connection, Input, Network, Readout, Unroll
 from rnndyn_fast.optional import require
 from rnndyn_fast.suggestions import nearest
+from rnndyn_fast.plain_values import plain_values
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _PARTS: dict[str, type] = {"inputs": Input, "areas": Area, "connections": Connection}
@@ -139,7 +139,7 @@ def read_network(path: str | os.PathLike[str]) -> Network:
         raise FileNotFoundError(f"network: no such file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        values = plain_values(text, is_json=path.suffix.lower() == ".json")
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"network: {path} cannot be read: {error}") from error
     if isinstance(values, Mapping) and isinstance(values.get("network"), Mapping):
