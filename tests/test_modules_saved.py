@@ -13,7 +13,7 @@ from test_modules_changed import HONOURED, both, hook, pair, put
 from torch import nn
 
 from rnndyn_fast import accelerate
-from rnndyn_fast.graph.files import network_to_plain
+from rnndyn_fast.graph.spec.yaml_files import network_to_plain
 from rnndyn_fast.models import blt_net_64, blt_vs, build, convrnn, rcnn_sat
 from rnndyn_fast.models.spec_network import SpecNetwork
 from rnndyn_fast.train import load_checkpoint, save_checkpoint

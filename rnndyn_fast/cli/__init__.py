@@ -114,8 +114,8 @@ def _run(argv: list[str], told: _Told) -> int:
     from jsonargparse import ArgumentError
 
     from rnndyn_fast.cli.arguments import command_parser
-    from rnndyn_fast.suggestions import flag, nearest
     from rnndyn_fast.cli.parser import normalise, repeated
+    from rnndyn_fast.suggestions import flag, nearest
 
     parser = command_parser(command)
     told.options, told.positionals = list(parser.hints), parser.positionals

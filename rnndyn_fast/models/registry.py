@@ -13,8 +13,8 @@ from rnndyn_fast.models.convrnn_nets import NAMES, PUBLISHED, convrnn
 from rnndyn_fast.models.rcnn_sat_nets import rcnn_sat
 from rnndyn_fast.models.spec_network import NETWORK, SpecNetwork
 from rnndyn_fast.nn import RecurrentNetwork
-from rnndyn_fast.suggestions import nearest
 from rnndyn_fast.nn.changed_layers import change_layers
+from rnndyn_fast.suggestions import nearest
 
 MODELS: dict[str, Callable[..., RecurrentNetwork]] = {
     "blt_net_64": blt_net_64,

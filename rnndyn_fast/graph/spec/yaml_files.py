@@ -13,8 +13,8 @@ from rnndyn_fast.file_io import reads
 from rnndyn_fast.graph.spec.json_values import from_plain, to_plain
 from rnndyn_fast.graph.spec.network import Area, Connection, Input, Network, Readout, Unroll
 from rnndyn_fast.optional import require
-from rnndyn_fast.suggestions import nearest
 from rnndyn_fast.plain_values import plain_values
+from rnndyn_fast.suggestions import nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
 _PARTS: dict[str, type] = {"inputs": Input, "areas": Area, "connections": Connection}
