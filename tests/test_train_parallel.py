@@ -125,6 +125,28 @@ def test_processes_have_the_loss_curve_of_one_and_resume_in_another_number(image
             torch.testing.assert_close(states[other][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_tar_shards_have_the_loss_curve_of_one_process_and_resume_in_another_number(images: Path, tmp_path: Path) -> None:
+    """Each process reads its own shards, so parts of a batch differ in size; more processes than shards are refused."""
+    pytest.importorskip("webdataset")
+    from rnndyn_fast.data import ImageFile
+    from rnndyn_fast.data.shards import write_shards
+
+    with ImageFile(images) as file:
+        write_shards(file, tmp_path / "shards", images_per_shard=12)
+        write_shards(file, tmp_path / "few", images_per_shard=40)
+    one = alone(tmp_path / "shards", tmp_path / "one", **CURVE)
+    jobs = {
+        "two": (2, "shards", CURVE), "three": (3, "shards", {**CURVE, "accumulate": 2, "checkpoint_every": 2, "epochs": 1}),
+        "refused": (3, "few", {}),
+    }  # fmt: skip
+    found = forked(tmp_path, *({"count": n, "words": arguments(tmp_path / d, tmp_path / name, o)} for name, (n, d, o) in jobs.items()))
+    assert [set(job["ends"]) for job in found] == [{0}, {0}, {2}], found
+    check_alike(read_metrics(tmp_path / "two"), one, 1e-5)
+    check_alike(alone(tmp_path / "shards", tmp_path / "three", resume=True, checkpoint_every=2, accumulate=2, **CURVE), one, 1e-5)
+    told = "processes: expected at most one for each of the 2 tar shards with training images, got 3"
+    assert all(said.splitlines()[-1] == f"rnndyn: error: {told}" for said in found[2]["said"]), found[2]
+
+
 def test_batch_norms_take_local_statistics_or_on_request_those_of_all(tmp_path: Path) -> None:
     """Per time step, in RCNN-SAT. Synchronised, the curve is that of one process."""
     images = make_dataset(tmp_path / "d.h5", source="digits", size=64, num_train=24, num_val=12, num_test=10, num_testplus=10)

@@ -35,6 +35,13 @@ def _data_make(parser: CommandParser) -> None:
     add(parser, "overwrite", bool, "replace the file if it exists", False)
 
 
+def _data_shards(parser: CommandParser) -> None:
+    positional(parser, "data", "HDF5 image file; all its splits are written")
+    add(parser, "out", str, "folder for train-000000.tar, ..., and index.npz, which says what is where")
+    add(parser, "images_per_shard", int, "images in a tar file", 1000)
+    add(parser, "overwrite", bool, "replace tar files that are in the folder", False)
+
+
 def _plan(parser: CommandParser) -> None:
     from rnndyn_fast.train.config import NETWORK_OPTIONS, TrainConfig
 
@@ -283,6 +290,7 @@ def _add_study_options(parser: CommandParser, defaults: dict[str, Any]) -> None:
 
 ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "data make": _data_make,
+    "data shards": _data_shards,
     "plan": _plan,
     "train": _train,
     "report": _report,

@@ -20,6 +20,17 @@ def data_make(**options: Any) -> None:
         print(file.attrs["source_note"])
 
 
+def data_shards(data: str, out: str, images_per_shard: int, overwrite: bool) -> None:
+    """`rnndyn data shards`"""
+    from rnndyn_fast.data import ImageFile
+    from rnndyn_fast.data.shards import read_index, write_shards
+    from rnndyn_fast.train.progress import choose_reporter, split_progress
+
+    with choose_reporter() as reporter, ImageFile(data, required_splits=None, argument="data") as file:
+        path = write_shards(file, out, images_per_shard=images_per_shard, overwrite=overwrite, progress=split_progress(reporter))
+    print(f"{path}: {read_index(path).note}")
+
+
 def plan(
     model: str,
     num_classes: int | None,

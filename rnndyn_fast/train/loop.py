@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rnndyn_fast.data import Batch, ImageFile
+from rnndyn_fast.data import Batch
+from rnndyn_fast.data.shards import open_images
 from rnndyn_fast.devices import check_precision, choose_device
 from rnndyn_fast.files import write_text
 from rnndyn_fast.ops.engines import check_runs_on_cpu
@@ -86,7 +87,8 @@ def train(
         resume_from = group.together(lambda: _resume_from(config, out), only_first=True)
         shown = stack.enter_context((reporter or choose_reporter()) if group.rank == 0 else QuietReporter())
         images = group.together(lambda: training_images(config, shown.line, split_progress(shown)), only_first=True)
-        data = stack.enter_context(ImageFile(images, required_splits=("train", "val"), argument="data"))
+        data = open_images(images, ("train", "val"), "data")
+        stack.enter_context(data)
         stack.enter_context(threads(config.threads))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         state = State(config, data, describe_data(data, config.normalise or "data"), device, group)
