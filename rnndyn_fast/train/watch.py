@@ -165,9 +165,9 @@ def profiled(steps: int, out: Path, device: torch.device) -> Iterator[Any]:
     if not steps:
         yield lambda: None
         return
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    activity = torch.profiler.ProfilerActivity
+    of_device = {"cuda": activity.CUDA, "xpu": activity.XPU}.get(device.type)
+    kinds = [kind for kind in (activity.CPU, of_device) if kind in torch.profiler.supported_activities()]
     schedule = torch.profiler.schedule(wait=PROFILE_AFTER - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(
         activities=kinds, schedule=schedule, record_shapes=True, on_trace_ready=lambda p: p.export_chrome_trace(str(out / TRACE))
