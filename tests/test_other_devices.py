@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  -- it looks at names of torch.cuda, so before they are replaced
+import torch._dynamo  # it looks at names of torch.cuda, so before they are replaced
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -49,7 +48,7 @@ class Elsewhere(TorchFunctionMode):
 
 
 @pytest.fixture(params=["xpu", "mps"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
     """Such a device seems to be there, and whatever of torch.cuda does more than ask whether there is one fails."""
     kind = request.param
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
@@ -64,7 +63,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     move = torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: (mode.named.add("Module.to"), move(self, "cpu"))[1])
     mode = Elsewhere(kind)
-    yield mode
+    return mode
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,9 @@ def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: s
         path = run(config)
     except KeyboardInterrupt:
         if speaks:
-            print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume", flush=True)
+            begun = os.path.exists(f"{config.out}/{file}")
+            how = f"to go on: rnndyn {command} --config {config.out}/{file} --resume" if begun else "the same command begins again"
+            print(f"\nstopped; {how}", flush=True)
         raise
     if speaks:
         print(path)

@@ -227,6 +227,8 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "lr_least", "mixup", "cutmix"):
             check_range(name, getattr(self, name), 0)
+        if self.lr_least >= self.lr:
+            raise ValueError(f"lr_least: expected less than lr, {self.lr}, got {self.lr_least}")
         if self.ema is not None:
             check_range("ema", self.ema, 0, 1)
         self._check_objective()

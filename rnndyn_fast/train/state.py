@@ -162,6 +162,11 @@ class State:
         """Training steps since the run's start."""
         return len(self.rows) * len(self.train_loader) + self.progress.step
 
+    @property
+    def steps_left(self) -> int:
+        """Training steps until all epochs are done."""
+        return self.config.epochs * len(self.train_loader) - self.steps_done
+
     def advance(self) -> None:
         """After a training step: the average of the weights, the learning rate."""
         if self.average is not None:
