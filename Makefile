@@ -59,7 +59,7 @@ format: $(STAMPS)/test
 # The machine should have nothing else to do meanwhile.
 bench: $(STAMPS)/test
 	sh scripts/bench.sh $(BIN)/python
-	$(BIN)/python scripts/benchmark_tables.py --update README.md docs/kernels.md docs/benchmarks.md
+	$(BIN)/python scripts/benchmark_tables.py --update README.md docs/kernels.md docs/training.md docs/benchmarks.md
 
 # Warnings are errors (mkdocs.yml). The site is in build/site.
 docs: $(STAMPS)/docs

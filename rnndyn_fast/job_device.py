@@ -40,8 +40,13 @@ def backend_on(device: torch.device, backend: str | None) -> str | None:
     return "reference"
 
 
+def analysed_on(device: torch.device) -> torch.device:
+    """Where the measures of activations of that device are taken: there, or where it may have no float64 on the CPU."""
+    return torch.device("cpu") if device.type in OTHER_MAKERS else device
+
+
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name, where "cuda" is this process's GPU; None: that GPU where there is one, else the CPU.
+    """The device of that name, where "cuda" and "xpu" are this process's GPU; None: an NVIDIA GPU where there is one, else the CPU.
 
     Raises: ``ValueError``: it is not there, and why.
     """
@@ -55,6 +60,8 @@ def choose_device(name: str | None = None) -> torch.device:
             if (device.index or 0) >= count:
                 there = f"{count}" if count else f"none that torch {torch.__version__} can use"
                 raise ValueError(f"device: of {OTHER_MAKERS[device.type]} this machine has {there}, got {device}")
+            if device.type == "xpu" and device.index is None and "LOCAL_RANK" in os.environ:
+                return torch.device("xpu", int(os.environ["LOCAL_RANK"]) % count)
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -20,9 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training_tables import training_tables
+
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 KERNELS = ("<!-- benchmarks:kernels:start -->", "<!-- benchmarks:kernels:end -->")  # where the convolutions stand
+TRAINING = ("<!-- benchmarks:training:start -->", "<!-- benchmarks:training:end -->")
 GENERATED = "<!-- Generated from benchmarks/results by scripts/benchmark_tables.py: `make bench` makes it anew. -->"
 NOT_YET = "Not yet measured: `make bench` fills this in."
 NOT_YET_ON_DEVICE = "Not yet measured: `scripts/gpu_check.sh FOLDER` on a machine with a GPU leaves its results in FOLDER."
@@ -278,6 +281,8 @@ def renewed(page: str, folder: Path = RESULTS) -> str:
         return whole_page(folder)
     if KERNELS[0] in page:
         return replaced(page, tables(folder, ("convolutions",)) or NOT_YET, KERNELS)
+    if TRAINING[0] in page:
+        return replaced(page, training_tables(folder), TRAINING)
     return replaced(page, summary(folder, README_NETWORKS))
 
 

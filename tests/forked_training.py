@@ -28,23 +28,34 @@ def words(given: dict[str, Any], *more: str) -> list[str]:
     return ["train", "--data", given["data"], "--out", given["out"], *given["options"], *more]
 
 
-def start(arguments: list[str], log: Path, half_written: int | None = None) -> int:
-    """Fork and train; returns the process. `half_written`: that write of a checkpoint stops half-way, and the process kills itself."""
+PLACES = ("half-way", "before its renaming", "after its renaming")
+
+
+def start(arguments: list[str], log: Path, killed_in: int | None = None, place: str = PLACES[0]) -> int:
+    """Fork and train; returns the process. `killed_in`: in that write of a checkpoint the process kills itself, at a place of it."""
     process = os.fork()
     if process:
         return process
-    if half_written is not None:
-        write, count = Path.write_bytes, 0
+    if killed_in is not None:
+        write, rename, count = Path.write_bytes, os.replace, 0
 
-        def killed(path: Path, data: Any) -> int:
+        def writing(path: Path, data: Any) -> int:
             nonlocal count
             count += path.suffix == ".pt"
-            if count == half_written:
+            if count == killed_in and place == PLACES[0]:
                 write(path, data[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(path, data)
 
-        Path.write_bytes = killed  # type: ignore[method-assign]
+        def renaming(source: Any, target: Any) -> None:
+            at = count == killed_in and Path(target).suffix == ".pt"
+            if not at or place == PLACES[2]:
+                rename(source, target)
+            if at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.write_bytes = writing  # type: ignore[method-assign]
+        os.replace = renaming
     os._exit(_logged(arguments, log))
 
 
@@ -59,11 +70,12 @@ def resumable(out: Path) -> list[str]:
 
 
 def kill(given: dict[str, Any]) -> dict[str, Any]:
-    """Kill at random moments and in writes of checkpoints, go on each time, and finish."""
+    """Kill at random moments and in writes of checkpoints (half-way, before and after they are renamed), go on each time, and finish."""
     out, log, draw = Path(given["out"]), Path(given["out"] + ".log"), random.Random(given["seed"])
     ends = []
     for k in range(given["kills"]):
-        process = start(words(given, *resumable(out)), log, half_written=draw.randrange(1, 4) if k % 4 == 3 else None)
+        write = draw.randrange(1, 4) if k % 4 == 3 else None
+        process = start(words(given, *resumable(out)), log, write, PLACES[k // 4 % 3])
         if k % 4 != 3:
             time.sleep(draw.uniform(0.05, given["seconds"]))
             with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/kernels.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/kernels.md", "docs/training.md", "docs/benchmarks.md")
 
 
 @pytest.fixture
@@ -138,3 +138,37 @@ def test_results_name_no_machine(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
     assert _nodes(result) == []
     assert "processor" in result["machine_info"]["rnndyn"]
+
+
+def test_tables_of_training(benchmark_tables: Any, tmp_path: Path) -> None:
+    """Readers by size, processes, communication; what is not measured is said to be so, and other pages leave them out."""
+    page = f"before\n{benchmark_tables.TRAINING[0]}\nold\n{benchmark_tables.TRAINING[1]}\nafter"
+    assert benchmark_tables.renewed(page, tmp_path).count("Not yet measured") == 3
+    machine = {"processor": "A processor", "cores": 2, "threads": 2, "python": "3.11", "torch": "2.13", "commit": "abc", "command": "c"}
+    shared = {"machine": machine, "batch": 32, "size": 64}
+    results = {
+        "training_data_64": {**shared, "section": "training data", "images_per_s": {"training step": 11.04, "HDF5": 4058.3}},
+        "training_data_224": {**shared, "section": "training data", "images_per_s": {"HDF5": 301.0}},
+        "training_processes": {
+            **shared, "section": "training processes", "rounds": 5, "speed_up": 1.044,
+            "images_per_s": {"one process, 2 threads": {"median": 11.0, "min": 10.9, "max": 11.2}},
+        },
+        "training_overlap": {
+            **shared, "section": "training processes", "gradient_bytes": 2**25, "bucket_bytes": [2**20, 2**24], "waited_s": 0.05,
+            "buckets_ready": [[0.98, 1.0], [0.99, 1.0], [0.995, 1.0]],
+            "contenders": {"with the all-reduce": {"median_s": 3.2}, "without": {"median_s": 3.1}},
+        },
+    }  # fmt: skip
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    told = benchmark_tables.renewed(page, tmp_path)
+    for line in (
+        "| images/s | 64 px | 224 px |", "| training step | 11 |  |", "| HDF5 | 4,058 | 301 |",
+        "| one process, 2 threads | 11 | 10.9 to 11.2 |",
+        "Two processes are 1.04 times as fast (median of 5 pairs in turns; batch 32, 64 px",
+        "| gradients | 32 MiB in 2 buckets |", "| first bucket ready, share of the time until the last is | 0.990 |",
+        "| wait for the all-reduce after the last | 50 ms |", "| training step with the all-reduce | 3.2 s |",
+    ):  # fmt: skip
+        assert line in told, line
+    assert "old" not in told
+    assert "one process, 2 threads" not in benchmark_tables.whole_page(tmp_path)

@@ -65,6 +65,7 @@ def commands(made: Path, out: Path) -> dict[str, list[str]]:
         "data make": ["data", "make", "--source", "digits", "--size", "64", "--num-train", "300", "--num-val", "20", "--num-test", "20",
                       "--num-testplus", "20", "--out", str(out)],
         "data make own": ["data", "make", "--source", str(made / "own"), "--size", "32", "--out", str(out)],
+        "data shards": ["data", "shards", data, "--out", str(out)],
         "train": ["train", "--data", data, "--out", str(out), "--epochs", "2", "--batch-size", "20", *NET],
         "import": ["import", str(made / "w.pt"), "--model", "blt_net_64", "--data", data, "--out", str(out)],
         "extract": ["extract", checkpoint, data, "--out", str(out), "--save", "gap,it", "--backend", "reference"],

@@ -125,6 +125,28 @@ def test_processes_have_the_loss_curve_of_one_and_resume_in_another_number(image
             torch.testing.assert_close(states[other][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_tar_shards_have_the_loss_curve_of_one_process_and_resume_in_another_number(images: Path, tmp_path: Path) -> None:
+    """Each process reads its own shards, so parts of a batch differ in size; more processes than shards are refused."""
+    pytest.importorskip("webdataset")
+    from rnndyn_fast.data import ImageFile
+    from rnndyn_fast.data.shards import write_shards
+
+    with ImageFile(images) as file:
+        write_shards(file, tmp_path / "shards", images_per_shard=12)
+        write_shards(file, tmp_path / "few", images_per_shard=40)
+    one = alone(tmp_path / "shards", tmp_path / "one", **CURVE)
+    jobs = {
+        "two": (2, "shards", CURVE), "three": (3, "shards", {**CURVE, "accumulate": 2, "checkpoint_every": 2, "epochs": 1}),
+        "refused": (3, "few", {}),
+    }  # fmt: skip
+    found = forked(tmp_path, *({"count": n, "words": arguments(tmp_path / d, tmp_path / name, o)} for name, (n, d, o) in jobs.items()))
+    assert [set(job["ends"]) for job in found] == [{0}, {0}, {2}], found
+    check_alike(read_metrics(tmp_path / "two"), one, 1e-5)
+    check_alike(alone(tmp_path / "shards", tmp_path / "three", resume=True, checkpoint_every=2, accumulate=2, **CURVE), one, 1e-5)
+    told = "processes: expected at most one for each of the 2 tar shards with training images, got 3"
+    assert all(said.splitlines()[-1] == f"rnndyn: error: {told}" for said in found[2]["said"]), found[2]
+
+
 def test_batch_norms_take_local_statistics_or_on_request_those_of_all(tmp_path: Path) -> None:
     """Per time step, in RCNN-SAT. Synchronised, the curve is that of one process."""
     images = make_dataset(tmp_path / "d.h5", source="digits", size=64, num_train=24, num_val=12, num_test=10, num_testplus=10)
@@ -232,9 +254,50 @@ def test_options_differ_between_processes(monkeypatch: pytest.MonkeyPatch) -> No
 
     group = Processes()
     config = TrainConfig(data="d", out="o")
-    monkeypatch.setattr(group, "all_of", lambda mine: [mine, {**mine, "lr": 0.5}])
+    monkeypatch.setattr(group, "all_of", lambda mine: [mine, {**mine, "lr": 0.5} if "lr" in mine else mine])
     with pytest.raises(ValueError, match="options: expected the same in every process, process 1 has another lr"):
         loop._check_same(config, group)
+
+
+@pytest.mark.parametrize("parts", [[2], [3, 2], [4, 2], [3, 0]])
+def test_processes_come_to_synchronised_norms_equally_often(parts: list[int]) -> None:
+    """A process with fewer samples than pieces fills up with stand-ins, which weigh nothing; else the others would wait for it for ever."""
+    import torch.distributed as dist
+
+    from rnndyn_fast.processes import Processes
+    from rnndyn_fast.train.objective import loss_over_time
+    from rnndyn_fast.train.steps import Steps
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.map, self.calls = nn.Linear(12, 4), 0
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.map(x.flatten(1)).log_softmax(1)[None]
+
+    x, labels = torch.rand(parts[-1], 3, 2, 2), torch.arange(parts[-1]) % 4
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for accumulate in (1, 3):
+            group = Processes()
+            group.count = 2  # it seems
+            group.all_of = lambda value: parts  # type: ignore[method-assign]
+            group.sum = lambda tensor: tensor  # type: ignore[method-assign]
+            net: Any = Counted()
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            device = torch.device("cpu")
+            steps = Steps(net, optimizer, loss_over_time, device, group=group, accumulate=accumulate, sync_batch_norm=True)
+            outcome = steps.train(x, labels, sum(parts))
+            assert outcome.images == sum(parts)
+            assert net.calls == (1 if accumulate == 1 else min(3, max(parts)))
+            found.append(net.map.weight.detach())
+        torch.testing.assert_close(found[0], found[1])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_gradients_of_parts_are_those_of_the_batch() -> None:

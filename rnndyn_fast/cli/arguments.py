@@ -36,6 +36,11 @@ def _data_make(parser: CommandParser) -> None:
 
 
 _LESION = "connections and areas that are off at some steps, as v4:lateral@3-,it>v4@2-5,it@4"
+def _data_shards(parser: CommandParser) -> None:
+    positional(parser, "data", "HDF5 image file; all its splits are written")
+    add(parser, "out", str, "folder for train-000000.tar, ..., and index.npz, which says what is where")
+    add(parser, "images_per_shard", int, "images in a tar file", 1000)
+    add(parser, "overwrite", bool, "replace tar files that are in the folder", False)
 
 
 def _plan(parser: CommandParser) -> None:
@@ -287,6 +292,7 @@ def _add_study_options(parser: CommandParser, defaults: dict[str, Any]) -> None:
 
 ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "data make": _data_make,
+    "data shards": _data_shards,
     "plan": _plan,
     "train": _train,
     "report": _report,

@@ -23,6 +23,15 @@ def data_make(**options: Any) -> None:
 def _names(text: str) -> tuple[str, ...]:
     """What is separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+def data_shards(data: str, out: str, images_per_shard: int, overwrite: bool) -> None:
+    """`rnndyn data shards`"""
+    from rnndyn_fast.data import ImageFile
+    from rnndyn_fast.data.shards import read_index, write_shards
+    from rnndyn_fast.train.progress import choose_reporter, split_progress
+
+    with choose_reporter() as reporter, ImageFile(data, required_splits=None, argument="data") as file:
+        path = write_shards(file, out, images_per_shard=images_per_shard, overwrite=overwrite, progress=split_progress(reporter))
+    print(f"{path}: {read_index(path).note}")
 
 
 def plan(
@@ -243,7 +252,9 @@ def _run_resumable(run: Callable[[Any], Any], config: Any, command: str, file: s
         path = run(config)
     except KeyboardInterrupt:
         if speaks:
-            print(f"\nstopped; to go on: rnndyn {command} --config {config.out}/{file} --resume", flush=True)
+            begun = os.path.exists(f"{config.out}/{file}")
+            how = f"to go on: rnndyn {command} --config {config.out}/{file} --resume" if begun else "the same command begins again"
+            print(f"\nstopped; {how}", flush=True)
         raise
     if speaks:
         print(path)

@@ -8,6 +8,7 @@ from rnndyn_fast.suggestions import nearest
 
 COMMANDS: dict[str, str] = {
     "data make": "Write an HDF5 image file from images of your own or of a bundled set.",
+    "data shards": "Write an HDF5 image file as tar shards (WebDataset).",
     "plan": "Print what a network computes: once, per component, per time step.",
     "train": "Train a network.",
     "report": "Write a page about a run of train, finished or not.",

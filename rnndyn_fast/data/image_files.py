@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -45,24 +45,30 @@ def read_image(path: str | os.PathLike[str], background: str = "white") -> Image
     """
     check_choice("background", background, tuple(BACKGROUNDS))
     require("PIL")
-    from PIL import Image, ImageOps
-
     path = Path(path)
     if not path.exists():
         link = f": a broken link to {os.readlink(path)}" if path.is_symlink() else ""
         raise FileNotFoundError(f"{path}: no such file{link}")
     try:
-        with Image.open(path) as file:
-            frames = getattr(file, "n_frames", 1)
-            if frames > 1 and file.format != "MPO":  # (of a camera: the first is the image)
-                raise ValueError(f"expected one image, the file holds {frames} (frames or pages)")
-            image: Any = _eight_bits(file) if file.mode[0] in "IF" else _opaque(file, BACKGROUNDS[background])
-            return ImageOps.exif_transpose(_oriented(image, file))
+        return decode(path, background)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... by kind of damage
         if isinstance(error, OSError) and error.errno is not None:
             raise
         told = stand_in(path) or str(error).replace(repr(str(path)), "the file") or type(error).__name__
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{path}: {told}") from error
+
+
+def decode(source: Path | BinaryIO, background: str = "white") -> Image:
+    """What :func:`read_image` does, of a path or an open file; raises what Pillow raises."""
+    require("PIL")
+    from PIL import Image, ImageOps
+
+    with Image.open(source) as file:
+        frames = getattr(file, "n_frames", 1)
+        if frames > 1 and file.format != "MPO":  # (of a camera: the first is the image)
+            raise ValueError(f"expected one image, the file holds {frames} (frames or pages)")
+        image: Any = _eight_bits(file) if file.mode[0] in "IF" else _opaque(file, BACKGROUNDS[background])
+        return ImageOps.exif_transpose(_oriented(image, file))
 
 
 def _oriented(image: Any, file: Any) -> Any:

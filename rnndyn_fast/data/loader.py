@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from rnndyn_fast.data.augment import Part
+from rnndyn_fast.data.order import cuts, cuts_by_lane, in_lanes
 
 
 class BatchSource(Protocol):
-    """What `BatchLoader` reads from; `ImageSplit` is one."""
+    """What `BatchLoader` reads from; `ImageSplit` is one. An attribute ``shards``, integers [n], says which file each image is in."""
 
     def __len__(self) -> int: ...
 
@@ -53,8 +54,9 @@ class BatchLoader:
     consumer. Batches do not depend on who reads them. A thread ends when the consumer stops early, workers with the loader. Several
     iterations of one loader may run side by side, but with workers a new one ends the one before.
 
-    Of several processes each takes its part of every batch: the parts of a batch are disjoint, of equal size or one image apart, the first
-    process's part is never empty, and all together they are the batch.
+    Of several processes each takes its part of every batch: the parts of a batch are disjoint, and all together they are the batch.
+    Parts are of equal size or one image apart, and the first process's is never empty; but where the split has `shards` and is shuffled,
+    a process takes the images of its own shards (:func:`rnndyn_fast.data.order.in_lanes`), so that sizes differ, and may be 0.
 
     Args:
         split: the images.
@@ -120,14 +122,24 @@ class BatchLoader:
 
     def requests(self) -> list[Request]:
         """What this process reads in an epoch."""
-        images = len(self.split)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(images) if self.shuffle else np.arange(images)
+        rng, images = np.random.default_rng([self.seed, self.epoch]), len(self.split)
+        shards: np.ndarray | None = getattr(self.split, "shards", None)
+        lane = None
+        if self.shuffle and shards is not None:
+            order, lane = in_lanes(shards, rng)
+        else:
+            order = rng.permutation(images) if self.shuffle else np.arange(images)
         found = []
         for number in range(self.first, len(self)):
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            cuts = [0, *np.cumsum([len(piece) for piece in np.array_split(batch, self.count)])]
-            rows = slice(int(cuts[self.rank]), int(cuts[self.rank + 1]))
-            found.append(Request(batch[rows], self.epoch, number, Part(rows, len(batch))))
+            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            batch = order[rows]
+            if lane is None:
+                ends = cuts(len(batch), self.count)
+            else:
+                by_lane = np.argsort(lane[rows], kind="stable")
+                batch, ends = batch[by_lane], cuts_by_lane(lane[rows][by_lane], int(lane.max()) + 1, self.count)
+            mine = slice(ends[self.rank], ends[self.rank + 1])
+            found.append(Request(batch[mine], self.epoch, number, Part(mine, len(batch))))
         return found
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

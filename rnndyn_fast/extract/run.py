@@ -24,6 +24,7 @@ from rnndyn_fast.analysis import (
     RepresentationChangeReducer,
 )
 from rnndyn_fast.data import SPLITS, check_unit_range, normalise
+from rnndyn_fast.devices import analysed_on, backend_on, check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
 from rnndyn_fast.extract.sources import Source, open_source
 from rnndyn_fast.extract.trajectories import DTYPES
@@ -214,6 +215,7 @@ def network_forward(
     recorded = tuple(area for area in areas if area != source)
     place = next(net.parameters())
     run: Callable[..., Any] = net.run
+    home = analysed_on(place.device)
     if place.is_cuda or graphs is not None:
         run = GraphedNetwork(net, call=net.run, graphs=graphs)
 
@@ -224,8 +226,8 @@ def network_forward(
             log_probs, representations, *rest = run(x, return_representations=True, **({"record": recorded} if recorded else {}))
         states = {source: representations, **(rest[0] if rest else {})}
         # (One answer for all steps is no step's: predictions are then those of each step's logits.)
-        answers = log_probs if len(log_probs) == len(representations) else None
-        return Activations({area: states[area].to(place.dtype) for area in dict.fromkeys((source, *areas))}, answers)
+        answers = log_probs.to(home) if len(log_probs) == len(representations) else None
+        return Activations({area: states[area].to(home, place.dtype) for area in dict.fromkeys((source, *areas))}, answers)
 
     return forward
 

@@ -69,7 +69,12 @@ class TrainConfig:
     1024
     """
 
-    data: str = field(metadata={"help": "HDF5 image file (any of the MiniEcoset layout); or image files, as for rnndyn data make --source"})
+    data: str = field(
+        metadata={
+            "help": "HDF5 image file (any of the MiniEcoset layout); tar shards (WebDataset), as 'shards/{000000..000007}.tar' or their "
+            "folder; or image files, as for rnndyn data make --source"
+        }
+    )
     out: str = field(metadata={"help": "folder of the run: checkpoints, metrics, configuration"})
     model: str = option(
         "blt_net_64", "network: blt_net_64, blt_net_128, blt_vs, rcnn_sat, a ConvRNN (rgc_shallow, ...), or a file (YAML) with a spec"
@@ -222,6 +227,8 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "lr_least", "mixup", "cutmix"):
             check_range(name, getattr(self, name), 0)
+        if self.lr_least >= self.lr:
+            raise ValueError(f"lr_least: expected less than lr, {self.lr}, got {self.lr_least}")
         if self.ema is not None:
             check_range("ema", self.ema, 0, 1)
         self._check_objective()

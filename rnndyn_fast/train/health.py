@@ -151,8 +151,8 @@ def replay(out: str) -> str:
 
     Raises: FileNotFoundError: the run has kept no failure.
     """
-    from rnndyn_fast.data import ImageFile
-    from rnndyn_fast.job_device import choose_device
+    from rnndyn_fast.data.shards import open_images
+    from rnndyn_fast.devices import choose_device
     from rnndyn_fast.train.checkpoint import read_checkpoint
     from rnndyn_fast.train.config import TrainConfig
     from rnndyn_fast.train.setup import threads, training_images
@@ -165,7 +165,7 @@ def replay(out: str) -> str:
     config = TrainConfig.from_dict(contents["config"])
     device = choose_device(config.device)
     images_file = training_images(config, lambda _: None)
-    with ImageFile(images_file, required_splits=("train", "val"), argument="data") as data, threads(config.threads):
+    with open_images(images_file, ("train", "val"), "data") as data, threads(config.threads):
         state = State(config, data, contents["data"], device)
         state.restore(path, contents)
     images, labels = (contents["batch"][name].to(device) for name in ("images", "labels"))

@@ -7,19 +7,21 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
-from rnndyn_fast.data import Batch, ImageFile
-from rnndyn_fast.file_io import write_text
-from rnndyn_fast.job_device import check_precision, choose_device
+from rnndyn_fast.data import Batch
+from rnndyn_fast.data.shards import open_images
+from rnndyn_fast.devices import check_precision, choose_device
+from rnndyn_fast.files import write_text
 from rnndyn_fast.ops.engines import check_runs_on_cpu
 from rnndyn_fast.processes import Processes, processes
-from rnndyn_fast.train.checkpoint import read_checkpoint
+from rnndyn_fast.train.checkpoint import read_checkpoint, versions
 from rnndyn_fast.train.config import TrainConfig
 from rnndyn_fast.train.health import FAILURE, MEASURED_IMAGES, activity, gradient_norms, keep_failure
 from rnndyn_fast.train.metrics import CSV_NAME, JSONL_NAME, EpochMetrics, write_metrics
@@ -30,9 +32,9 @@ from rnndyn_fast.train.setup import config_yaml, describe_data, threads, trainin
 from rnndyn_fast.train.signals import StopRequest
 from rnndyn_fast.train.state import Progress, State
 from rnndyn_fast.train.steps import Outcome
-from rnndyn_fast.train.watch import STEPS, TENSORBOARD, WANDB_ID, Watchers, profiled
+from rnndyn_fast.train.watch import PROFILE_AFTER, STEPS, TENSORBOARD, TRACE, WANDB_ID, Watchers, profiled
 
-INITIAL, LAST, BEST, CONFIG = "initial.pt", "last.pt", "best.pt", "train.yaml"
+INITIAL, LAST, BEST, CONFIG, LOCK = "initial.pt", "last.pt", "best.pt", "train.yaml", ".lock"
 _OWN_FILES = (INITIAL, LAST, BEST, CONFIG, CSV_NAME, JSONL_NAME, STEPS, FAILURE, WANDB_ID)
 
 
@@ -86,12 +88,14 @@ def train(
         resume_from = group.together(lambda: _resume_from(config, out), only_first=True)
         shown = stack.enter_context((reporter or choose_reporter()) if group.rank == 0 else QuietReporter())
         images = group.together(lambda: training_images(config, shown.line, split_progress(shown)), only_first=True)
-        data = stack.enter_context(ImageFile(images, required_splits=("train", "val"), argument="data"))
+        data = open_images(images, ("train", "val"), "data")
+        stack.enter_context(data)
         stack.enter_context(threads(config.threads))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         state = State(config, data, describe_data(data, config.normalise or "data"), device, group)
         if resume_from is not None:
             state.restore(resume_from, group.together(lambda: read_checkpoint(resume_from), only_first=True))
+        group.together(lambda: stack.enter_context(_alone_in(out)), only_first=True)
         if group.rank == 0:
             _clear(config, out, resume_from is None)
             if resume_from is None:
@@ -99,6 +103,8 @@ def train(
             write_text(out / CONFIG, config_yaml(config.as_new()))
         request = stack.enter_context(StopRequest())
         watchers = stack.enter_context(Watchers(config, state.steps_done, active=group.rank == 0))
+        if 0 < state.steps_left <= PROFILE_AFTER and config.profile:
+            shown.line(f"profile: the first {PROFILE_AFTER} training steps are not profiled, and {state.steps_left} are left: no {TRACE}")
         profile = stack.enter_context(profiled(config.profile if group.rank == 0 else 0, out, device))
         _Run(state, shown, request, watchers, profile).go(on_epoch)
     return out / LAST
@@ -301,12 +307,33 @@ class _Run:
 
 
 def _check_same(config: TrainConfig, group: Processes) -> None:
-    """Raise in all processes unless they have the same options."""
+    """Raise in all processes unless they have the same versions and options."""
+    own = versions()
+    for rank, other in enumerate(group.all_of(own)):
+        if other != own:
+            told = ["; ".join(f"{name} {version}" for name, version in one.items()) for one in (own, other)]
+            raise ValueError(f"processes: expected the same versions in all; process {group.rank} has {told[0]}, process {rank} {told[1]}")
     mine = {name: value for name, value in config.to_dict().items() if name not in ("device", "data", "out")}
     for rank, other in enumerate(group.all_of(mine)):
         different = [name for name in mine if other[name] != mine[name]]
         if different:
             raise ValueError(f"options: expected the same in every process, process {rank} has another {', '.join(different)}")
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder while the block lasts. Raises ValueError where one is in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"out: another run is writing to {out}") from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -334,6 +361,6 @@ def _resume_from(config: TrainConfig, out: Path) -> Path | None:
         if not found:
             raise FileNotFoundError(f"resume: no {LAST} or {INITIAL} in {out}; without resume the run begins")
         return found[0]
-    if out.exists() and set(out.iterdir()) - set(_leftovers(out)) and not config.overwrite:
+    if out.exists() and set(out.iterdir()) - {out / LOCK, *_leftovers(out)} and not config.overwrite:
         raise FileExistsError(f"out: {out} is not empty; use --resume to go on or --overwrite to replace the run")
     return None

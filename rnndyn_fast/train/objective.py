@@ -143,4 +143,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], share: float) -> None:
 def clamped(loss: float, classes: int) -> bool:
     """Whether a loss per time step, in nats, is that of a network that is sure and wrong: 95% of what answers at the clamp of
     log-probabilities, log 1e-10, cost where one in `classes` is right by chance."""
-    return loss >= 0.95 * (1 - 1 / classes) * -math.log(LEAST_PROBABILITY)
+    return classes > 1 and loss >= 0.95 * (1 - 1 / classes) * -math.log(LEAST_PROBABILITY)

@@ -57,4 +57,5 @@ def check_least(name: str, value: int, least: int) -> None:
 def check_range(name: str, value: float, least: float, below: float = math.inf) -> None:
     """Raise unless ``least <= value < below``."""
     if not least <= value < below:
-        raise ValueError(f"{name}: expected at least {least:g} and below {below:g}, got {value}")
+        most = f"below {below:g}" if math.isfinite(below) else "finite"
+        raise ValueError(f"{name}: expected at least {least:g} and {most}, got {value}")

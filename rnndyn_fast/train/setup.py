@@ -14,7 +14,9 @@ from torch import nn
 from rnndyn_fast import models
 from rnndyn_fast.data import ImageFile, ImageSplit
 from rnndyn_fast.data.own_images import images_for_training
-from rnndyn_fast.job_device import backend_on
+from rnndyn_fast.data.shard_index import is_shards
+from rnndyn_fast.data.shards import ShardFile, ShardSplit, index_for_training
+from rnndyn_fast.devices import backend_on
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.optional import require
@@ -24,10 +26,11 @@ from rnndyn_fast.train.config import TrainConfig
 class SpacedSubset:
     """`count` images of a split, evenly spaced over it, so that a split sorted by class still yields all classes."""
 
-    def __init__(self, split: ImageSplit, count: int) -> None:
+    def __init__(self, split: ImageSplit | ShardSplit, count: int) -> None:
         self._split = split
         self._rows = np.arange(count) * len(split) // count
         self.labels = split.labels[self._rows]
+        self.shards = split.shards[self._rows] if isinstance(split, ShardSplit) else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -37,7 +40,7 @@ class SpacedSubset:
         return self._split.read(self._rows[indices])
 
 
-def limited(split: ImageSplit, count: int | None) -> ImageSplit | SpacedSubset:
+def limited(split: ImageSplit | ShardSplit, count: int | None) -> ImageSplit | ShardSplit | SpacedSubset:
     """The split, or `count` of its images, evenly spaced, if it holds more than that."""
     return split if count is None or count >= len(split) else SpacedSubset(split, count)
 
@@ -53,7 +56,7 @@ def initialise(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
 
 
-def build_network(config: TrainConfig, data: ImageFile, device: torch.device) -> RecurrentNetwork:
+def build_network(config: TrainConfig, data: ImageFile | ShardFile, device: torch.device) -> RecurrentNetwork:
     """The network of a configuration for some data, on a device, with its initial weights.
 
     Raises: ValueError: no such network, or not for such images; names both.
@@ -73,11 +76,16 @@ def build_network(config: TrainConfig, data: ImageFile, device: torch.device) ->
 
 
 def training_images(config: TrainConfig, note: Callable[[str], None], progress: Callable[[str, int, int], None] | None = None) -> Path:
-    """The HDF5 image file to train on, made of image files where the configuration names those; `note` is called with a word on it.
+    """The HDF5 image file to train on, made of image files where the configuration names those, or the index of its tar shards; `note` is
+    called with a word on it.
 
     Raises: ValueError: ``image_size`` is given and the file has a size of its own.
     """
     size = config.image_size or models.image_size_of(config.build_options())
+    if is_shards(config.data):
+        index, told = index_for_training(config.data, Path(config.out), config.image_size, size, progress)
+        note(told)
+        return index
     images, told = images_for_training(config.data, Path(config.out), size, config.overwrite, progress)
     if told:
         note(told)
@@ -86,13 +94,15 @@ def training_images(config: TrainConfig, note: Callable[[str], None], progress: 
     return images
 
 
-def describe_data(data: ImageFile, normalise: str = "data") -> dict[str, Any]:
+def describe_data(data: ImageFile | ShardFile, normalise: str = "data") -> dict[str, Any]:
     """What a checkpoint keeps of the data: categories, image size, their statistics, and what the network's input is normalised by."""
     statistics = {"mean": [float(value) for value in data.mean], "std": [float(value) for value in data.std]}
     return {
         "path": str(data.path),
         "image_size": data.image_size,
         "categories": list(data.categories),
+        "images": {name: len(data.split(name)) for name in ("train", "val") if name in data.split_names},
+        "shards": np.bincount(data.split("train").shards).tolist() if isinstance(data, ShardFile) else [],
         **describe_input(normalise, statistics),
     }
 

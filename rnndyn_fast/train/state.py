@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rnndyn_fast.data import BatchLoader, ImageFile, normalise
-from rnndyn_fast.job_device import to_device
+from rnndyn_fast.data.shards import ShardFile
+from rnndyn_fast.devices import to_device
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.processes import Processes
 from rnndyn_fast.train.checkpoint import load_weights, save_checkpoint
@@ -80,7 +81,12 @@ class State:
     """
 
     def __init__(
-        self, config: TrainConfig, data: ImageFile, description: dict[str, Any], device: torch.device, group: Processes | None = None
+        self,
+        config: TrainConfig,
+        data: ImageFile | ShardFile,
+        description: dict[str, Any],
+        device: torch.device,
+        group: Processes | None = None,
     ) -> None:
         self.config, self.description, self.device = config, description, device
         self.group = group or Processes()
@@ -99,7 +105,11 @@ class State:
         self.progress = Progress()
         train_images = limited(data.split("train"), config.max_train_images)
         val_images = limited(data.split("val"), config.max_val_images)
-        for what, most in (("training images", len(train_images)), ("images of batch_size", config.batch_size)):
+        limits = [("training images", len(train_images)), ("images of batch_size", config.batch_size)]
+        shards = getattr(train_images, "shards", None)
+        if shards is not None:
+            limits.append(("tar shards with training images", len(np.unique(shards))))
+        for what, most in limits:
             if self.group.count > most:
                 raise ValueError(f"processes: expected at most one for each of the {most} {what}, got {self.group.count}")
         self.class_weights: Tensor | None = None
@@ -152,6 +162,11 @@ class State:
         """Training steps since the run's start."""
         return len(self.rows) * len(self.train_loader) + self.progress.step
 
+    @property
+    def steps_left(self) -> int:
+        """Training steps until all epochs are done."""
+        return self.config.epochs * len(self.train_loader) - self.steps_done
+
     def advance(self) -> None:
         """After a training step: the average of the weights, the learning rate."""
         if self.average is not None:
@@ -191,8 +206,9 @@ class State:
         if missing:
             raise ValueError(f"resume: {path} lacks {missing}; it cannot be resumed")
         self.config.check_resumes(TrainConfig.from_dict(checkpoint["config"]))
-        for name in ("categories", "image_size", "mean", "std", "statistics"):
-            if checkpoint["data"].get(name, self.description[name]) != self.description[name]:  # (older runs have no statistics)
+        for name in ("categories", "image_size", "mean", "std", "statistics", "images", "shards"):
+            mine = self.description.get(name)
+            if checkpoint["data"].get(name, mine) != mine:  # (older runs do not have them all)
                 raise ValueError(
                     f"resume: {name} of {self.config.data} differs from that of the data the run was started with, "
                     f"{checkpoint['data']['path']}"

@@ -205,15 +205,19 @@ class Steps:
 
     def _in_parts(self, images: Tensor, labels: Tensor, total: int) -> Sequence[Tensor]:
         """Gradients of the mean over all samples of all processes, part by part."""
-        none = len(images) == 0
-        shown, answers = self._stand_in(images, labels) if none else (images, labels)
-        parts = min(self.accumulate, len(shown))
+        parts = min(self.accumulate, len(images) or 1)
+        if self._sync_norms and self.accumulate > 1:  # all processes must come to their norms equally often
+            parts = min(self.accumulate, max(self.group.all_of(len(images))))
+        pieces = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
         weigh = self.weight or (lambda labels: torch.tensor(float(len(labels)), device=labels.device))
-        weights = [weigh(piece) * (0.0 if none else 1.0) for piece in answers.tensor_split(parts)]
+        nothing = torch.zeros((), device=labels.device)
+        weights = [weigh(y) if len(y) else nothing for _, y in pieces]
         mine = torch.stack(weights).sum()
         whole = self.group.sum(mine.clone()) if self.weight is not None else mine.new_tensor(float(total))
         losses, log_probs = [], []
-        for k, (x, y, weight) in enumerate(zip(shown.tensor_split(parts), answers.tensor_split(parts), weights, strict=True)):
+        for k, ((x, y), weight) in enumerate(zip(pieces, weights, strict=True)):
+            none = len(y) == 0
+            x, y = self._stand_in(images, labels) if none else (x, y)
             waits = self._parallel is not None and k < parts - 1
             assert self._parallel is not None or not waits
             with self._parallel.no_sync() if waits and self._parallel is not None else nullcontext():
@@ -227,8 +231,8 @@ class Steps:
                         part = part + self.penalty() / parts
                 (part if self.scaler is None else self.scaler.scale(part)).backward()
             losses.append(loss.detach() * weight)
-            log_probs.append(answer.detach())
-        mean = torch.stack(losses).sum() / (mine if not none else 1.0)
+            log_probs.append(answer.detach()[:, : 0 if none else None])
+        mean = torch.stack(losses).sum() / (mine if len(labels) else 1.0)
         return mean, mean, torch.cat(log_probs, 1)
 
     def _before(self) -> None:

@@ -105,7 +105,11 @@ class _Wandb:
         if not known.exists():
             write_text(known, secrets.token_hex(8))
         identity: dict[str, Any] = {"id": known.read_text(encoding="utf-8"), "name": Path(config.out).name, "resume": "allow"}
-        self._run = wandb.init(project=config.wandb, dir=config.out, config=config.to_dict(), **identity)
+        try:
+            self._run = wandb.init(project=config.wandb, dir=config.out, config=config.to_dict(), **identity)
+        except Exception as error:  # (of its own classes: no key, no network, ...)
+            hint = "WANDB_MODE=offline writes files that wandb sync sends later"
+            raise RuntimeError(f"wandb: {' '.join(str(error).split())} ({hint})") from error
 
     def step(self, entry: dict[str, Any]) -> None:
         self._run.log(flat(entry, "step/"), step=entry["step"])
@@ -165,11 +169,14 @@ def profiled(steps: int, out: Path, device: torch.device) -> Iterator[Any]:
     if not steps:
         yield lambda: None
         return
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    activity = torch.profiler.ProfilerActivity
+    of_device = {"cuda": activity.CUDA, "xpu": activity.XPU}.get(device.type, activity.CPU)
+    kinds = {activity.CPU, of_device} & torch.profiler.supported_activities()
     schedule = torch.profiler.schedule(wait=PROFILE_AFTER - 1, warmup=1, active=steps, repeat=1)
-    with torch.profiler.profile(
-        activities=kinds, schedule=schedule, record_shapes=True, on_trace_ready=lambda p: p.export_chrome_trace(str(out / TRACE))
-    ) as profiler:
+
+    def ready(profiler: torch.profiler.profile) -> None:
+        if profiler.step_num > PROFILE_AFTER:  # (a run of fewer steps has recorded none)
+            profiler.export_chrome_trace(str(out / TRACE))
+
+    with torch.profiler.profile(activities=kinds, schedule=schedule, record_shapes=True, on_trace_ready=ready) as profiler:
         yield profiler.step
