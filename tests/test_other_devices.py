@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from rnndyn_fast.data import make_dataset
-from rnndyn_fast.devices import choose_device
 from rnndyn_fast.extract import extract, load_results
+from rnndyn_fast.job_device import choose_device
 from rnndyn_fast.train import QuietReporter, TrainConfig, load_checkpoint, read_checkpoint, read_metrics, train
 
 TINY: dict[str, Any] = {

@@ -36,6 +36,8 @@ def _data_make(parser: CommandParser) -> None:
 
 
 _LESION = "connections and areas that are off at some steps, as v4:lateral@3-,it>v4@2-5,it@4"
+
+
 def _data_shards(parser: CommandParser) -> None:
     positional(parser, "data", "HDF5 image file; all its splits are written")
     add(parser, "out", str, "folder for train-000000.tar, ..., and index.npz, which says what is where")

@@ -23,6 +23,8 @@ def data_make(**options: Any) -> None:
 def _names(text: str) -> tuple[str, ...]:
     """What is separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def data_shards(data: str, out: str, images_per_shard: int, overwrite: bool) -> None:
     """`rnndyn data shards`"""
     from rnndyn_fast.data import ImageFile

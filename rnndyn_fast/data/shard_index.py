@@ -16,7 +16,7 @@ from rnndyn_fast.data.hdf5 import SPLITS
 from rnndyn_fast.data.image_files import SUFFIXES
 from rnndyn_fast.data.own_images import SHARE, SPELLINGS
 from rnndyn_fast.data.sources import stratified_order
-from rnndyn_fast.files import reads, written_whole
+from rnndyn_fast.file_io import reads, written_whole
 from rnndyn_fast.optional import require
 
 Progress = Callable[[str, int, int], None]

@@ -17,7 +17,7 @@ import torch
 from rnndyn_fast.data.hdf5 import SPLITS, ImageFile
 from rnndyn_fast.data.image_files import decode, fit
 from rnndyn_fast.data.shard_index import INDEX, KINDS, Progress, ShardIndex, count, find_shards, read_index, up_to_date
-from rnndyn_fast.files import replaced_atomically
+from rnndyn_fast.file_io import replaced_atomically
 from rnndyn_fast.optional import require
 
 STATISTICS_IMAGES = 10_000  # mean and deviation are those of so many training images

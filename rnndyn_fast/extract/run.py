@@ -24,11 +24,10 @@ from rnndyn_fast.analysis import (
     RepresentationChangeReducer,
 )
 from rnndyn_fast.data import SPLITS, check_unit_range, normalise
-from rnndyn_fast.devices import analysed_on, backend_on, check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.extract.engine import Activations, stream, trajectories_path
 from rnndyn_fast.extract.sources import Source, open_source
 from rnndyn_fast.extract.trajectories import DTYPES
-from rnndyn_fast.job_device import backend_on, check_precision, choose_device, in_precision, to_device
+from rnndyn_fast.job_device import analysed_on, backend_on, check_precision, choose_device, in_precision, to_device
 from rnndyn_fast.nn import GraphedNetwork, RecurrentNetwork
 from rnndyn_fast.nn.cuda_graphs import Graphs
 from rnndyn_fast.train.checkpoint import load_checkpoint, versions

@@ -152,7 +152,7 @@ def replay(out: str) -> str:
     Raises: FileNotFoundError: the run has kept no failure.
     """
     from rnndyn_fast.data.shards import open_images
-    from rnndyn_fast.devices import choose_device
+    from rnndyn_fast.job_device import choose_device
     from rnndyn_fast.train.checkpoint import read_checkpoint
     from rnndyn_fast.train.config import TrainConfig
     from rnndyn_fast.train.setup import threads, training_images

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from rnndyn_fast.data import Batch
 from rnndyn_fast.data.shards import open_images
-from rnndyn_fast.devices import check_precision, choose_device
-from rnndyn_fast.files import write_text
+from rnndyn_fast.file_io import write_text
+from rnndyn_fast.job_device import check_precision, choose_device
 from rnndyn_fast.ops.engines import check_runs_on_cpu
 from rnndyn_fast.processes import Processes, processes
 from rnndyn_fast.train.checkpoint import read_checkpoint, versions

@@ -16,7 +16,7 @@ from rnndyn_fast.data import ImageFile, ImageSplit
 from rnndyn_fast.data.own_images import images_for_training
 from rnndyn_fast.data.shard_index import is_shards
 from rnndyn_fast.data.shards import ShardFile, ShardSplit, index_for_training
-from rnndyn_fast.devices import backend_on
+from rnndyn_fast.job_device import backend_on
 from rnndyn_fast.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.optional import require

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rnndyn_fast.data import BatchLoader, ImageFile, normalise
 from rnndyn_fast.data.shards import ShardFile
-from rnndyn_fast.devices import to_device
+from rnndyn_fast.job_device import to_device
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.processes import Processes
 from rnndyn_fast.train.checkpoint import load_weights, save_checkpoint
