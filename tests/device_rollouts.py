@@ -13,7 +13,7 @@ from cases import CASES, RolloutCase
 from torch import Tensor
 
 from rnndyn_fast.graph import Operator
-from rnndyn_fast.ops import _launch, _launch_cuda
+from rnndyn_fast.ops import _launch, _launch_cuda, triton_conv
 from rnndyn_fast.program import plan
 
 HALF = (torch.float16, torch.bfloat16)
@@ -39,12 +39,17 @@ def count_launches(
     return launches
 
 
-def send_to_kernels(patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0)) -> list[str]:
-    """Tensors of these dtypes are as if on a device of that capability (others stay the CPU's). Returns the names of the launches."""
+def send_to_kernels(
+    patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0), triton: bool = False
+) -> list[str]:
+    """Tensors of these dtypes are as if on a device of that capability, with Triton or without it; others stay the CPU's. Returns the
+    names of the launches."""
     # (An arena is bytes: as those of a device, its program runs on tensors. Plans of the CPU are not those of the kernels.)
     patch.setattr(_launch, "on_device", lambda tensor: tensor.dtype in (*dtypes, torch.uint8))
     patch.setattr(plan, "_plans", OrderedDict())
     patch.setattr(_launch_cuda, "capability", lambda device: capability)
+    if not triton:
+        patch.setattr(triton_conv, "unavailable", lambda: "the harness has no Triton")
     return count_launches(patch)
 
 

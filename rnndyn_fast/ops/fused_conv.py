@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+KERNELS = ("fused", "triton")  # of our own on CUDA devices: built with the package, and compiled by Triton where they are used
 PASSES = ("forward", "data", "weight")  # of a connection: the map, the gradient of its source, the gradient of its weight
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_TERMS = 8  # kMaxConvTerms of recurrent_conv.h; the launch checks it

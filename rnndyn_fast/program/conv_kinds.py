@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnndyn_fast.ops import _launch_cuda, _launch_steps
+from rnndyn_fast.ops import _launch_steps
 from rnndyn_fast.ops._launch_cuda import ConvTerm
 from rnndyn_fast.ops.amx_conv import AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
+from rnndyn_fast.ops.device_kernels import kernels_of
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
@@ -195,16 +196,17 @@ def fused_conv(
     factor: Tensor | None = None,
     modulator_sum: Tensor | None = None,
     moments: Tensor | None = None,
+    engine: str = "fused",
 ) -> None:
     """A GPU's fused convolution: the sum of several maps, and what is there already."""
     terms = [ConvTerm(x, w, *s) for x, w, s in zip(xs, weights, settings, strict=True)]
-    _launch_cuda.recurrent_conv(terms, bias, list(added), factor, out, modulator_sum, moments)
+    kernels_of(engine).recurrent_conv(terms, bias, list(added), factor, out, modulator_sum, moments)
 
 
 @kind("rows gathered", "out", launch=True)
-def fused_weight_grad(rows: Tensor, gathered: Tensor, out: Tensor, stride: int, padding: int) -> None:
+def fused_weight_grad(rows: Tensor, gathered: Tensor, out: Tensor, stride: int, padding: int, engine: str = "fused") -> None:
     """The gradient of a weight by a GPU's fused convolution: [first, K, K, second], float32."""
-    _launch_cuda.recurrent_conv_weight_grad(rows, gathered, out, stride, padding)
+    kernels_of(engine).recurrent_conv_weight_grad(rows, gathered, out, stride, padding)
 
 
 # ---------------------------------------------------------------- grouped convolutions
