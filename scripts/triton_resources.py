@@ -175,6 +175,7 @@ def table() -> str:
     """Kernels and architectures in rows; float32 (TF32), float16 and bfloat16 in cells."""
     import triton
 
+    torch.backends.cudnn.allow_tf32 = True
     found = []
     by_dtype = {(d, a): launches(d, (a // 10, a % 10)) for a in ARCHITECTURES for d in DTYPES}
     for name in by_dtype[DTYPES[0], ARCHITECTURES[0]]:

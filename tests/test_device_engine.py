@@ -220,7 +220,8 @@ def test_asking_for_triton_says_what_it_cannot_run(monkeypatch: pytest.MonkeyPat
     for geometry, shape, dtype, reason in (
         (CONV, (64, 64, 3, 3), torch.float64, "the Triton convolution computes in float32, float16 and bfloat16, not torch.float64"),
         (CONV, (64, 64, 1, 3), torch.float16, "the Triton convolution takes square kernels, not 1 x 3"),
-        (Geometry(Operator.CONV, 17, 1), (64, 64, 3, 3), torch.float16, "the Triton convolution takes strides up to 16, not 17"),
+        (Geometry(Operator.CONV, 17, 1), (64, 64, 3, 3), torch.float16, "the Triton convolution takes strides 1, 2, 4, 8 and 16, not 17"),
+        (Geometry(Operator.CONV, 3, 1), (64, 64, 3, 3), torch.float16, "the Triton convolution takes strides 1, 2, 4, 8 and 16, not 3"),
         (Geometry(Operator.IDENTITY), (), torch.float16, "nothing to compute"),
     ):
         assert choose_device_engine(geometry, shape, 16, 16, dtype, "triton", 16, DEVICE) == EngineChoice(None, reason)

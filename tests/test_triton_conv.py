@@ -115,7 +115,7 @@ def test_an_odd_address_is_no_error_and_claims_no_alignment() -> None:
     assert copies[0] > copies[1] > 0  # (the weight's address is aligned in both)
 
 
-def test_the_page_of_kernels_has_the_table() -> None:
+def test_the_page_of_kernels_has_the_table(tf32: None) -> None:
     page = (ROOT / "docs" / "notes" / "kernel_resources.md").read_text(encoding="utf-8")
     table = page[page.index(triton_resources.START) : page.index(triton_resources.END)]
     assert kernel_resources.replaced(page, table.partition("\n")[2].rstrip("\n"), triton_resources.START, triton_resources.END) == page
@@ -153,7 +153,18 @@ def test_tiles_are_such_as_triton_takes(dtype: torch.dtype, capability: tuple[in
 
 
 def test_columns_leave_few_of_a_tile_empty() -> None:
-    for channels, columns in ((8, 16), (24, 32), (64, 64), (72, 64), (128, 128), (136, 64), (192, 64), (240, 128), (256, 128), (1024, 128)):
+    for channels, columns in (
+        (8, 16),
+        (24, 32),
+        (64, 64),
+        (72, 128),
+        (128, 128),
+        (136, 64),
+        (192, 64),
+        (240, 128),
+        (256, 128),
+        (1024, 128),
+    ):
         groups = triton_conv.recurrent_conv_moment_groups(1024, 16, 16, channels)
         tiles = -(-channels // columns)
         assert groups == [256 * tiles, tiles, columns, channels - (tiles - 1) * columns], channels

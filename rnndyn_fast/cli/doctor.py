@@ -19,7 +19,7 @@ _CONVOLUTIONS = {
     "winograd": "float32: 3 x 3, 5 x 5 and 7 x 7 of stride 1, transposed of stride 2; other maps run direct",
     "amx": "float32, any map, in bfloat16 parts on matrix units (emulated, and slow, where the processor has none)",
     "fused": "float16 and bfloat16 on CUDA devices: square kernels of stride 1 and 2, channels in multiples of 8",
-    "triton": "float32, float16 and bfloat16 on CUDA devices: square kernels",
+    "triton": "float32, float16 and bfloat16 on CUDA devices: square kernels of stride 1, 2, 4, 8 and 16",
 }
 
 

@@ -1,7 +1,7 @@
 """The fused recurrent convolution as Triton kernels: the launches of :mod:`rnndyn_fast.ops.triton_kernels`, which are compiled for the
 device at hand (``wgmma`` on sm_90), with the arguments of :func:`rnndyn_fast.ops._launch_cuda.recurrent_conv` and of its weight gradient.
 
-float32, float16 and bfloat16; any channels, square kernels and strides. Triton is imported at the first use, and compiles each kernel once
+float32, float16 and bfloat16; any channels, square kernels. Triton is imported at the first use, and compiles each kernel once
 per machine (its cache: ``~/.triton``).
 """
 
@@ -69,8 +69,8 @@ def why_not(kernel: tuple[int, ...], stride: int, dtype: torch.dtype) -> str | N
         return f"the Triton convolution computes in float32, float16 and bfloat16, not {dtype}"
     if len(set(kernel)) > 1:
         return f"the Triton convolution takes square kernels, not {kernel[0]} x {kernel[1]}"
-    if stride > MOST_PHASES:
-        return f"the Triton convolution takes strides up to {MOST_PHASES}, not {stride}"
+    if stride > MOST_PHASES or stride & (stride - 1):  # (so that no sum of maps has more phases)
+        return f"the Triton convolution takes strides 1, 2, 4, 8 and {MOST_PHASES}, not {stride}"
     return unavailable()
 
 
