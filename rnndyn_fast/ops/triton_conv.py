@@ -55,6 +55,7 @@ def build_id() -> str:
     """Which Triton, and which state of its kernels and of what launches them: a digest; "none" where there is none."""
     if unavailable() is not None:
         return "none"
+    require("triton")
     import triton
 
     digest = hashlib.blake2b(digest_size=6)
