@@ -341,6 +341,46 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     measured.forget()
 
 
+def test_a_triton_kernel_that_fails_leaves_its_pass_to_the_others(simt: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever fails in it, compiling or launching: one warning, and the times of the others."""
+    send_to_kernels(monkeypatch, torch.float16, capability=(8, 0), triton=True)
+    Eager(monkeypatch)
+    monkeypatch.setenv("RNNDYN_CACHE", str(tmp_path))
+    monkeypatch.delenv("RNNDYN_MEASURE", raising=False)
+    monkeypatch.setattr(measured, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(measured, "driver", lambda: "580.1")
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_conv, "build_id", lambda: "3.9.0 abc")
+    monkeypatch.setattr(
+        measured, "alternate", lambda contenders, device: [run() is None or 1.0 / (1 + i) for i, run in enumerate(contenders)]
+    )
+    measured.forget()
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("recurrent_conv_kernel of the Triton convolution: OutOfResources: shared memory")
+
+    monkeypatch.setattr(triton_conv, "recurrent_conv", failing)
+    monkeypatch.setattr(triton_conv, "recurrent_conv_weight_grad", failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choice = choose_device_engine(CONV, (8, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)
+        other = choose_device_engine(CONV, (8, 5, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)  # which only Triton computes
+    (said,) = caught
+    assert str(said.message).startswith(
+        "the Triton convolution failed, and the fastest of the others takes its place (forward of conv 8x8x3x3"
+    )
+    assert str(said.message).endswith("OutOfResources: shared memory")
+    assert choice.reason.startswith(
+        "measured on some GPU, ms: forward fused 1e+03, triton failed, direct 500; data fused 1e+03, triton failed,"
+    )
+    assert (choice.triton, other.triton) == ((), ())
+    assert (
+        other.reason
+        == "measured on some GPU, ms: forward triton failed, direct 1e+03; data triton failed, direct 1e+03; weight triton failed, direct 1e+03"
+    )
+    measured.forget()
+
+
 def mixed(passes: tuple[str, ...]) -> Callable[..., EngineChoice]:
     def choose(*arguments: Any) -> EngineChoice:
         choice = choose_device_engine(*arguments)
