@@ -48,7 +48,8 @@ from rnndyn_fast.graph.spec.network import pooled_shape
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.nn import GraphedNetwork, GraphedTrainingStep
 from rnndyn_fast.ops import engine_timing, sequence_launches
-from rnndyn_fast.ops.cuda_engine import why_not_fused
+from rnndyn_fast.ops.cuda_engine import why_not_timed
+from rnndyn_fast.ops.fused_conv import KERNELS
 from rnndyn_fast.ops.readout_zones import TABLES
 from rnndyn_fast.reference.readout_zones import readout_distance
 from rnndyn_fast.reference.readout_zones import readout_zones as reference_readout_zones
@@ -207,7 +208,7 @@ def test_forward(name: str, n: int) -> None:
 
 
 def convolution_cases() -> list[engine_timing.Case]:
-    """Every convolution of the two networks that the fused one can compute."""
+    """Every convolution of the two networks that one of our own engines can compute."""
     found: dict[str, engine_timing.Case] = {}
     for options in NETWORKS.values():
         schedule = blt_net_64(**options, timesteps=STEPS, **SIZES).schedule()
@@ -216,10 +217,11 @@ def convolution_cases() -> list[engine_timing.Case]:
                 drive.connection,
                 schedule.network.weight_shape(drive.connection) if drive.connection.operator is not Operator.IDENTITY else (),
             )
-            if not shape or why_not_fused(c.geometry, shape, torch.float16):
+            engines = tuple(e for e in KERNELS if shape and why_not_timed(e, c.geometry, shape, torch.float16) is None)
+            if not engines:
                 continue
             _, height, width = pooled_shape(schedule.network.shapes[drive.source], c.pool)
-            case = engine_timing.Case(c.geometry, shape, height, width, torch.float16, 2 if SMALL else engine_timing.MOST_SAMPLES)
+            case = engine_timing.Case(c.geometry, shape, height, width, torch.float16, 2 if SMALL else engine_timing.MOST_SAMPLES, engines)
             found.setdefault(str(case), case)
     return list(found.values())
 
@@ -228,8 +230,9 @@ def convolution_cases() -> list[engine_timing.Case]:
 @pytest.mark.parametrize("case", convolution_cases()[: 1 if DRY else None], ids=str)
 def test_convolution(case: engine_timing.Case) -> None:
     passes = engine_timing.passes(case, DEVICE)
-    for name, (fused, vendor) in passes.items():
-        times = alternate_on_device({"rnndyn": fused, "cudnn": vendor})
+    for name, contenders in passes.items():
+        names = {"fused": "rnndyn", "direct": "cudnn"}
+        times = alternate_on_device({names.get(engine, engine): run for engine, run in contenders.items()})
         slug = "_".join(map(str, (*case.weight_shape, case.height, case.geometry.operator.value)))
         keep(f"cuda_conv_{slug}_{name}", times, samples=case.measured_samples, dtype="float16")
 

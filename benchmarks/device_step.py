@@ -75,7 +75,7 @@ def engines() -> int:
         times, why = engine_timing.times_of(case, torch.device("cuda", torch.cuda.current_device()))
         rows[str(case)] = why if times is None else {name: str(t) for name, t in times.items()}
         print(case, rows[str(case)], flush=True)
-        write_result("engines", {"what": "ms, fused against the vendor's", **about_device(), "passes": rows})
+        write_result("engines", {"what": "ms by engine; direct: the vendor's", **about_device(), "passes": rows})
     if DRY:
         write_result("engines", {"what": "nothing can be timed here", "passes": {}})
     return 0

@@ -32,6 +32,7 @@ OPTIONAL_PACKAGES = {
     "scipy": OptionalPackage("scipy", "statistics, clustering and interpolation"),
     "sklearn": OptionalPackage("scikit-learn", "the bundled digits, decoders, PLS and multidimensional scaling"),
     "tensorboard": OptionalPackage("tensorboard", "TensorBoard's files (--tensorboard)", "tensorboard"),
+    "triton": OptionalPackage("triton", "the Triton kernels of convolutions on GPUs", "triton"),
     "wandb": OptionalPackage("wandb", "Weights & Biases (--wandb)", "wandb"),
     "webdataset": OptionalPackage("webdataset", "images in tar shards", "webdataset"),
     "yaml": OptionalPackage("PyYAML", "configuration files and network files"),

@@ -37,6 +37,13 @@ MOST_BYTES = 16 << 20
 KERNELS = "area_step readout_zones recurrent_conv gate_step norm_step depthwise_conv ctrnn trajectory_norms odd_offsets"
 OPS = [f"tests/test_{op}_cuda.py" for op in KERNELS.split()]
 ROLLOUTS = [f"tests/test_{name}.py" for name in ("rollout_cuda", "rollout_device", "networks_cuda", "train_device")]
+# Of the Triton kernels, each of which is compiled first: forward, gradients and a whole rollout, in all precisions.
+TRITON = [
+    "tests/triton_conv_cases.py",
+    ROLLOUTS[1],
+    "-k",
+    "1x33x5x3 or 2x16x5x7 or several_maps or triton-torch.float16-topdown_multiplicative",
+]
 SMALL = "n1c33h5w7 or n2c8h5w3 or 2-9-48-40 or 2x24x6x4 or splits or lstm or partial or buffers_in_place or threads_changes_no_bit"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
@@ -107,19 +114,24 @@ def steps(capability: str | None, results: Path, dry: bool) -> list[Step]:
     """In the order in which they matter. Where the device's time ends early, the first ones are there."""
     tests = {} if dry else {"RNNDYN_TEST_DEVICE": "cuda"}
     timed = {"RNNDYN_BENCH_RESULTS": str(results), "RNNDYN_CACHE": str(results), "RNNDYN_MEASURE": "1"}
-    few, listed = (["-k", "lstm and float16"], ["--collect-only"]) if dry else ([], [])
+    few, listed = (["-k", "lstm and float16"], ["--collect-only"]) if dry else (["-k", "not triton"], [])
+    interpreted = {"TRITON_INTERPRET": "1"} if dry else {}
+    triton = ["tests/triton_conv_cases.py", "-k", "several_maps and float16"] if dry else TRITON
     bench = [*PYTEST, "-s", "benchmarks/bench_rollout_cuda.py"]
     command = [sys.executable, str(Path(__file__).resolve()), "--build", str(capability)]
     if dry:
         command = [sys.executable, "-c", "import rnndyn_fast; print(rnndyn_fast.build_info())"]
     script = [sys.executable, "benchmarks/device_step.py"]
     made = [
-        Step("build", 170, "build.log", command),
-        Step("smoke", 30, "checks.log", [*script, "smoke"], timed),
-        Step("tests", 90, "checks.log", [*PYTEST, *OPS, *ROLLOUTS, *few], tests),
-        Step("benchmarks", 100, "benchmarks.log", [*bench, "-k", "not test_convolution", "benchmarks/bench_networks_cuda.py"], timed),
-        Step("compiled", 75, "benchmarks.log", [*bench, "-k", "test_training_step", *listed], {**timed, "RNNDYN_BENCH_COMPILE": "1"}),
-        Step("engines", 30, "benchmarks.log", [*script, "engines"], timed),
+        Step("build", 140, "build.log", command),
+        # Of the vendor's convolutions and ours, without the time that measuring and compiling takes.
+        Step("smoke", 30, "checks.log", [*script, "smoke"], {**timed, "RNNDYN_MEASURE": "0"}),
+        Step("tests", 85, "checks.log", [*PYTEST, *OPS, *ROLLOUTS, *few], tests),
+        Step("triton", 60, "checks.log", [*PYTEST, *triton], {**tests, **interpreted}),
+        # Before the benchmarks, which use these times.
+        Step("engines", 60, "benchmarks.log", [*script, "engines"], timed),
+        Step("benchmarks", 80, "benchmarks.log", [*bench, "-k", "not test_convolution", "benchmarks/bench_networks_cuda.py"], timed),
+        Step("compiled", 55, "benchmarks.log", [*bench, "-k", "test_training_step", *listed], {**timed, "RNNDYN_BENCH_COMPILE": "1"}),
     ]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=rnndyn", "--error-exitcode", "9"]

@@ -53,7 +53,7 @@ SLOW = (
     "test_program_rollout", "test_program_random", "test_rollout", "test_claims", "test_rcnn_sat", "test_train_models",
     "test_gate_step", "test_install", "test_blt_vs", "test_cli", "test_winograd_conv", "test_train_options", "test_blt_net",
     "test_simt_bites", "test_rollout_half", "test_conv_epilogue", "test_phase_report", "test_report_numbers", "test_area_step",
-    "test_isa", "test_networks_native", "test_cli_dialect",
+    "test_isa", "test_networks_native", "test_cli_dialect", "test_triton_conv",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from cases import CASES, RolloutCase
 from torch import Tensor
 
 from rnndyn_fast.graph import Operator
-from rnndyn_fast.ops import core, cuda_module
+from rnndyn_fast.ops import core, cuda_module, triton_conv
 from rnndyn_fast.ops.launch import DeviceCall
 from rnndyn_fast.program import plan
 
@@ -39,13 +39,20 @@ def count_launches(patch: pytest.MonkeyPatch, names: tuple[str, ...] = LAUNCHES)
 
 
 def send_to_kernels(
-    patch: pytest.MonkeyPatch, *dtypes: torch.dtype, capability: tuple[int, int] = (9, 0), names: tuple[str, ...] = LAUNCHES
+    patch: pytest.MonkeyPatch,
+    *dtypes: torch.dtype,
+    capability: tuple[int, int] = (9, 0),
+    names: tuple[str, ...] = LAUNCHES,
+    triton: bool = False,
 ) -> list[str]:
-    """Tensors of these dtypes are as if on a device of that capability (others stay the CPU's). Returns the names of the launches."""
+    """Tensors of these dtypes are as if on a device of that capability, with Triton or without it; others stay the CPU's. Returns the
+    names of the launches."""
     # (An arena is bytes: as those of a device, its program runs on tensors. Plans of the CPU are not those of the kernels.)
     patch.setattr(core, "on_device", lambda tensor: tensor.dtype in (*dtypes, torch.uint8))
     patch.setattr(plan, "_plans", OrderedDict())
     patch.setattr(cuda_module, "capability", lambda device: capability)
+    if not triton:
+        patch.setattr(triton_conv, "unavailable", lambda: "the harness has no Triton")
     return count_launches(patch, names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from device_rollouts import HALF, in_harness, rounded_case, send_to_kernels, wid
 
 from rnndyn_fast.job_device import choose_device
 from rnndyn_fast.models import blt_net_64
-from rnndyn_fast.ops import cuda_module, engine_timing, launches
+from rnndyn_fast.ops import cuda_module, engine_timing, fused_conv, triton_conv
 from rnndyn_fast.ops.cells import GRUGates
 from rnndyn_fast.ops.cuda_engine import choose_device_engine
+from rnndyn_fast.ops.device_kernels import can_run_triton
 from rnndyn_fast.ops.engine_timing import Case, Times
 from rnndyn_fast.ops.engines import EngineChoice, Geometry, Operator, choose_engine
 from rnndyn_fast.ops.gate_step import can_run_gate_step
@@ -38,7 +40,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
 
     def measure(case: Case, device: torch.device) -> dict[str, Times]:
         asked.append(str(case))
-        return {"forward": Times(1e-3, 2e-3), "data": Times(3e-3, 2e-3), "weight": Times(1.96e-3, 2e-3)}
+        fused = {"forward": 1e-3, "data": 3e-3, "weight": 1.96e-3}
+        triton = {"forward": 0.98e-3, "data": 1.5e-3, "weight": 1.9e-3}
+        given = {name: {"fused": fused[name], "triton": triton[name], "direct": 2e-3} for name in fused}
+        return {name: Times({engine: t[engine] for engine in (*case.engines, "direct")}) for name, t in given.items()}
 
     monkeypatch.setenv("RNNDYN_CACHE", str(tmp_path))
     monkeypatch.delenv("RNNDYN_MEASURE", raising=False)
@@ -47,6 +52,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
     monkeypatch.setattr(engine_timing, "driver", lambda: "580.1")
     monkeypatch.setattr(engine_timing, "build_id", lambda: "abc")
     monkeypatch.setattr(cuda_module, "capability", lambda device: (8, 9))
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: "no Triton")
+    monkeypatch.setattr(triton_conv, "build_id", lambda: "none")
     engine_timing.forget()
     yield asked
     engine_timing.forget()
@@ -60,11 +67,56 @@ def test_each_pass_takes_the_faster_engine(timed: list[str]) -> None:
     choice = choose()
     assert choice.fused == ("forward",)  # (the weight's gradient is the faster one by 2%, which another measurement may not find)
     assert str(choice) == "fused forward"
-    assert (
-        choice.reason
-        == "measured on some GPU, ms, fused against the vendor's: forward 1 against 2, data 3 against 2, weight 1.96 against 2"
-    )
+    assert choice.reason == "measured on some GPU, ms: forward fused 1, direct 2; data fused 3, direct 2; weight fused 1.96, direct 2"
     assert timed == ["conv 64x128x3x3 stride 1 padding 1+0 on 16x16 float16 N=128"]
+
+
+def test_triton_is_one_more_candidate(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured anew where it has come, or gone, or changed; a later engine must be faster by more than 3%."""
+    choose()
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_conv, "build_id", lambda: "3.9.0 abc")
+    choice = choose()
+    assert len(timed) == 2
+    assert (choice.fused, choice.triton) == (("forward",), ("data", "weight"))
+    assert str(choice) == "fused forward, triton data+weight"
+    assert [choice.kernels(p) for p in ("forward", "data", "weight")] == ["fused", "triton", "triton"]
+    assert "data fused 3, triton 1.5, direct 2;" in choice.reason
+    assert choose() == choice
+    assert len(timed) == 2
+    engine_timing.forget()  # another process
+    assert choose() == choice
+    assert len(timed) == 2
+    monkeypatch.setattr(triton_conv, "build_id", lambda: "3.9.0 def")
+    choose()
+    assert len(timed) == 3
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: "gone")
+    assert choose().triton == ()
+    assert len(timed) == 4
+
+
+def test_what_only_triton_computes_is_measured_too(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other channels and strides, and float32 in TF32; full float32 is the vendor's."""
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
+    for geometry, shape, dtype in (
+        (CONV, (64, 3, 3, 3), torch.float16),
+        (Geometry(Operator.CONV, 4, 1), (64, 64, 3, 3), torch.float16),
+        (CONV, (64, 64, 3, 3), torch.float32),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cudnn, "allow_tf32", True)
+            choice = choose_device_engine(geometry, shape, 16, 16, dtype, "auto", 16, DEVICE)
+        assert (choice.fused, choice.triton) == ((), ("forward", "data", "weight"))
+    assert len(timed) == 3
+    choice = choose_device_engine(CONV, (64, 64, 3, 3), 16, 16, torch.float32, "auto", 16, DEVICE)
+    assert choice == EngineChoice(
+        None,
+        "the fused convolution computes in float16 and bfloat16, not torch.float32; in full float32 the Triton convolution has no use for "
+        "tensor cores",
+    )
+    product = choose_device_engine(Geometry(Operator.LINEAR), (64, 64), 1, 1, torch.float32, "auto", 16, DEVICE)
+    assert "in full float32" in product.reason  # (whatever cuDNN may: torch.set_float32_matmul_precision)
+    assert len(timed) == 3
 
 
 def test_a_shape_is_measured_once_per_machine(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +195,7 @@ def test_asking_overrides_and_what_cannot_run_says_why(timed: list[str]) -> None
     assert choose("direct") == EngineChoice(None, "asked for")
     assert choose("fused:2").fused == ("forward", "data", "weight")
     assert str(choose("fused")) == "fused"
+    assert choose("triton") == EngineChoice(None, "no Triton")
     assert timed == []
     for geometry, shape, dtype, reason in (
         (CONV, (64, 3, 3, 3), torch.float16, "64 and 3 channels: the fused convolution takes multiples of 8"),
@@ -152,15 +205,42 @@ def test_asking_overrides_and_what_cannot_run_says_why(timed: list[str]) -> None
     ):
         assert choose_device_engine(geometry, shape, 16, 16, dtype, "fused", 16, DEVICE) == EngineChoice(None, reason)
     for engine in ("winograd", "amx"):
-        with pytest.raises(ValueError, match=f"engine='{engine}': it runs on the CPU; on CUDA devices expected one of auto, direct, fused"):
+        message = f"engine='{engine}': it runs on the CPU; on CUDA devices expected one of auto, direct, fused, triton"
+        with pytest.raises(ValueError, match=message):
             choose(engine)
-    with pytest.raises(ValueError, match='engine="fused": it runs on CUDA devices'):
-        choose_engine(CONV, (64, 64, 3, 3), 16, 16, torch.float32, "fused")
+    for engine in ("fused", "triton"):
+        with pytest.raises(ValueError, match=f'engine="{engine}": it runs on CUDA devices'):
+            choose_engine(CONV, (64, 64, 3, 3), 16, 16, torch.float32, engine)
 
 
-def test_both_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is what it says, and both give the same. (Here without a clock.)"""
+def test_asking_for_triton_says_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
+    assert choose("triton").triton == ("forward", "data", "weight")
+    assert choose("triton", torch.float32).triton == ("forward", "data", "weight")
+    for geometry, shape, dtype, reason in (
+        (CONV, (64, 64, 3, 3), torch.float64, "the Triton convolution computes in float32, float16 and bfloat16, not torch.float64"),
+        (CONV, (64, 64, 1, 3), torch.float16, "the Triton convolution takes square kernels, not 1 x 3"),
+        (Geometry(Operator.CONV, 17, 1), (64, 64, 3, 3), torch.float16, "the Triton convolution takes strides 1, 2, 4, 8 and 16, not 17"),
+        (Geometry(Operator.CONV, 3, 1), (64, 64, 3, 3), torch.float16, "the Triton convolution takes strides 1, 2, 4, 8 and 16, not 3"),
+        (Geometry(Operator.IDENTITY), (), torch.float16, "nothing to compute"),
+    ):
+        assert choose_device_engine(geometry, shape, 16, 16, dtype, "triton", 16, DEVICE) == EngineChoice(None, reason)
+        assert not can_run_triton(geometry, shape, dtype)
+        with pytest.raises(ValueError, match=re.escape(f'engine="triton": {reason}')):
+            can_run_triton(geometry, shape, dtype, raise_error=True)
+    assert can_run_triton(CONV, (64, 3, 3, 3), torch.bfloat16, raise_error=True)
+
+
+def test_all_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is what it says, and all give the same. (Here without a clock, and with the fused convolution for Triton's.)"""
     launches = send_to_kernels(monkeypatch, torch.float16)
+    for name in ("recurrent_conv", "recurrent_conv_weight_grad"):
+
+        def instead(*arguments: Any, name: str = name) -> None:
+            launches.append(f"triton {name}")
+            getattr(cuda_module, name)(*arguments)
+
+        monkeypatch.setattr(triton_conv, name, instead)
     for geometry, shape in (
         (CONV, (8, 16, 3, 3)),
         (Geometry(Operator.CONV_TRANSPOSE, 2, 1, 1), (16, 8, 3, 3)),
@@ -172,15 +252,18 @@ def test_both_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.M
             launches.clear()
             ours = contenders[0]().clone()
             assert launches in (["recurrent_conv"], ["recurrent_conv_weight_grad"])
-            theirs = contenders[1]()
-            assert len(launches) == 1
+            assert torch.equal(contenders[1](), ours)
+            assert launches[1:] == [f"triton {launches[0]}", launches[0]]
+            theirs = contenders[2]()
+            assert len(launches) == 3
             assert ours.abs().sum() > 0
             torch.testing.assert_close(ours.half(), theirs.half(), rtol=1e-2, atol=1e-2)
-            return [1.0, 2.0]
+            return [1.0, 3.0, 2.0]
 
         monkeypatch.setattr(engine_timing, "alternate", alternate)
-        found = engine_timing.measure(Case(geometry, shape, size, size, torch.float16, 2), DEVICE)
-        assert found == {name: Times(1.0, 2.0) for name in ("forward", "data", "weight")}
+        found = engine_timing.measure(Case(geometry, shape, size, size, torch.float16, 2, ("fused", "triton")), DEVICE)
+        assert found == {name: Times({"fused": 1.0, "triton": 3.0, "direct": 2.0}) for name in ("forward", "data", "weight")}
+        assert list(found["forward"].seconds) == ["fused", "triton", "direct"]
 
 
 class Eager:
@@ -238,22 +321,65 @@ def test_a_kernel_that_fails_leaves_its_pass_to_the_vendor(simt: object, monkeyp
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("recurrent_conv_kernel: invalid argument")
 
-    monkeypatch.setattr(launches.recurrent_conv, "on_device", failing)
+    monkeypatch.setattr(fused_conv, "recurrent_conv", failing)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         choice = choose_device_engine(CONV, (8, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)
         choose_device_engine(CONV, (16, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)
     (said,) = caught  # names the first pass; the same error is not told again
-    assert str(said.message).startswith("the fused convolution failed, and the vendor's takes its place (forward of conv 8x8x3x3 ")
+    start = "the fused convolution failed, and the fastest of the others takes its place (forward of conv 8x8x3x3 "
+    assert str(said.message).startswith(start)
     assert str(said.message).endswith("): recurrent_conv_kernel: invalid argument")
     assert choice.fused == ()
-    assert "forward fused failed, data fused failed, weight 0.04 against 0.04" in choice.reason
+    assert "forward fused failed, direct 0.04; data fused failed, direct 0.04; weight fused 0.04, direct 0.04" in choice.reason
     assert json.loads(engine_timing.cache_file().read_text(encoding="utf-8")) == {}
     # The vendor's own failure is its own: the rollout goes on to meet it, or not.
     monkeypatch.setattr(torch, "convolution", failing)
     assert choose_device_engine(CONV, (24, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE) == EngineChoice(
         None, "not measured: recurrent_conv_kernel: invalid argument"
     )
+    engine_timing.forget()
+
+
+def test_a_triton_kernel_that_fails_leaves_its_pass_to_the_others(simt: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever fails in it, compiling or launching: one warning, and the times of the others."""
+    send_to_kernels(monkeypatch, torch.float16, capability=(8, 0), triton=True)
+    Eager(monkeypatch)
+    monkeypatch.setenv("RNNDYN_CACHE", str(tmp_path))
+    monkeypatch.delenv("RNNDYN_MEASURE", raising=False)
+    monkeypatch.setattr(engine_timing, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(engine_timing, "driver", lambda: "580.1")
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_conv, "build_id", lambda: "3.9.0 abc")
+
+    def descending(contenders: list[Callable[[], object]], device: torch.device) -> list[float]:
+        for run in contenders:
+            run()
+        return [1.0 / (1 + i) for i in range(len(contenders))]
+
+    monkeypatch.setattr(engine_timing, "alternate", descending)
+    engine_timing.forget()
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("recurrent_conv_kernel of the Triton convolution: OutOfResources: shared memory")
+
+    monkeypatch.setattr(triton_conv, "recurrent_conv", failing)
+    monkeypatch.setattr(triton_conv, "recurrent_conv_weight_grad", failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choice = choose_device_engine(CONV, (8, 8, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)
+        other = choose_device_engine(CONV, (8, 5, 3, 3), 4, 4, torch.float16, "auto", 2, DEVICE)  # which only Triton computes
+    (said,) = caught
+    assert str(said.message).startswith(
+        "the Triton convolution failed, and the fastest of the others takes its place (forward of conv 8x8x3x3"
+    )
+    assert str(said.message).endswith("OutOfResources: shared memory")
+    assert choice.reason.startswith(
+        "measured on some GPU, ms: forward fused 1e+03, triton failed, direct 500; data fused 1e+03, triton failed,"
+    )
+    assert (choice.triton, other.triton) == ((), ())
+    failures = "; ".join(f"{name} triton failed, direct 1e+03" for name in ("forward", "data", "weight"))
+    assert other.reason == f"measured on some GPU, ms: {failures}"
     engine_timing.forget()
 
 
@@ -289,17 +415,18 @@ def test_passes_of_both_engines_mix(passes: tuple[str, ...], simt: object, monke
 # ---------------------------------------------------------------- the plan
 
 
-def test_the_plan_for_a_device() -> None:
+def test_the_plan_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_conv, "unavailable", lambda: None)
     net = blt_net_64(timesteps=3)
     lines = [line.strip() for line in describe(net.schedule(), "auto", device="cuda", dtype=torch.float16, samples=1024).splitlines()]
     assert "engine of each connection (float16 on a CUDA device, batches of 1024, engine='auto'):" in lines
     lateral = next(line for line in lines if line.startswith("v2 -> v2 (lateral)"))
     assert lateral.split(")", 1)[1].split(maxsplit=1) == [
         "direct",
-        "or fused: whichever is the faster, as measured at the first rollout on the device (before sm_90)",
+        "or fused or triton: whichever is the fastest, as measured at the first rollout on the device (before sm_90)",
     ]
     first = next(line for line in lines if line.startswith("image -> retina"))
-    assert "32 and 3 channels: the fused convolution takes multiples of 8" in first
+    assert "or triton: whichever is the fastest" in first  # (the fused convolution takes multiples of 8 channels)
     assert not any("arena" in line for line in lines), "of the CPU's programs"
     fused = describe(net.schedule(), "fused", device="cuda", dtype=torch.bfloat16)
     assert any(

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import simt_harness
 
+from rnndyn_fast.ops import triton_conv
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 pytestmark = pytest.mark.skipif("RNNDYN_TEST_DEVICE" in os.environ, reason="this is that script")
-STEPS = ["build", "smoke", "tests", "benchmarks", "compiled", "engines", "sanitizer_memcheck", "sanitizer_racecheck", "sanitizer_initcheck",
-         "sanitizer_synccheck", "profile"]  # fmt: skip
+STEPS = ["build", "smoke", "tests", "triton", "engines", "benchmarks", "compiled", "sanitizer_memcheck", "sanitizer_racecheck",
+         "sanitizer_initcheck", "sanitizer_synccheck", "profile"]  # fmt: skip
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_check  # noqa: E402
@@ -55,6 +57,8 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {f"cuda_networks_{what}_lstm" for what in ("forward", "training", "memory")} <= set(rows)
     assert "share_of_bandwidth" in rows["cuda_readout_zones"]
     assert "engines" in rows
+    checks = (out / "checks.log").read_text(encoding="utf-8").split("==== triton")[1]
+    assert "1 passed" in checks or triton_conv.unavailable() is not None, checks
     assert all(row["microseconds"] > 0 and row["launches"] > 0 for row in read(out / "profile.json")["kernels"])
     # A second call runs what is named, keeps the rest, and refuses what there is not.
     again = run("--dry-run", str(out), "engines", RNNDYN_SIMT_MODULE=str(module))

@@ -55,7 +55,7 @@ def step(case: RolloutCase, dtype: torch.dtype, backend: str, engine: str, devic
     "operators_additive",
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("engine", ["fused", "direct", "auto"])
+@pytest.mark.parametrize("engine", ["fused", "triton", "direct", "auto"])
 def test_half_is_as_good_as_plain_pytorch(case: RolloutCase, dtype: torch.dtype, engine: str) -> None:
     case = without_relu(case)
     if case.name.startswith("operators"):

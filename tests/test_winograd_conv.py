@@ -317,7 +317,7 @@ def test_reasons_are_given() -> None:
         can_run_winograd(Geometry(Operator.CONV, 2, 1), (8, 8, 3, 3), torch.float32, raise_error=True)
     assert not can_run_winograd(Geometry(Operator.CONV, 1, 5), (8, 8, 11, 11), torch.float32)
     assert not can_run_winograd(Geometry(Operator.CONV, 1, 1, 1), (8, 8, 2, 2), torch.float32)  # (its zeros are before the map)
-    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, fused, got 'fast'"):
+    with pytest.raises(ValueError, match="engine: expected one of auto, direct, winograd, amx, fused, triton, got 'fast'"):
         choose_engine(Geometry(Operator.CONV, 1, 1), (8, 8, 3, 3), 8, 8, torch.float32, "fast")
     net = blt_net_64(widths=(2, 4, 8, 16, 32), engine="fast")
     with pytest.raises(ValueError, match="engine: expected one of"):

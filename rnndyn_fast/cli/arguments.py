@@ -156,7 +156,7 @@ def _add_engine(parser: CommandParser) -> None:
     add(
         parser,
         "engine",
-        Literal["auto", "direct", "winograd", "amx", "fused"],
+        Literal["auto", "direct", "winograd", "amx", "fused", "triton"],
         "convolutions: ours where they are faster, PyTorch's, or one of ours wherever it can run",
         "auto",
     )

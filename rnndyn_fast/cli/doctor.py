@@ -19,6 +19,7 @@ _CONVOLUTIONS = {
     "winograd": "float32: 3 x 3, 5 x 5 and 7 x 7 of stride 1, transposed of stride 2; other maps run direct",
     "amx": "float32, any map, in bfloat16 parts on matrix units (emulated, and slow, where the processor has none)",
     "fused": "float16 and bfloat16 on CUDA devices: square kernels of stride 1 and 2, channels in multiples of 8",
+    "triton": "float32, float16 and bfloat16 on CUDA devices: square kernels of stride 1, 2, 4, 8 and 16",
 }
 
 
@@ -28,7 +29,7 @@ def report() -> str:
     from rnndyn_fast.analysis import ReadoutZoneReducer
     from rnndyn_fast.models import blt_net_64
     from rnndyn_fast.nn import CTRNN
-    from rnndyn_fast.ops import cuda_module
+    from rnndyn_fast.ops import cuda_module, triton_conv
     from rnndyn_fast.ops.engines import ENGINES
 
     lines = ["versions"]
@@ -85,7 +86,7 @@ def report() -> str:
             kernels += f"; {cuda_module.device_error(0)}"
     except ImportError as error:
         kernels = f"{error}: networks run in PyTorch's operations there"
-    lines += _rows({"CUDA kernels": kernels})
+    lines += _rows({"CUDA kernels": kernels, "Triton kernels": triton_conv.unavailable() or f"Triton {triton_conv.build_id()}"})
     lines += ["optional packages"]
     lines += _rows({package.distribution: _version(name) for name, package in OPTIONAL_PACKAGES.items()})
     return "\n".join(lines)

@@ -107,7 +107,7 @@ def extract(
         device: "cpu", "cuda", ...; None: a GPU where there is one. There the network is replayed as CUDA graphs.
         precision: of maps, "float32", "float16" (on a GPU) or "bfloat16".
         backend: "native", "reference" or None.
-        engine: how the native backend convolves: "auto", "direct", "winograd", "amx", or on a GPU "fused".
+        engine: how the native backend convolves: "auto", "direct", "winograd", "amx", or on a GPU "fused" or "triton".
         overwrite: replace files that exist.
         reporter: shows progress; None chooses a bar or lines.
 

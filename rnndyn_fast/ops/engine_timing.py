@@ -1,10 +1,10 @@
-"""Times of the fused convolution and of the vendor's on a CUDA device: measured once per machine and kept in a file.
+"""Times of our convolutions and of the vendor's on a CUDA device: measured once per machine and kept in a file.
 
 What is timed are replays of a CUDA graph that holds several calls: launching from Python takes longer than most small maps. An engine that
 fails is slower than any other, and a warning says what failed; that is not kept.
 
 The file is ``convolutions.json`` in the folder ``RNNDYN_CACHE``, or ``~/.cache/rnndyn_fast``. Its entries name the device, its driver, the
-versions of torch and cuDNN, the build of these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is
+versions of torch, cuDNN and Triton, the build of these kernels, and the shape; of others nothing is used. ``RNNDYN_MEASURE=0``: nothing is
 measured, and what the file has is used; ``RNNDYN_MEASURE=1``: shapes are measured on devices of any compute capability.
 """
 
@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 
 from rnndyn_fast.file_io import write_text
-from rnndyn_fast.ops import cuda_module, launches
+from rnndyn_fast.ops import cuda_module, triton_conv
 from rnndyn_fast.ops.capture import CudaGraphs, Graphs
+from rnndyn_fast.ops.device_kernels import kernels_of
 from rnndyn_fast.ops.engines import Geometry, Operator
-from rnndyn_fast.ops.fused_conv import PASSES
+from rnndyn_fast.ops.fused_conv import KERNELS, PASSES, ConvTerm
 
 MOST_SAMPLES = 256  # of a measurement: more fill no device better
 ROUNDS = 7
 REPLAYED_SECONDS = 1e-3  # that the calls of a graph take together, at least, where MOST_CALLS are enough for it
 MOST_CALLS = 32
 VENDOR_FROM = (9, 0)  # compute capability: `mma.sync` reaches some 60% of what the vendor's `wgmma` does there
-VENDOR_MARGIN = 0.03  # by which the fused convolution must be the faster: nearer, two measurements would differ, and results with them
+MARGIN = 0.03  # by which an engine must be faster than those before it: nearer, two measurements would differ, and results with them
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Case:
     width: int
     dtype: torch.dtype
     samples: int
+    engines: tuple[str, ...]  # of our own, those that are timed beside the vendor's
 
     @property
     def measured_samples(self) -> int:
@@ -67,18 +69,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one pass: medians; infinite where the engine failed."""
+    """Seconds of one pass by engine: medians; infinite where it failed."""
 
-    fused: float
-    direct: float
+    seconds: Mapping[str, float]  # "direct", the vendor's, and others
 
     @property
-    def prefers_fused(self) -> bool:
-        """Whether the fused convolution is the one to take."""
-        return self.fused < (1 - VENDOR_MARGIN) * self.direct
+    def best(self) -> str:
+        """The engine to take."""
+        best = "direct"
+        for name in KERNELS:
+            if self.seconds.get(name, math.inf) < (1 - MARGIN) * self.seconds[best]:
+                best = name
+        return best
 
     def __str__(self) -> str:
-        return "fused failed" if math.isinf(self.fused) else f"{1e3 * self.fused:.3g} against {1e3 * self.direct:.3g}"
+        return ", ".join(f"{name} {'failed' if math.isinf(s) else format(1e3 * s, '.3g')}" for name, s in self.seconds.items())
 
 
 _lock = threading.Lock()
@@ -130,7 +135,8 @@ def driver() -> str:
 
 def _machine(device: torch.device) -> str:
     return (
-        f"{device_name(device)}, driver {driver()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, kernels {build_id()}"
+        f"{device_name(device)}, driver {driver()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, "
+        f"Triton {triton_conv.build_id()}, kernels {build_id()}"
     )
 
 
@@ -153,8 +159,9 @@ def times_of(case: Case, device: torch.device, unmeasured: str | None = None) ->
     key = f"{_machine(device)}: {case}"
     with _lock:
         _read_file(cache_file())
-        if key in _known:
-            return _known[key], device_name(device)
+        known = _known.get(key)
+    if known is not None and all(set(times.seconds) == {*case.engines, "direct"} for times in known.values()):
+        return known, device_name(device)
     if unmeasured is not None:
         return None, unmeasured
     if capturing():
@@ -178,7 +185,7 @@ def _read_file(path: Path) -> None:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for key, passes in entries.items():
-            _known.setdefault(key, {name: Times(*(float(t) for t in passes[name])) for name in PASSES})
+            _known.setdefault(key, {name: Times({e: float(t) for e, t in passes[name].items()}) for name in PASSES})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # none yet, or of another version: measured anew
 
@@ -186,28 +193,47 @@ def _read_file(path: Path) -> None:
 def _write_file(path: Path) -> None:
     _read.discard(path)
     _read_file(path)  # what other processes have added
-    whole = {key: passes for key, passes in _known.items() if all(math.isfinite(t.fused) for t in passes.values())}
+    whole = {key: passes for key, passes in _known.items() if all(math.isfinite(s) for t in passes.values() for s in t.seconds.values())}
     try:
-        text = json.dumps({key: {p: [t.fused, t.direct] for p, t in passes.items()} for key, passes in whole.items()}, indent=1)
+        text = json.dumps({key: {p: dict(t.seconds) for p, t in passes.items()} for key, passes in whole.items()}, indent=1)
         write_text(path, text + "\n")
     except OSError:
         return  # a home that cannot be written: measured again by the next process
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Times]:
-    """Time both engines on random maps, alternating: each pass as a rollout runs it."""
-    found = {}
+    """Time the engines on random maps, alternating: each pass as a rollout runs it."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for name, (fused, direct) in passes(case, device).items():
-            try:
-                found[name] = Times(*alternate([fused, direct], device))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                times = alternate([direct], device)  # raises if it is the vendor's that fails
-                found[name] = Times(math.inf, times[0])
-                _warn(f"{name} of {case}", _summary(error))
-    return found
+        return {name: Times(_times(found, f"{name} of {case}", device)) for name, found in passes(case, device).items()}
+
+
+def _times(contenders: Mapping[str, Callable[[], Tensor]], where: str, device: torch.device) -> dict[str, float]:
+    """Seconds by engine. Of those that fail a warning is given; the vendor's failure is raised."""
+    try:
+        return dict(zip(contenders, alternate(list(contenders.values()), device), strict=True))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        failed = _failing(contenders, where, device)
+    left = {engine: run for engine, run in contenders.items() if engine not in failed}
+    seconds = dict(zip(left, alternate(list(left.values()), device), strict=True))
+    return {engine: seconds.get(engine, math.inf) for engine in contenders}
+
+
+def _failing(contenders: Mapping[str, Callable[[], Tensor]], where: str, device: torch.device) -> set[str]:
+    """Those of our own engines that cannot be timed alone."""
+    failed = set()
+    for engine, run in contenders.items():
+        if engine == "direct":
+            continue
+        try:
+            alternate([run], device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            failed.add(engine)
+            _warn(engine, where, _summary(error))
+    return failed
 
 
 def _summary(error: Exception) -> str:
@@ -215,18 +241,19 @@ def _summary(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _warn(where: str, error: str) -> None:
+def _warn(engine: str, where: str, error: str) -> None:
     """Once per kernel and error, whatever the shape."""
     with _lock:
         if error in _warned:
             return
         _warned.add(error)
-    warnings.warn(f"the fused convolution failed, and the vendor's takes its place ({where}): {error}", stacklevel=2)
+    name = {"fused": "fused", "triton": "Triton"}[engine]
+    warnings.warn(f"the {name} convolution failed, and the fastest of the others takes its place ({where}): {error}", stacklevel=2)
 
 
-def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Each pass by the fused convolution and by the vendor's, on random maps; the forward one with the sum of what else enters. Both return
-    the same, if not rounded alike."""
+def passes(case: Case, device: torch.device) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """Each pass by our engines and by the vendor's, on random maps; the forward one with the sum of what else enters. All return the same,
+    if not rounded alike."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -249,20 +276,16 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], Ten
     maps, grads = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
     options = [g.stride] * 2, [g.padding] * 2, [1, 1], transposed, [g.output_padding] * 2, 1
 
-    def fused() -> Tensor:
-        settings = [(g.stride, g.padding, transposed)]
-        launches.recurrent_conv.on_device(xs=[x], weights=[outputs_first], settings=settings, added=[added], value=value)
+    def forward(engine: str) -> Tensor:
+        kernels_of(engine).recurrent_conv([ConvTerm(x, outputs_first, g.stride, g.padding, transposed)], None, [added], None, value)
         return value
 
-    def fused_data() -> Tensor:
-        settings = [(g.stride, g.padding, not transposed)]
-        launches.recurrent_conv.on_device(xs=[grad], weights=[inputs_first], settings=settings, value=grad_x)
+    def data(engine: str) -> Tensor:
+        kernels_of(engine).recurrent_conv([ConvTerm(grad, inputs_first, g.stride, g.padding, not transposed)], None, [], None, grad_x)
         return grad_x
 
-    def fused_weight() -> Tensor:
-        launches.recurrent_conv_weight_grad.on_device(
-            rows=rows, gathered=gathered, grad_weight=rearranged, stride=g.stride, padding=g.padding
-        )
+    def weight_grad(engine: str) -> Tensor:
+        kernels_of(engine).recurrent_conv_weight_grad(rows, gathered, rearranged, g.stride, g.padding)
         return rearranged.permute(0, 3, 1, 2).contiguous().reshape(case.weight_shape)
 
     def direct() -> Tensor:  # the vendor's convolution, and the pass that adds what else there is
@@ -280,7 +303,9 @@ def passes(case: Case, device: torch.device) -> dict[str, tuple[Callable[[], Ten
             return torch.mm(grad.flatten(1).t(), x.flatten(1))
         return torch.ops.aten.convolution_backward(grads, maps, last, None, *options, [False, True, False])[1].contiguous()
 
-    return {"forward": (fused, direct), "data": (fused_data, direct_data), "weight": (fused_weight, direct_weight)}
+    ours = {"forward": forward, "data": data, "weight": weight_grad}
+    vendor = {"forward": direct, "data": direct_data, "weight": direct_weight}
+    return {name: {**{engine: partial(ours[name], engine) for engine in case.engines}, "direct": vendor[name]} for name in PASSES}
 
 
 def alternate(contenders: list[Callable[[], object]], device: torch.device, graphs: Graphs | None = None) -> list[float]:

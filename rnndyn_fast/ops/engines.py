@@ -17,13 +17,13 @@ import torch
 
 from rnndyn_fast.ops import core
 from rnndyn_fast.ops.amx_conv import MAX_PHASES, MAX_TAPS, AmxMap, reaches_all
-from rnndyn_fast.ops.fused_conv import PASSES
+from rnndyn_fast.ops.fused_conv import KERNELS, PASSES
 from rnndyn_fast.ops.winograd_conv import EXPOSED, FEW_READS, WinogradForm, WinogradMap
 from rnndyn_fast.torch_internals import constant_when_compiled
 
-ENGINES = ("auto", "direct", "winograd", "amx", "fused")
+ENGINES = ("auto", "direct", "winograd", "amx", "fused", "triton")
 ASKED_FOR = "asked for"  # why, where the user chose an engine
-DEVICE_ENGINES = ("auto", "direct", "fused")
+DEVICE_ENGINES = ("auto", "direct", *KERNELS)
 # torch.set_float32_matmul_precision: bfloat16 parts of a float32 value. Three carry all its bits.
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 
@@ -79,13 +79,19 @@ class EngineChoice:
 
     ``map`` computes the connection and the gradient of its source, ``grad_map`` the gradient of its weight; but over many tiles
     (all time steps of a rollout) Winograd's ``map`` does, as what it reads and writes once is then shared by many. On a GPU there are no
-    maps: ``fused`` names the passes (of :data:`rnndyn_fast.ops.fused_conv.PASSES`) that the fused convolution computes.
+    maps: ``fused`` names the passes (of :data:`rnndyn_fast.ops.fused_conv.PASSES`) that the fused convolution of the CUDA kernels computes,
+    ``triton`` those of the Triton kernels.
     """
 
     map: WinogradMap | AmxMap | None
     reason: str
     grad_map: WinogradMap | AmxMap | None = None
     fused: tuple[str, ...] = ()
+    triton: tuple[str, ...] = ()
+
+    def kernels(self, name: str) -> str | None:
+        """Whose kernels compute a pass on a GPU: "fused" or "triton"; None: the vendor's."""
+        return next((engine for engine in KERNELS if name in getattr(self, engine)), None)
 
     @classmethod
     def of(cls, m: WinogradMap | AmxMap | None, reason: str) -> EngineChoice:
@@ -93,8 +99,9 @@ class EngineChoice:
         return cls(m, reason, m)
 
     def __str__(self) -> str:
-        if self.fused:
-            return "fused" if len(self.fused) == len(PASSES) else f"fused {'+'.join(self.fused)}"
+        given = {name: passes for name in KERNELS if (passes := getattr(self, name))}
+        if given:
+            return ", ".join(name if len(p) == len(PASSES) else f"{name} {'+'.join(p)}" for name, p in given.items())
         if isinstance(self.map, WinogradMap):
             return f"winograd {self.map.form}"
         return f"amx {self.map}" if self.map else "direct"
@@ -225,8 +232,8 @@ def choose_engine(
 
 def check_runs_on_cpu(engine: str) -> None:
     """Raise ``ValueError`` for an engine that needs a GPU."""
-    if engine == "fused":
-        raise ValueError('engine="fused": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
+    if engine in KERNELS:
+        raise ValueError(f'engine="{engine}": it runs on CUDA devices; "auto", "direct", "winograd" and "amx" run on the CPU')
 
 
 @lru_cache(maxsize=1024)
@@ -304,7 +311,7 @@ MANY_WEIGHT_TILES = 32  # from which on Winograd's gradient of a weight is the f
 def can_sum(weights: Sequence[Chosen]) -> bool:
     """Whether one call can compute the sum of these maps."""
     maps = [w.choice.map for w in weights]
-    if all("forward" in w.choice.fused for w in weights) or all(isinstance(m, AmxMap) for m in maps):
+    if all(w.choice.kernels("forward") for w in weights) or all(isinstance(m, AmxMap) for m in maps):
         return True
     winograd = [m for m in maps if isinstance(m, WinogradMap)]
     terms = sum(1 if m.transposed else len(m.shifts) for m in winograd)
@@ -319,4 +326,9 @@ def can_end(weight: Chosen) -> bool:
 
 def can_wait(weight: Chosen) -> bool:
     """Whether this map is better computed with its area's step: :func:`can_end`, or by a GPU's fused convolution."""
-    return can_end(weight) or "forward" in weight.choice.fused
+    return can_end(weight) or weight.choice.kernels("forward") is not None
+
+
+def kernels_of_sum(weights: Sequence[Chosen]) -> str:
+    """Whose kernels compute a sum of maps in one launch on a GPU: where the choices differ Triton's, which take all that either takes."""
+    return "fused" if all(w.choice.kernels("forward") == "fused" for w in weights) else "triton"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rnndyn_fast.graph.spec.network import Activation, Area, Interaction, Norm, Operator, Pool
-from rnndyn_fast.ops import core, cuda_module
+from rnndyn_fast.ops import core
 from rnndyn_fast.ops.core import MAX_TERMS
-from rnndyn_fast.ops.engines import MAX_SUMMED, can_end, can_sum
+from rnndyn_fast.ops.device_kernels import kernels_of
+from rnndyn_fast.ops.engines import MAX_SUMMED, can_end, can_sum, kernels_of_sum
 from rnndyn_fast.ops.fused_conv import MAX_ADDED
 from rnndyn_fast.ops.fused_conv import MAX_TERMS as MAX_FUSED
 from rnndyn_fast.ops.winograd_conv import WinogradMap
@@ -231,7 +232,8 @@ class AreaSteps:
         shape = fused[0].linear.output_shape(fused[0].x.shape)
         settings = [(t.linear.geometry.stride, t.linear.geometry.padding, t.linear.transposed) for t in fused]
         weights = [t.linear.fused(columns_first=t.linear.transposed) for t in fused]
-        conv = dict(xs=[t.x for t in fused], weights=weights, settings=settings)
+        engine = kernels_of_sum([t.linear for t in fused])
+        conv = dict(xs=[t.x for t in fused], weights=weights, settings=settings, engine=engine)
         if modulates and (len(drives) != 1 or biases["drive_bias"] is not None):
             total = b.new(shape, self.maps.dtype, "modulator")
             b.emit("fused_conv", **conv, added=b.at_most(modulators, MAX_ADDED), out=total)
@@ -242,7 +244,7 @@ class AreaSteps:
             return
         if value is None:
             value = b.new(shape, self.maps.dtype, "value")
-        groups = cuda_module.moment_groups(*shape) if norm["gamma"] is not None else None
+        groups = kernels_of(engine).recurrent_conv_moment_groups(*shape) if norm["gamma"] is not None else None
         moments = b.new((shape[0], groups[0], 2), self.maps.sums_dtype, "moments") if groups is not None else None
         b.emit(
             "fused_conv", **conv, bias=biases["modulator_bias"] if modulates else biases["drive_bias"],
@@ -348,7 +350,7 @@ def _take_last(groups: list[list[Pending]]) -> list[Pending] | None:
 def _fused(values: Sequence[Term]) -> list[Pending]:
     """The terms that one launch of a GPU's fused convolution computes and sums."""
     pending = [v for v in values if isinstance(v, Pending)]
-    return [v for v in pending if "forward" in v.linear.choice.fused][:MAX_FUSED]
+    return [v for v in pending if v.linear.choice.kernels("forward")][:MAX_FUSED]
 
 
 def _without(values: Sequence[Term], fused: Sequence[Pending]) -> list[View]:

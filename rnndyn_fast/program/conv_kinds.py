@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rnndyn_fast.ops import launches
 from rnndyn_fast.ops.amx_conv import AmxMap, PackedAmxWeight, amx_conv, amx_weight_grad, pack_amx_weight
+from rnndyn_fast.ops.device_kernels import kernels_of
 from rnndyn_fast.ops.engines import Geometry, Operator
 from rnndyn_fast.ops.epilogue import Epilogue
+from rnndyn_fast.ops.fused_conv import ConvTerm
 from rnndyn_fast.ops.winograd_conv import PackedWeight, WinogradMap, pack_weight, winograd_conv, winograd_weight_grad
 from rnndyn_fast.program.kind_table import Call, kind, launch_kind
 
@@ -194,18 +196,17 @@ def fused_conv(
     factor: Tensor | None = None,
     modulator_sum: Tensor | None = None,
     moments: Tensor | None = None,
+    engine: str = "fused",
 ) -> None:
     """A GPU's fused convolution: the sum of several maps, and what is there already."""
-    launches.recurrent_conv.on_device(
-        xs=xs, weights=weights, settings=settings, bias=bias, added=added, drive=factor, value=out, modulator_sum=modulator_sum,
-        moments=moments,
-    )  # fmt: skip
+    terms = [ConvTerm(x, w, *s) for x, w, s in zip(xs, weights, settings, strict=True)]
+    kernels_of(engine).recurrent_conv(terms, bias, list(added), factor, out, modulator_sum, moments)
 
 
 @kind("rows gathered", "out", launch=True)
-def fused_weight_grad(rows: Tensor, gathered: Tensor, out: Tensor, stride: int, padding: int) -> None:
+def fused_weight_grad(rows: Tensor, gathered: Tensor, out: Tensor, stride: int, padding: int, engine: str = "fused") -> None:
     """The gradient of a weight by a GPU's fused convolution: [first, K, K, second], float32."""
-    launches.recurrent_conv_weight_grad.on_device(rows=rows, gathered=gathered, grad_weight=out, stride=stride, padding=padding)
+    kernels_of(engine).recurrent_conv_weight_grad(rows, gathered, out, stride, padding)
 
 
 # ---------------------------------------------------------------- grouped convolutions

@@ -15,7 +15,7 @@ from rnndyn_fast.graph.linear import Chooser, dense_form, has_own_kernel, is_den
 from rnndyn_fast.graph.spec.network import Connection, Operator
 from rnndyn_fast.ops.amx_conv import AmxMap, amx_packed_sizes, late_strides, reaches_all
 from rnndyn_fast.ops.buffers import sums_dtype
-from rnndyn_fast.ops.engines import MANY_WEIGHT_TILES, EngineChoice, Geometry
+from rnndyn_fast.ops.engines import MANY_WEIGHT_TILES, EngineChoice, Geometry, kernels_of_sum
 from rnndyn_fast.ops.winograd_conv import WinogradMap, packed_bytes, packed_sizes, packs_taps
 from rnndyn_fast.program.conv_kinds import PackedView
 from rnndyn_fast.program.ir import Role, Shape, View
@@ -231,11 +231,13 @@ class Dense:
                 b.emit("fill", out=out, value=0.0)
             b.emit("conv", xs=[grad], packed=[packed], out=out, forms=[form], accumulate=into is not None)
             return out
-        if "data" not in self.choice.fused:
+        engine = self.choice.kernels("data")
+        if engine is None:
             return None
         out = b.new(shape, grad.dtype, f"{self.name} grad of data")
         settings = [(self.geometry.stride, self.geometry.padding, not self.transposed)]
-        b.emit("fused_conv", xs=[grad], weights=[self.fused(columns_first=not self.transposed)], out=out, settings=settings)
+        weights = [self.fused(columns_first=not self.transposed)]
+        b.emit("fused_conv", xs=[grad], weights=weights, out=out, settings=settings, engine=engine)
         if into is not None:
             b.emit("add", a=into, b=out, out=into)
             return into
@@ -261,13 +263,15 @@ class Dense:
             out, more = self._grad_room(into, torch.float32)
             b.emit("conv_weight_grad", x=x, grad=grad, out=out, map=m, accumulate=more)
             return out
-        if "weight" not in self.choice.fused:
+        engine = self.choice.kernels("weight")
+        if engine is None:
             return None
         rows, gathered = (x, grad) if self.transposed else (grad, x)
         first, second, *kernel = self.shape
         size = kernel[0] if kernel else 1
         out = b.new((first, size, size, second), torch.float32, f"{self.name} grad rearranged")
-        b.emit("fused_weight_grad", rows=rows, gathered=gathered, out=out, stride=self.geometry.stride, padding=self.geometry.padding)
+        settings = dict(stride=self.geometry.stride, padding=self.geometry.padding, engine=engine)
+        b.emit("fused_weight_grad", rows=rows, gathered=gathered, out=out, **settings)
         return b.contiguous(out.permute(0, 3, 1, 2), f"{self.name} grad").reshape(*self.shape)
 
     def _vendor_grads(
@@ -308,10 +312,10 @@ def convolve_sum(linear: list[Dense], xs: list[View], out: View | None = None) -
         if not reaches_all(first.choice.map, backward=False):
             b.emit("fill", out=out, value=0.0)
         b.emit("conv", xs=list(xs), packed=[views for views, _ in packed], out=out, forms=[form for _, form in packed])
-    elif "forward" in first.choice.fused:
+    elif first.choice.kernels("forward"):
         settings = [(m.geometry.stride, m.geometry.padding, m.transposed) for m in linear]
         weights = [m.fused(columns_first=m.transposed) for m in linear]
-        b.emit("fused_conv", xs=list(xs), weights=weights, out=out, settings=settings)
+        b.emit("fused_conv", xs=list(xs), weights=weights, out=out, settings=settings, engine=kernels_of_sum(linear))
     else:
         b.emit("direct_conv", x=xs[0], weight=first.direct, out=out, geometry=first.geometry)
     return out

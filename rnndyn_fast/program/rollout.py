@@ -142,7 +142,7 @@ def rollout(
         backend: "native" (raises where :func:`can_run_native` says no), "reference" (plain PyTorch, nothing is scheduled), or None: native
             where it can run, else the reference, with a warning that gives the reason.
         engine: how convolutions are computed: "auto", "direct" (the vendor's), on the CPU "winograd" or "amx"
-            (see :func:`rnndyn_fast.ops.engines.choose_engine`), on CUDA devices "fused" (see
+            (see :func:`rnndyn_fast.ops.engines.choose_engine`), on CUDA devices "fused" or "triton" (see
             :func:`rnndyn_fast.ops.cuda_engine.choose_device_engine`). The precision of the CPU's "auto" and "amx" is that of
             ``torch.set_float32_matmul_precision``, or bfloat16 under CPU autocast.
         statistics: of batch norms. None: they use the running statistics (inference). A dict: they use those of the batch (training),

@@ -104,7 +104,7 @@ class TrainConfig:
     backend: Literal["native", "reference"] | None = option(
         None, "native kernels, the same schedule in PyTorch's operations, plain PyTorch, or the first that can run"
     )
-    engine: Literal["auto", "direct", "winograd", "amx", "fused"] = option(
+    engine: Literal["auto", "direct", "winograd", "amx", "fused", "triton"] = option(
         "auto", "convolutions of the native backend: ours where they save work, PyTorch's, or ours wherever they can run"
     )
     epochs: int = option(60, "epochs in all, those before a resume included")
