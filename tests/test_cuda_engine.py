@@ -238,7 +238,7 @@ def test_all_engines_are_timed_on_each_pass(simt: object, monkeypatch: pytest.Mo
 
         def instead(*arguments: Any, name: str = name) -> None:
             launches.append(f"triton {name}")
-            getattr(cuda_module, name)(*arguments)
+            getattr(fused_conv, name)(*arguments)
 
         monkeypatch.setattr(triton_conv, name, instead)
     for geometry, shape in (
@@ -495,7 +495,7 @@ def test_tensors_on_two_devices_are_refused(simt: object, monkeypatch: pytest.Mo
     send_to_kernels(monkeypatch, *HALF)
     network, timesteps, inputs, parameters = arguments(case)
     away = {**parameters, "v1.lateral.weight": parameters["v1.lateral.weight"].to("meta")}
-    with pytest.raises(TypeError, match=r"expected torch.float16 on meta like parameter 'v1.lateral.weight', got torch.float16 on cpu"):
+    with pytest.raises(TypeError, match=r"v1.lateral.weight: expected torch.float16 on cpu like 'image', got torch.float16 on meta"):
         rollout(network, timesteps, inputs, away, case.record)
     with pytest.raises(ValueError, match=r"v1.lateral.weight is on meta, and the first input on cpu"):
         can_run_native(network, inputs, away, raise_error=True)

@@ -95,7 +95,7 @@ def fill(disk: Path, room: int) -> None:
 
 
 def check(told: str, room: int) -> None:
-    errors = [line for line in told.splitlines() if line.startswith("rnndyn: ")]
+    errors = [line for line in told.splitlines() if line.startswith("rnndyn: error")]
     assert len(errors) == 1, (room, told)
     assert re.search("no space left on the disk", errors[0]), (room, told)
     assert "Traceback" not in told, (room, told)

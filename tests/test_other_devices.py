@@ -19,7 +19,7 @@ from rnndyn_fast.job_device import choose_device
 from rnndyn_fast.train import QuietReporter, TrainConfig, load_checkpoint, read_checkpoint, read_metrics, train
 
 TINY: dict[str, Any] = {
-    "widths": (2, 4, 6, 8, 10), "timesteps": 2, "epochs": 1, "batch_size": 16, "val_batch_size": 20, "lr": 3e-3, "threads": 1,
+    "widths": (2, 4, 6, 8, 10), "timesteps": 2, "epochs": 1, "batch_size": 8, "val_batch_size": 20, "lr": 3e-3, "threads": 1,
     "optimizer": "adamw", "lr_schedule": "cosine", "ema": 0.9, "mixup": 0.2, "clip_norm": 1.0,
 }  # fmt: skip
 WARNING = "there are no kernels for .* GPUs: networks run on the reference backend there"
