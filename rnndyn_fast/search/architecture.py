@@ -65,6 +65,7 @@ class Architecture:
     width: int = _option(16, "channels of stem and first layer")
     growth: float = _option(1.5, "channels of a layer divided by those of the layer below")
     stem_kernel_size: int = _option(3, "kernel of the stem")
+    stem_stride: int = _option(1, "of the stem: 2 halves the maps of all layers")
     kernel_size: int = _option(3, "kernels of bottom-up convolutions")
     norm: str = _option("layer", "after bottom-up convolutions: layer, group or none")
     cell: str = _option(BLT, "recurrence within layers")
@@ -87,7 +88,7 @@ class Architecture:
         check_choice("interaction", self.interaction, [word.value for word in Interaction if word is not Interaction.SQUASHED])
         check_choice("norm", self.norm, [Norm.LAYER.value, Norm.GROUP.value, Norm.NONE.value])
         check_choice("unroll", self.unroll, [word.value for word in Unroll])
-        for name in ("depth", "width", "stem_kernel_size", "kernel_size", "cell_kernel_size", "feedback_kernel_size"):
+        for name in ("depth", "width", "stem_stride", "stem_kernel_size", "kernel_size", "cell_kernel_size", "feedback_kernel_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
@@ -160,11 +161,13 @@ def build_network(
     'layer1'
     """
     a = architecture
-    if image_size >> (a.depth - 1) < 2:
-        raise ValueError(f"depth: {a.depth} layers make maps of {image_size} px smaller than 2 x 2")
+    if _map_size(a, a.depth, image_size) < 2:
+        stride = f", stem_stride: {a.depth} layers after a stem of stride {a.stem_stride}" if a.stem_stride > 1 else f": {a.depth} layers"
+        raise ValueError(f"depth{stride} make maps of {image_size} px smaller than 2 x 2")
     norm = Norm(a.norm)
     graph = Graph([Area("stem", a.width, norm=norm)])
-    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, kernel_size=a.stem_kernel_size, bias=norm is Norm.NONE))
+    stem: dict[str, Any] = {"kernel_size": a.stem_kernel_size, "stride": a.stem_stride, "bias": norm is Norm.NONE}
+    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, **stem))
     below, channels = "stem", a.width
     for i, width in enumerate(a.widths, start=1):
         pool = Pool.NONE if i == 1 else Pool.MAX
@@ -183,6 +186,11 @@ def build_network(
         Unroll(a.unroll),
         Readout("gap", num_classes),
     )
+
+
+def _map_size(a: Architecture, layer: int, image_size: int) -> int:
+    """Height and width of a layer's maps."""
+    return -(-image_size // a.stem_stride) >> (layer - 1)
 
 
 def _entry(a: Architecture, layer: str) -> str:
@@ -252,7 +260,7 @@ def _feedback(graph: Graph, whole: Architecture, source: int, target: int, image
     area, entry, bias = f"layer{source}", _entry(a, f"layer{target}"), a.norm == "none"
     parameter = f"feedback_{source}_{target}"
     options: dict[str, Any] = {"kernel_size": a.feedback_kernel_size, "bias": bias, "parameter": parameter, "delay": 1}
-    sizes = [image_size >> (layer - 1) for layer in (source, target)]
+    sizes = [_map_size(whole, layer, image_size) for layer in (source, target)]
     if sizes[1] == 2 * sizes[0] and a.feedback_kernel_size > 1:
         graph.connections.append(Connection(area, entry, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, stride=2, **options))
     else:
