@@ -1,12 +1,12 @@
 """Hard colour images for searches of architectures: objects of Fashion-MNIST in natural photographs, under further conditions.
 
-    python benchmarks/hard_images.py runs/hard --train 4000 --val 1000 --test 2000
+    python benchmarks/hard_images.py runs/hard --train 6000 --val 1500 --test 3000
     rnndyn data make --source runs/hard/images.csv --size 32 --out runs/hard.h5
 
-Every image has one object, tinted, turned by up to 8 degrees, 26 to 32 px wide, on a darkened patch of a
-photograph; then one of CONDITIONS. As in object recognition in monkeys and its models (Majaj et al. 2015), object and background have
-nothing to do with each other. Photographs are those that come with scikit-learn and scikit-image. The left 60% of each serve train, the rest
-val and test; objects of train and val are the source's training images, those of test its test images.
+Every image has one object, tinted, turned by up to 8 degrees, 26 to 32 of 32 px wide, on a darkened patch of a photograph; then one of
+CONDITIONS. As in tests of object recognition (Majaj et al. 2015), object and background have nothing to do with each other. Photographs
+are those that come with scikit-learn and scikit-image. The left 60% of each serve train, the rest val and test; objects of train and val
+are the source's training images, those of test its test images.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
-from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
 from sklearn.datasets import load_sample_images
+
+from rnndyn_fast.data.sources import ImageSource, load_source, stratified_order
 
 SIZE = 32
 CONDITIONS = ("plain", "clutter", "clutter", "occlusion", "low contrast", "noise")
@@ -109,7 +110,7 @@ def write(out: Path, numbers: dict[str, int], source: ImageSource, seed: int = 0
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    for split, number in (("train", 4000), ("val", 1000), ("test", 2000)):
+    for split, number in (("train", 6000), ("val", 1500), ("test", 3000)):
         parser.add_argument(f"--{split}", type=int, default=number)
     given = parser.parse_args()
     print(write(given.out, {name: getattr(given, name) for name in ("train", "val", "test")}, load_source("fashion-mnist")))

@@ -248,6 +248,14 @@ def _search(parser: CommandParser) -> None:
     add_config(parser, SearchConfig)
 
 
+def _search_report(parser: CommandParser) -> None:
+    from rnndyn_fast.search.found import FoundConfig
+
+    positional(parser, "search", "folder of a search, which the report goes to")
+    for name in ("cells", "split", "limit", "bootstrap", "backend"):
+        add_field(parser, FoundConfig, name)
+
+
 def _compare(parser: CommandParser) -> None:
     from rnndyn_fast.search.compare_config import CompareConfig
 
@@ -296,6 +304,7 @@ ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "react": _react,
     "predict": _predict,
     "search": _search,
+    "search report": _search_report,
     "compare": _compare,
     "doctor": _doctor,
     "study": _study,

@@ -20,6 +20,7 @@ from rnndyn_fast.graph.schedule import compile_schedule
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import build_network, count_parameters
 from rnndyn_fast.search.config import SearchConfig
+from rnndyn_fast.search.report import CONFIG, REPORT, TRIALS, write_report
 from rnndyn_fast.search.space import Space
 from rnndyn_fast.search.study import (
     INFEASIBLE,
@@ -42,7 +43,6 @@ from rnndyn_fast.train.loop import INITIAL, LAST
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-TRIALS, CONFIG, REPORT = "trials", "search.yaml", "report.html"
 WAIT_S = 1.0  # between looks at trials that other workers still run
 Say = Callable[[str], None]
 
@@ -86,8 +86,6 @@ def search(config: SearchConfig, *, say: Say = print) -> Path:
     done = finished(study.get_trials(deepcopy=False))
     if len(done) < config.trials:
         raise ChildProcessError(f"search: {len(done)} of {config.trials} trials are finished; --resume continues")
-    from rnndyn_fast.search.report import write_report
-
     return write_report(study, config, space)
 
 

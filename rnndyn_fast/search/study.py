@@ -204,6 +204,16 @@ def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and INFEASIBLE not in t.user_attrs]
 
 
+def completed(study: Study) -> list[FrozenTrial]:
+    """Completed trials, best first; of those that came out equal, the one with fewer parameters first. Repeated ones count once."""
+    require("optuna")
+
+    from optuna.trial import TrialState
+
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
+    return sorted(done, key=lambda t: (-accuracy(t), t.user_attrs["parameters"]))
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Lock]:
     """A lock between the processes of this machine that work on one folder. It ends with the block, or with its process."""
