@@ -256,6 +256,14 @@ def _search_report(parser: CommandParser) -> None:
         add_field(parser, FoundConfig, name)
 
 
+def _search_proxies(parser: CommandParser) -> None:
+    from rnndyn_fast.search.proxies import ProxiesConfig
+
+    positional(parser, "search", "folder of a search, whose space, images and options are taken")
+    for name in ("out", "architectures", "epochs", "max_train_images", "bootstrap", "seed"):
+        add_field(parser, ProxiesConfig, name)
+
+
 def _compare(parser: CommandParser) -> None:
     from rnndyn_fast.search.compare_config import CompareConfig
 
@@ -305,6 +313,7 @@ ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "predict": _predict,
     "search": _search,
     "search report": _search_report,
+    "search proxies": _search_proxies,
     "compare": _compare,
     "doctor": _doctor,
     "study": _study,

@@ -296,6 +296,13 @@ def search_report(**options: Any) -> None:
     print(report_found(FoundConfig(**options)))
 
 
+def search_proxies(**options: Any) -> None:
+    """`rnndyn search proxies`"""
+    from rnndyn_fast.search.proxies import ProxiesConfig, compare_proxies
+
+    print(compare_proxies(ProxiesConfig(**options)))
+
+
 def compare(**options: Any) -> None:
     """`rnndyn compare`"""
     from rnndyn_fast.search import CompareConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class Architecture:
     unroll: str = _option("engineering", "engineering or biological")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.feedback, list | tuple) or not all(isinstance(edge, list | tuple) for edge in self.feedback):
+            raise ValueError(f"feedback: expected pairs (from, to) of layers, got {self.feedback!r}")
         object.__setattr__(self, "feedback", tuple(tuple(edge) for edge in self.feedback))
         check_choice("cell", self.cell, CELLS)
         check_choice("interaction", self.interaction, [word.value for word in Interaction if word is not Interaction.SQUASHED])
@@ -95,8 +98,12 @@ class Architecture:
             if name.endswith("kernel_size") and value % 2 == 0:
                 raise ValueError(f"{name}: expected an odd number, got {value}")
         for name in ("growth", "memory_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+        for name in ("cell_norm", "peepholes", "gating", "bypass"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for edge in self.feedback:
             if len(edge) != 2 or not self.depth >= edge[0] > edge[1] >= 1:
                 raise ValueError(f"feedback: expected pairs (from, to) with {self.depth} >= from > to >= 1, got {edge}")
@@ -109,6 +116,10 @@ class Architecture:
         for number, name, _ in self.layers:
             if not 1 <= number <= self.depth or name not in PER_LAYER:
                 raise ValueError(f"layers: expected (layer of 1 .. {self.depth}, one of {list(PER_LAYER)}, value), got {(number, name)}")
+        named = [(number, name) for number, name, _ in self.layers]
+        twice = [one for one in named if named.count(one) > 1]
+        if twice:
+            raise ValueError(f"layers: expected each choice of a layer once, got layer{twice[0][0]}_{twice[0][1]} twice")
         for number in {number for number, *_ in self.layers}:
             self.layer(number)
 
@@ -155,15 +166,19 @@ def build_network(
     a convolution of the map resized bilinearly.
 
     Raises:
-        ValueError: the image is too small for so many layers.
+        ValueError: the image is too small for so many layers, or for a kernel that was chosen (published ones are cut).
 
     >>> build_network(Architecture(depth=1), image_size=8, num_classes=10).areas[1].name
     'layer1'
     """
     a = architecture
+    for name, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     if _map_size(a, a.depth, image_size) < 2:
         stride = f", stem_stride: {a.depth} layers after a stem of stride {a.stem_stride}" if a.stem_stride > 1 else f": {a.depth} layers"
         raise ValueError(f"depth{stride} make maps of {image_size} px smaller than 2 x 2")
+    _check_kernels(a, image_size)
     norm = Norm(a.norm)
     graph = Graph([Area("stem", a.width, norm=norm)])
     stem: dict[str, Any] = {"kernel_size": a.stem_kernel_size, "stride": a.stem_stride, "bias": norm is Norm.NONE}
@@ -191,6 +206,21 @@ def build_network(
 def _map_size(a: Architecture, layer: int, image_size: int) -> int:
     """Height and width of a layer's maps."""
     return -(-image_size // a.stem_stride) >> (layer - 1)
+
+
+def _check_kernels(a: Architecture, image_size: int) -> None:
+    """Raise ``ValueError`` for a chosen kernel that is larger than the map it runs over (and than the usual 3)."""
+    if a.stem_kernel_size > image_size:
+        raise ValueError(f"stem_kernel_size: expected at most the size of the image, {image_size}, got {a.stem_kernel_size}")
+    for number in range(1, a.depth + 1):
+        choices, size = a.choices(number), _map_size(a, number, image_size)
+        chosen = dict(a.reciprocal) | {name: value for layer, name, value in a.layers if layer == number}
+        for name, value in choices.items():
+            own = name in chosen if name in DEFAULTS else True  # (the published kernels of the cell are cut)
+            if name.endswith("kernel_size") and name != "stem_kernel_size" and own and (name not in MEANT or MEANT[name](choices)):
+                largest = max(value) if isinstance(value, list | tuple) else value
+                if largest > max(3, size):
+                    raise ValueError(f"{name}: expected at most the size of the map of layer {number}, {size} x {size}, got {value}")
 
 
 def _entry(a: Architecture, layer: str) -> str:

@@ -100,6 +100,11 @@ class SearchConfig:
             ("heartbeat_s", 1),
         ):
             check_least(name, getattr(self, name), least)
+        for name in ("storage", "study"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: expected {'a database URL' if name == 'storage' else 'a name'}, got ''")
+        if self.pruner != "none" and self.pruning_epochs > self.epochs:
+            raise ValueError(f"pruning_epochs: expected at most the {self.epochs} epochs of a trial, got {self.pruning_epochs}")
         if self.max_parameters is not None:
             check_least("max_parameters", self.max_parameters, 1)
         if self.minimise != "none" and self.pruner != "none":

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from rnndyn_fast.graph.spec import Area, Connection, Network, Norm, Operator, Pool
 
-WIDTH = 400  # of the drawing; it scales to the page, and its text can be read on a phone
-_BOX, _STEP, _FIRST = (150, 34), 58, 8  # width and height of a box, distance of the next one, of the first from the top
-_LANE, _LEFT = 26, 125  # between arcs; left edge of the boxes
-_LETTER, _LINE = 5.4, 11  # width of a letter of 10 px, height of a line
+WIDTH = 400  # of the drawing, at least; it scales to the page, and its text can be read on a phone
+_BOX, _STEP, _FIRST = (184, 36), 60, 8  # width and height of a box, distance of the next one, of the first from the top
+_LANE, _LEFT = 26, 0  # between arcs; left edge of the boxes
+_FONT, _LETTER, _LINE = 11, 6.4, 12  # size of letters, their usual width, height of a line
 _INK, _FAINT, _LATER = "#222", "#888", "#0072B2"
 
 
@@ -84,7 +84,7 @@ def lanes(found: Sequence[Arc]) -> dict[Arc, int]:
 
 
 def network_svg(network: Network, prefix: str = "") -> str:
-    """The network as SVG, 400 units wide: a box per map with its channels, height and width.
+    """The network as SVG, at least 400 units wide: a box per map with its channels, height and width.
 
     Solid lines are read within the time step (straight between neighbours, else on the left), dashed ones, on the right, at the step
     before. Labels: the port of a cell that is entered, pooling, kernel; ``sep`` is depthwise separable, a raised T transposed.
@@ -94,15 +94,16 @@ def network_svg(network: Network, prefix: str = "") -> str:
     straight = [arc for arc in found if not arc.later and arc.target == arc.source + 1]
     curved = [arc for arc in found if arc not in straight]
     lane = lanes(curved)
-    right = _LEFT + _BOX[0]
+    right = float(_LEFT + _BOX[0])
     # Lines and labels may need more than there is beside the boxes: the drawing grows on that side.
     reach = {side: [_extent(lane[arc], arc.label) for arc in curved if arc.later == side] for side in (False, True)}
-    left = min(0.0, _LEFT - max(reach[False], default=0.0))
-    width = max(float(WIDTH), right + max(reach[True], default=0.0)) - left
+    left, right = _LEFT - max(reach[False], default=4.0), right + max(reach[True], default=4.0)
+    spare = max(0.0, WIDTH - (right - left))  # (a narrow drawing is not blown up)
+    left, width = left - spare / 2, right - left + spare
     height = 2 * _FIRST + _STEP * len(names) - (_STEP - _BOX[1])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(_words(network), quote=True)}" '
-        f'viewBox="{left:g} 0 {width:g} {height}" font-size="10">',
+        f'viewBox="{left:g} 0 {width:g} {height}" font-size="{_FONT}">',
         *(_marker(f"{prefix}arrow-{name}", colour) for name, colour in (("now", _INK), ("before", _LATER))),
     ]
     for arc in straight:

@@ -21,7 +21,7 @@ from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.diagram import network_svg
 from rnndyn_fast.search.equations import equations
 from rnndyn_fast.search.importance import MIN_FOR_IMPORTANCE, importances, mean_estimate
-from rnndyn_fast.search.space import Space
+from rnndyn_fast.search.space import Range, Space
 from rnndyn_fast.search.study import INFEASIBLE, WORKER, accuracy, completed, finished
 from rnndyn_fast.train.loop import BEST as BEST_WEIGHTS
 
@@ -163,13 +163,13 @@ def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[Fro
     for t in trials:
         name = "passed over (too large, or no network)" if t in passed else t.state.name.lower()
         states[name] = states.get(name, 0) + 1
-    seconds = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials)
+    seconds, of_processors = (sum(float(t.user_attrs.get(name, 0.0)) for t in trials) for name in ("seconds", "processor_seconds"))
     section = page.section("What was run")
     goal = "at the last time step" if config.objective == "last" else "mean over time steps"
     section.text(
         f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. "
         f"{PRUNERS[config.pruner]} Architectures come from {SAMPLERS[config.sampler].format(config.startup_trials)}. "
-        f"Training took {seconds / 60:.1f} minutes in all workers together."
+        f"Training took {seconds / 60:.1f} minutes in all workers together, {of_processors / 60:.1f} of processors."
     )
     section.table(["trials", "number"], [[name, count] for name, count in sorted(states.items())], "Trials by what became of them.")
     section.text("The space:").code(yaml.safe_dump(space.to_plain(), sort_keys=False, default_flow_style=None).strip())
@@ -234,8 +234,8 @@ def _choices(page: Page, space: Space, best: Sequence[FrozenTrial]) -> None:
     order = [*shares, *(name for name in space.open if name not in shares)]
     for name in order:
         values = sorted({t.params[name] for t in best if name in t.params}, key=lambda v: (isinstance(v, str), v))
-        if len(values) > 10:
-            continue
+        if len(values) > 10 or (isinstance(space.choices[name], Range) and len(values) == sum(name in t.params for t in best)):
+            continue  # (numbers of a range, of which hardly one is there twice)
         for value in values:
             scores = [100 * accuracy(t) for t in best if t.params.get(name) == value]
             rows.append([name, str(_shown(value)), len(scores), mean_estimate(scores), float(np.max(scores))])

@@ -233,6 +233,7 @@ def run_trial(
         return _objectives(trial, accuracy(twin), config)
 
     told = 0  # epochs; after a resume those before it are told first
+    began = time.process_time()
 
     def on_epoch(rows: Sequence[EpochMetrics]) -> None:
         nonlocal told
@@ -241,6 +242,7 @@ def run_trial(
             trial.report(_score(row, config), row.epoch)
         told = len(rows)
         trial.set_user_attr("seconds", sum(row.seconds for row in rows))
+        trial.set_user_attr("processor_seconds", time.process_time() - began)  # of this worker; a lost one's are lost with it
         if config.pruner != "none" and len(rows) < options.epochs and trial.should_prune():
             raise optuna.TrialPruned(f"worse than others ({config.pruner}) after epoch {len(rows)}")
 

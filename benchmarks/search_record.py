@@ -1,0 +1,130 @@
+"""The record of a search and of its random control: every trial in one table, and what docs/search.md says of them.
+
+    python benchmarks/search_record.py tpe=runs/search random=runs/random
+
+Folders are those of `rnndyn search`; their studies are asked for the trials. With no arguments, the summary of the table that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "search_record"
+TRIALS, IMPORTANCE = "trials.csv", "importance.csv"
+GATED = ("gru", "lstm", "reciprocal")  # cells whose states are gated; the last unless `gating` is off or there is no cell memory
+Trial = dict[str, str]
+
+
+def write_record(folders: Mapping[str, Path]) -> None:
+    """Write the tables."""
+    from rnndyn_fast.search.found import load_search
+    from rnndyn_fast.search.importance import importances
+    from rnndyn_fast.search.study import INFEASIBLE, accuracy, completed, open_study
+
+    rows: list[dict[str, Any]] = []
+    shares: list[dict[str, Any]] = []
+    for name, folder in folders.items():
+        config = load_search(folder)
+        space, study = config.load_space(), open_study(config, create=False)
+        for t in study.get_trials(deepcopy=False):
+            about = t.user_attrs
+            state = "passed over" if INFEASIBLE in about else "repeated" if "same_as" in about else t.state.name.lower()
+            row = {"search": name, "trial": t.number, "state": state, "correct": f"{accuracy(t):.4f}" if t.values else ""}
+            row["epochs"] = len(t.intermediate_values)
+            row["parameters"] = about.get("parameters", "")
+            # Backward takes about twice the multiply-adds of forward.
+            images = 3 * (config.max_train_images or 0) * len(t.intermediate_values)
+            row["training_gmac"] = f"{about.get('multiply_adds', 0) * images / 1e9:.1f}" if state != "repeated" else "0.0"
+            rows.append(row | {key: _short(t.params.get(key, "")) for key in space.open})
+        for choice, share in importances(completed(study), space).items():
+            shares.append({"search": name, "choice": choice, "share": f"{100 * share.value:.1f}", "low": f"{100 * share.low:.1f}",
+                           "high": f"{100 * share.high:.1f}"})  # fmt: skip
+    FOLDER.mkdir(exist_ok=True)
+    for file, table in ((TRIALS, rows), (IMPORTANCE, shares)):
+        with (FOLDER / file).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in table for key in row)), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def read_record(file: str = TRIALS) -> list[Trial]:
+    """Rows of a table."""
+    with (FOLDER / file).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def is_gated(trial: Trial) -> bool:
+    """Whether the states of a trial's cell are gated."""
+    if trial["cell"] == "reciprocal":
+        return trial["rgc_gate_kernel_size"] != "0" and trial["gating"] == "True"
+    return trial["cell"] in GATED
+
+
+def counts(trials: Sequence[Trial]) -> dict[str, int]:
+    """Trials by what became of them."""
+    return {state: sum(t["state"] == state for t in trials) for state in ("complete", "pruned", "passed over", "fail", "repeated")}
+
+
+def best_within(trials: Sequence[Trial], gmac: float) -> float:
+    """The best accuracy, in percent, of the trials whose training fits into that many multiply-adds, in the order of their numbers."""
+    spent, best = 0.0, 0.0
+    for trial in trials:
+        spent += float(trial["training_gmac"])
+        if spent > gmac:
+            break
+        if trial["state"] == "complete":
+            best = max(best, 100 * float(trial["correct"]))
+    return best
+
+
+def cross(trials: Sequence[Trial]) -> dict[tuple[bool, bool], tuple[int, int, float, float, float]]:
+    """(gated, bypass) -> trials that count, those completed, mean accuracy of the completed with half its 95% interval, the best (%)."""
+    from rnndyn_fast.search.importance import mean_estimate
+
+    table = {}
+    for gated in (False, True):
+        for bypass in (False, True):
+            mine = [
+                t for t in trials if t["state"] in ("complete", "pruned") and is_gated(t) is gated and (t["bypass"] == "True") is bypass
+            ]
+            values = [100 * float(t["correct"]) for t in mine if t["state"] == "complete"]
+            mean = mean_estimate(values)
+            table[gated, bypass] = (len(mine), len(values), mean.value, mean.high - mean.value, max(values, default=float("nan")))
+    return table
+
+
+def summary() -> dict[str, Any]:
+    """What the page says, by search."""
+    trials = read_record()
+    searches = {name: [t for t in trials if t["search"] == name] for name in dict.fromkeys(t["search"] for t in trials)}
+    cost = {name: sum(float(t["training_gmac"]) for t in mine) for name, mine in searches.items()}
+    common = min(cost.values())
+    return {
+        name: {
+            "counts": counts(mine), "tmac": cost[name] / 1000, "best": best_within(mine, np.inf),
+            "best_at_equal_cost": best_within(mine, common),
+            "cross": {f"{'gated' if g else 'not gated'}, {'bypass' if b else 'no bypass'}": value for (g, b), value in cross(mine).items()},
+            "importance": [row for row in read_record(IMPORTANCE) if row["search"] == name][:8],
+        }
+        for name, mine in searches.items()
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("searches", nargs="*", help="name=folder")
+    given = dict(word.split("=", 1) for word in parser.parse_args().searches)
+    if given:
+        write_record({name: Path(folder) for name, folder in given.items()})
+    print(json.dumps(summary(), indent=1))
