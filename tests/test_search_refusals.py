@@ -23,13 +23,13 @@ def named(**choices: Any) -> tuple[tuple[str, Any], ...]:
     ("options", "size", "message"),
     [
         # kernels larger than the map
-        ({"stem_kernel_size": 11}, 8, "stem_kernel_size: expected at most the size of the image, 8, got 11"),
-        ({"depth": 3, "kernel_size": 5}, 8, "kernel_size: expected at most the size of the map of layer 2, 4 x 4, got 5"),
-        ({"cell": "gru", "cell_kernel_size": 5}, 8, "cell_kernel_size: .* layer 2, 4 x 4, got 5"),
-        ({"feedback": ((2, 1),), "feedback_kernel_size": 9}, 8, "feedback_kernel_size: .* layer 1, 8 x 8, got 9"),
-        ({**RECIPROCAL, "reciprocal": named(rgc_tau_kernel_size=5)}, 8, "rgc_tau_kernel_size: .* layer 2, 4 x 4, got 5"),
-        ({**RECIPROCAL, "layers": ((2, "rgc_gate_kernel_size", 7),)}, 8, "rgc_gate_kernel_size: .* layer 2, 4 x 4, got 7"),
-        ({"stem_stride": 2, "kernel_size": 5}, 8, "kernel_size: .* layer 1, 4 x 4, got 5"),
+        ({"stem_kernel_size": 17}, 8, "stem_kernel_size: expected at most 15 on 8 px, got 17"),
+        ({"depth": 3, "kernel_size": 5}, 8, "kernel_size: expected at most 3 on the map of layer 3, 2 x 2, got 5"),
+        ({"cell": "gru", "cell_kernel_size": 9}, 8, "cell_kernel_size: .* layer 2, 4 x 4, got 9"),
+        ({"feedback": ((2, 1),), "feedback_kernel_size": 17}, 8, "feedback_kernel_size: .* layer 1, 8 x 8, got 17"),
+        ({**RECIPROCAL, "reciprocal": named(rgc_tau_kernel_size=8)}, 8, "rgc_tau_kernel_size: .* layer 2, 4 x 4, got 8"),
+        ({**RECIPROCAL, "layers": ((2, "rgc_gate_kernel_size", 9),)}, 8, "rgc_gate_kernel_size: .* layer 2, 4 x 4, got 9"),
+        ({"stem_stride": 2, "kernel_size": 9}, 8, "kernel_size: .* layer 1, 4 x 4, got 9"),
         # too many layers
         ({"stem_stride": 4}, 8, "depth, stem_stride: 2 layers after a stem of stride 4 make maps of 8 px smaller than 2 x 2"),
         # feedback that is none, or that would read what is not there yet
@@ -55,8 +55,8 @@ def test_architectures(options: dict[str, Any], size: Any, message: str) -> None
 
 
 def test_kernels_that_mean_nothing_may_have_any_size() -> None:
-    """Of a cell or feedback that is not there, the published ones, which are cut, and the usual 3 on the smallest maps."""
-    for options in ({"cell": "feedforward", "cell_kernel_size": 9}, {"feedback_kernel_size": 9}, {"cell": "rgc_separable"}, RECIPROCAL):
+    """Of a cell or feedback that is not there, the published ones, which are cut."""
+    for options in ({"cell": "feedforward", "cell_kernel_size": 19}, {"feedback_kernel_size": 19}, {"cell": "rgc_separable"}, RECIPROCAL):
         build_network(Architecture(**options), image_size=4, num_classes=5)
 
 

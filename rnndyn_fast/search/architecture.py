@@ -209,9 +209,9 @@ def _map_size(a: Architecture, layer: int, image_size: int) -> int:
 
 
 def _check_kernels(a: Architecture, image_size: int) -> None:
-    """Raise ``ValueError`` for a chosen kernel that is larger than the map it runs over (and than the usual 3)."""
-    if a.stem_kernel_size > image_size:
-        raise ValueError(f"stem_kernel_size: expected at most the size of the image, {image_size}, got {a.stem_kernel_size}")
+    """Raise ``ValueError`` for a chosen kernel of which a part lies beyond the map wherever it is put: that part would do nothing."""
+    if a.stem_kernel_size > 2 * image_size - 1:
+        raise ValueError(f"stem_kernel_size: expected at most {2 * image_size - 1} on {image_size} px, got {a.stem_kernel_size}")
     for number in range(1, a.depth + 1):
         choices, size = a.choices(number), _map_size(a, number, image_size)
         chosen = dict(a.reciprocal) | {name: value for layer, name, value in a.layers if layer == number}
@@ -219,8 +219,8 @@ def _check_kernels(a: Architecture, image_size: int) -> None:
             own = name in chosen if name in DEFAULTS else True  # (the published kernels of the cell are cut)
             if name.endswith("kernel_size") and name != "stem_kernel_size" and own and (name not in MEANT or MEANT[name](choices)):
                 largest = max(value) if isinstance(value, list | tuple) else value
-                if largest > max(3, size):
-                    raise ValueError(f"{name}: expected at most the size of the map of layer {number}, {size} x {size}, got {value}")
+                if largest > 2 * size - 1:
+                    raise ValueError(f"{name}: expected at most {2 * size - 1} on the map of layer {number}, {size} x {size}, got {value}")
 
 
 def _entry(a: Architecture, layer: str) -> str:

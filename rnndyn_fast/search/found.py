@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,9 @@ from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.reciprocal_choices import RECIPROCAL
 from rnndyn_fast.search.report import CONFIG, train_config, weights_path, write_report
 from rnndyn_fast.search.study import completed, import_optuna, open_study
-from rnndyn_fast.train import EpochMetrics, QuietReporter, TrainConfig, read_metrics, train
-from rnndyn_fast.train.loop import BEST, INITIAL, LAST
+from rnndyn_fast.search.training import train_quietly
+from rnndyn_fast.train import EpochMetrics, QuietReporter, TrainConfig, read_metrics
+from rnndyn_fast.train.loop import BEST
 from rnndyn_fast.train.options import check_least, check_type, option
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def report_found(config: FoundConfig, *, say: Say = print) -> Path:
     for cell in config.cells:
         network = build_network(with_cell(architecture, cell), **image, name=cell)
         own = dataclasses.replace(options, out=str(folder / PUBLISHED / cell), network=network_to_plain(network))
-        _train(own)
+        train_quietly(own)
         measured.append(_measure(config, search, folder, cell, Path(own.out) / BEST, network, own))
         say(f"{cell}: {measured[-1].parameters:,} parameters, {100 * measured[-1].validation:.2f}% of the validation images")
     return write_report(study, search, space, lambda page: beside_section(page, measured, config))
@@ -143,14 +143,6 @@ def with_cell(architecture: Architecture, cell: str) -> Architecture:
 def network_of(trial: FrozenTrial) -> Network:
     """The spec of a trial's network."""
     return network_from_plain(train_config(trial)["network"])
-
-
-def _train(options: TrainConfig) -> None:
-    folder = Path(options.out)
-    started = any((folder / name).exists() for name in (LAST, INITIAL))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="running backend")  # which engine runs a cell is no news here
-        train(dataclasses.replace(options, resume=started, overwrite=not started), reporter=QuietReporter())
 
 
 def _measure(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import typing
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +25,8 @@ from rnndyn_fast.search.architecture import Architecture, build_network, count_p
 from rnndyn_fast.search.config import SearchConfig
 from rnndyn_fast.search.found import load_search
 from rnndyn_fast.search.study import import_optuna
-from rnndyn_fast.train import QuietReporter, TrainConfig, read_metrics, train
-from rnndyn_fast.train.loop import INITIAL, LAST
+from rnndyn_fast.search.training import train_quietly
+from rnndyn_fast.train import TrainConfig, read_metrics
 from rnndyn_fast.train.options import check_least, check_type, option
 
 FULL = "full"
@@ -211,13 +209,10 @@ def _narrowed(architecture: Architecture, part: float) -> Architecture:
 
 
 def _train(options: TrainConfig, network: Network, number: int, proxy: str) -> Curve:
-    folder = Path(options.out)
-    started = any((folder / name).exists() for name in (LAST, INITIAL))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="running backend")  # which engine runs an architecture is no news here
-        with contextlib.suppress(FloatingPointError):  # it is worth what it was before
-            train(dataclasses.replace(options, resume=started, overwrite=not started), reporter=QuietReporter())
-    rows = read_metrics(folder)
+    try:
+        rows = train_quietly(options)
+    except FloatingPointError:  # it is worth what it was before
+        rows = read_metrics(Path(options.out))
     assert options.timesteps is not None
     assert options.max_train_images is not None
     # (Backward takes about twice the multiply-adds of forward, in every training alike.)
