@@ -38,6 +38,7 @@ def write_record(folders: Mapping[str, Path]) -> None:
             state = "passed over" if INFEASIBLE in about else "repeated" if "same_as" in about else t.state.name.lower()
             row = {"search": name, "trial": t.number, "state": state, "correct": f"{accuracy(t):.4f}" if t.values else ""}
             row["epochs"] = len(t.intermediate_values)
+            row["curve"] = " ".join(f"{value:.4f}" for _, value in sorted(t.intermediate_values.items()))
             row["parameters"] = about.get("parameters", "")
             # Backward takes about twice the multiply-adds of forward.
             images = 3 * (config.max_train_images or 0) * len(t.intermediate_values)
@@ -102,6 +103,29 @@ def cross(trials: Sequence[Trial]) -> dict[tuple[bool, bool], tuple[int, int, fl
             mean = mean_estimate(values)
             table[gated, bypass] = (len(mine), len(values), mean.value, mean.high - mean.value, max(values, default=float("nan")))
     return table
+
+
+def extrapolated(curve: np.ndarray, epoch: int) -> float:  # [k]
+    """The value at an epoch of the power law ``a - b k^-c`` through the first ones (least squares; c from 0.1 to 3)."""
+    k = np.arange(1, len(curve) + 1.0)
+    fits = []
+    for c in np.linspace(0.1, 3, 30):
+        design = np.stack([np.ones_like(k), -(k**-c)], 1)
+        found, *_ = np.linalg.lstsq(design, curve, rcond=None)
+        fits.append((float(np.square(design @ found - curve).sum()), float(found[0] - found[1] * epoch**-c)))
+    return min(fits)[1]
+
+
+def epochs_as_proxies(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Rank correlations of the last epoch with earlier ones, and with what a power law makes of those; completed trials."""
+    from rnndyn_fast.search.proxies import rank_correlations
+
+    done = [np.array(t["curve"].split(), float) for t in trials if t["state"] == "complete"]
+    curves = np.stack([curve for curve in done if len(curve) == max(map(len, done))])
+    last = curves.shape[1]
+    values = {f"epoch {k}": curves[:, k - 1] for k in range(1, last)}
+    values[f"power law through {last - 1} epochs"] = np.array([extrapolated(curve[:-1], last) for curve in curves])
+    return {"trials": len(curves), **{name: rank_correlations(value, curves[:, -1], 2000)[0] for name, value in values.items()}}
 
 
 def summary() -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rnndyn_fast.analysis import ReadoutZoneResult
 from rnndyn_fast.analysis.bootstrap import Bootstrap
@@ -54,13 +55,13 @@ class FoundConfig:
     split: str = option("test", "images that none was chosen by: test or testplus")
     limit: int | None = option(None, "that many of them, evenly spaced over the split")
     bootstrap: int = option(500, "replicates of the bootstrap over images")
-    backend: str | None = option(None, "as in rnndyn train")
+    backend: Literal["native", "reference"] | None = option(None, "as in rnndyn train")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cells", tuple(self.cells) if isinstance(self.cells, list) else self.cells)
-        hints = {"cells": tuple[str, ...], "split": str, "limit": int | None, "bootstrap": int}
-        for name, hint in hints.items():
-            check_type(name, getattr(self, name), hint)
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            check_type(item.name, getattr(self, item.name), hints[item.name])
         for name in self.cells:
             if name not in OTHERS:
                 raise ValueError(f"cells: unknown cell {name!r}{others(name, OTHERS)}")
