@@ -2,14 +2,14 @@
 
     python benchmarks/search_record.py tpe=runs/search random=runs/random
 
-Folders are those of `rnndyn search`; their studies are asked for the trials. With no arguments, the summary of the table that is there.
+Folders are those of `rnndyn search`; their studies are asked for the trials. With no arguments, what the page
+says of the tables that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,21 +128,32 @@ def epochs_as_proxies(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"trials": len(curves), **{name: rank_correlations(value, curves[:, -1], 2000)[0] for name, value in values.items()}}
 
 
-def summary() -> dict[str, Any]:
-    """What the page says, by search."""
+def page_lines() -> list[str]:
+    """What docs/search.md says of the record, as lines of Markdown."""
     trials = read_record()
     searches = {name: [t for t in trials if t["search"] == name] for name in dict.fromkeys(t["search"] for t in trials)}
     cost = {name: sum(float(t["training_gmac"]) for t in mine) for name, mine in searches.items()}
-    common = min(cost.values())
-    return {
-        name: {
-            "counts": counts(mine), "tmac": cost[name] / 1000, "best": best_within(mine, np.inf),
-            "best_at_equal_cost": best_within(mine, common),
-            "cross": {f"{'gated' if g else 'not gated'}, {'bypass' if b else 'no bypass'}": value for (g, b), value in cross(mine).items()},
-            "importance": [row for row in read_record(IMPORTANCE) if row["search"] == name][:8],
-        }
-        for name, mine in searches.items()
-    }  # fmt: skip
+    lines = ["| search | complete | pruned | lost with a worker | training (10^12 multiply-adds) | best (%) | best at equal cost (%) |",
+             "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for name, mine in searches.items():
+        n, best = counts(mine), [best_within(mine, most) for most in (np.inf, min(cost.values()))]
+        lines.append(
+            f"| {name} | {n['complete']} | {n['pruned']} | {n['fail']} | {cost[name] / 1000:.2f} | {best[0]:.1f} | {best[1]:.1f} |"
+        )
+    lines += ["", "| all trials | that count | completed | mean of the completed (%) | best (%) |", "|---|---:|---:|---:|---:|"]
+    for (gated, bypass), (count, done, mean, half, best_of) in cross(trials).items():
+        what = f"{'gated' if gated else 'not gated'}, {'bypass' if bypass else 'no bypass'}"
+        lines.append(f"| {what} | {count} | {done} | {mean:.1f} \u00b1 {half:.1f} | {best_of:.1f} |")
+    shares = [row for row in read_record(IMPORTANCE) if row["search"] == next(iter(searches))]
+    lines += ["", "| choice | share of the variance (%) | 95% interval |", "|---|---:|---:|"]
+    lines += [f"| `{row['choice']}` | {row['share']} | {row['low']} to {row['high']} |" for row in shares[:6]]
+    mine = [row for row in shares[6:] if row["choice"] in ("bypass", "gating", "cell")]
+    lines += [f"| `{row['choice']}` | {row['share']} | {row['low']} to {row['high']} |" for row in mine]
+    proxies = epochs_as_proxies(trials)
+    head = f"| {proxies.pop('trials')} completed trials, ranked by | Spearman's rho with the last epoch | 95% interval |"
+    lines += ["", head, "|---|---:|---:|"]
+    lines += [f"| {name} | {rho.value:.2f} | {rho.low:.2f} to {rho.high:.2f} |" for name, rho in proxies.items()]
+    return lines
 
 
 if __name__ == "__main__":
@@ -151,4 +162,4 @@ if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in parser.parse_args().searches)
     if given:
         write_record({name: Path(folder) for name, folder in given.items()})
-    print(json.dumps(summary(), indent=1))
+    print("\n".join(page_lines()))
