@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent / "search_record"
-TRIALS, IMPORTANCE = "trials.csv", "importance.csv"
+TRIALS, IMPORTANCE, NETWORKS = "trials.csv", "importance.csv", "networks.csv"
 GATED = ("gru", "lstm", "reciprocal")  # cells whose states are gated; the last unless `gating` is off or there is no cell memory
 Trial = dict[str, str]
 
@@ -70,6 +70,10 @@ def is_gated(trial: Trial) -> bool:
     if trial["cell"] == "reciprocal":
         return trial["rgc_gate_kernel_size"] != "0" and trial["gating"] == "True"
     return trial["cell"] in GATED
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.1f}"
 
 
 def counts(trials: Sequence[Trial]) -> dict[str, int]:
@@ -144,11 +148,21 @@ def page_lines() -> list[str]:
     for (gated, bypass), (count, done, mean, half, best_of) in cross(trials).items():
         what = f"{'gated' if gated else 'not gated'}, {'bypass' if bypass else 'no bypass'}"
         lines.append(f"| {what} | {count} | {done} | {mean:.1f} \u00b1 {half:.1f} | {best_of:.1f} |")
+    by_norm = {
+        norm: [100 * float(t["correct"]) for t in trials if t["state"] == "complete" and t["norm"] == norm] for norm in ("layer", "group")
+    }
+    lines += ["", " and ".join(f"{np.mean(values):.1f}% with {norm} norm ({len(values)} trials)" for norm, values in by_norm.items()) + "."]
     shares = [row for row in read_record(IMPORTANCE) if row["search"] == next(iter(searches))]
     lines += ["", "| choice | share of the variance (%) | 95% interval |", "|---|---:|---:|"]
     lines += [f"| `{row['choice']}` | {row['share']} | {row['low']} to {row['high']} |" for row in shares[:6]]
     mine = [row for row in shares[6:] if row["choice"] in ("bypass", "gating", "cell")]
     lines += [f"| `{row['choice']}` | {row['share']} | {row['low']} to {row['high']} |" for row in mine]
+    lines += ["", "| network | parameters | validation (%) | test, t = 0 (%) | test, last step (%) |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['network']} | {int(row['parameters']):,} | {_percent(row['validation'])} | {_percent(row['test_first'])} | "
+        f"{_percent(row['test_last'])} |"
+        for row in read_record(NETWORKS)
+    ]
     proxies = epochs_as_proxies(trials)
     head = f"| {proxies.pop('trials')} completed trials, ranked by | Spearman's rho with the last epoch | 95% interval |"
     lines += ["", head, "|---|---:|---:|"]
