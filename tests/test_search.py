@@ -150,7 +150,7 @@ def test_bad_architectures() -> None:
         ({"cell": "ltsm"}, "did you mean 'lstm'"),
         ({"feedback": ((1, 2),)}, "feedback: expected pairs"),
         ({"feedback": ((2, 1), (2, 1))}, "every edge once"),
-        ({"growth": 0.0}, "growth: expected a positive number"),
+        ({"growth": 0.0}, "growth: expected a positive finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             Architecture(**options)  # type: ignore[arg-type]

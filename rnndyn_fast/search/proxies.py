@@ -156,7 +156,7 @@ def rank_correlations(proxy: np.ndarray, full: np.ndarray, replicates: int, seed
     A replicate in which all values of one side are equal has no correlation and is left out.
 
     >>> rho, tau = rank_correlations(np.arange(8.0), np.arange(8.0) ** 2, 100)
-    >>> rho.value, tau.value
+    >>> round(rho.value, 6), round(tau.value, 6)
     (1.0, 1.0)
     """
     require("scipy")
