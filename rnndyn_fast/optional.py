@@ -25,6 +25,7 @@ OPTIONAL_PACKAGES = {
     "lightning": OptionalPackage("lightning", "training with Lightning", "lightning"),
     "optuna": OptionalPackage("optuna", "the architecture search", "search"),
     "PIL": OptionalPackage("pillow", "folders of image files"),
+    "psycopg": OptionalPackage("psycopg", "trials in a PostgreSQL database (--storage)", "search-postgresql"),
     "pynwb": OptionalPackage("pynwb", "recordings in NWB files", "nwb"),
     "pytorch_optimizer": OptionalPackage("pytorch-optimizer", "optimisers for large batches (--optimizer lars, lamb)", "large-batch"),
     "rich": OptionalPackage("rich", "progress bars"),

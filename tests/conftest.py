@@ -50,6 +50,7 @@ def golden_module(name: str) -> Any:
 SLOW = (
     "test_sanitized", "test_repository", "test_program_runs", "test_gpu_check", "test_area_step_cuda", "test_extract_engine",
     "test_study", "test_train_parallel", "test_analysis_results", "test_rollout_autograd", "test_train_resume", "test_search",
+    "test_search_postgresql", "test_search_found", "test_search_proxies",
     "test_program_rollout", "test_program_random", "test_rollout", "test_claims", "test_rcnn_sat", "test_train_models",
     "test_gate_step", "test_install", "test_blt_vs", "test_cli", "test_winograd_conv", "test_train_options", "test_blt_net",
     "test_simt_bites", "test_rollout_half", "test_conv_epilogue", "test_phase_report", "test_report_numbers", "test_area_step",

@@ -19,9 +19,10 @@ from rnndyn_fast.data import make_dataset
 from rnndyn_fast.nn import RecurrentNetwork
 from rnndyn_fast.search import SPACES, Architecture, SearchConfig, Space, build_network, count_parameters, load_space, search
 from rnndyn_fast.search.architecture import CELLS, GATED
-from rnndyn_fast.search.report import completed, importances, pareto_front
+from rnndyn_fast.search.importance import importances
+from rnndyn_fast.search.report import pareto_front
 from rnndyn_fast.search.run import run_trial
-from rnndyn_fast.search.storage import INFEASIBLE, WORKER, died, finished, mark_worker, open_study, recover, retried
+from rnndyn_fast.search.storage import INFEASIBLE, WORKER, completed, died, finished, mark_worker, open_study, recover, retried
 from rnndyn_fast.train import read_metrics
 
 optuna = pytest.importorskip("optuna")
@@ -149,7 +150,7 @@ def test_bad_architectures() -> None:
         ({"cell": "ltsm"}, "did you mean 'lstm'"),
         ({"feedback": ((1, 2),)}, "feedback: expected pairs"),
         ({"feedback": ((2, 1), (2, 1))}, "every edge once"),
-        ({"growth": 0.0}, "growth: expected a positive number"),
+        ({"growth": 0.0}, "growth: expected a positive finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             Architecture(**options)  # type: ignore[arg-type]
@@ -354,15 +355,20 @@ def test_importance_finds_the_choice_that_matters(tmp_path: Path) -> None:
         return {"gru": 0.9, "lstm": 0.5, "blt": 0.1}[architecture.cell] + 0.01 * training["lr"]
 
     study.optimize(objective, n_trials=40)
-    shares = importances(study, space)
+    shares = importances(completed(study), space, replicates=20)
     assert next(iter(shares)) == "cell"
-    assert shares["cell"] > 0.7
+    assert shares["cell"].value > 0.7
+    assert shares["cell"].low > 0.5
+    assert all(0 <= share.low <= share.high <= 1 for share in shares.values())
+    assert shares["width"].high < shares["cell"].low
+    assert importances(completed(study), space, replicates=20) == shares
+    assert not importances(completed(study), space, replicates=0)["cell"].known
     assert set(shares) == {"cell", "peepholes", "width", "lr"}
     front = pareto_front(completed(study))
     assert [t.user_attrs["parameters"] for t in front] == sorted({t.user_attrs["parameters"] for t in front})
     assert front[-1].value == study.best_value
     few = optuna.create_study(direction="maximize")
-    assert importances(few, space) == {}
+    assert importances(completed(few), space) == {}
 
 
 # ---------------------------------------------------------------- options

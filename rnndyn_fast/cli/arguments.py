@@ -259,6 +259,22 @@ def _search(parser: CommandParser) -> None:
     add_config(parser, SearchConfig)
 
 
+def _search_report(parser: CommandParser) -> None:
+    from rnndyn_fast.search.found import FoundConfig
+
+    positional(parser, "search", "folder of a search, which the report goes to")
+    for name in ("cells", "split", "limit", "bootstrap", "backend"):
+        add_field(parser, FoundConfig, name)
+
+
+def _search_proxies(parser: CommandParser) -> None:
+    from rnndyn_fast.search.proxies import ProxiesConfig
+
+    positional(parser, "search", "folder of a search, whose space, images and options are taken")
+    for name in ("out", "architectures", "epochs", "max_train_images", "bootstrap", "seed"):
+        add_field(parser, ProxiesConfig, name)
+
+
 def _compare(parser: CommandParser) -> None:
     from rnndyn_fast.search.compare_config import CompareConfig
 
@@ -308,6 +324,8 @@ ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "react": _react,
     "predict": _predict,
     "search": _search,
+    "search report": _search_report,
+    "search proxies": _search_proxies,
     "compare": _compare,
     "doctor": _doctor,
     "study": _study,

@@ -310,6 +310,20 @@ def search(**options: Any) -> None:
     _run_resumable(run, SearchConfig(**options), "search", "search.yaml")
 
 
+def search_report(**options: Any) -> None:
+    """`rnndyn search report`"""
+    from rnndyn_fast.search.found import FoundConfig, report_found
+
+    print(report_found(FoundConfig(**options)))
+
+
+def search_proxies(**options: Any) -> None:
+    """`rnndyn search proxies`"""
+    from rnndyn_fast.search.proxies import ProxiesConfig, compare_proxies
+
+    print(compare_proxies(ProxiesConfig(**options)))
+
+
 def compare(**options: Any) -> None:
     """`rnndyn compare`"""
     from rnndyn_fast.search import CompareConfig

@@ -22,6 +22,8 @@ COMMANDS: dict[str, str] = {
     "react": "Reaction times by an entropy threshold: speed against accuracy, comparison with people.",
     "predict": "Fit recorded responses of neurons from the activations of model areas.",
     "search": "Search architectures: trials in a study that can be stopped and resumed.",
+    "search report": "Write the report of a search, with published cells trained and analysed beside the best.",
+    "search proxies": "Say how well cheaper trainings rank the architectures of a search, against full training.",
     "compare": "Train cells at equal numbers of parameters, and say which is best.",
     "doctor": "Report what runs on this machine, and the reason for what does not.",
     "study": "Train or take four kinds of networks, compare their dynamics, and write a report.",

@@ -67,6 +67,7 @@ class ConvCell(RecurrentNetwork):
         size = (map_size[0], map_size[1])
         if not published:
             _check_kernels(options, size)
+            _check_read(options, residual_channels, feedback_channels)
         cell, options = resolved(kind, options)
         extra = {"residual": residual_channels, "feedback": feedback_channels}
         for name, width in extra.items():
@@ -183,6 +184,15 @@ class ConvCell(RecurrentNetwork):
 
 def _record(area: str, state: str | None) -> str:
     return area if state is None else f"{area}:{state}"
+
+
+def _check_read(options: Mapping[str, Any], residual_channels: int, feedback_channels: int) -> None:
+    """Options of an input that the caller names want that input."""
+    for name, value in options.items():
+        if "residual" in name and value is True and not residual_channels:
+            raise ValueError(f"{name}: there is no residual input to read, expected residual_channels too, got {residual_channels}")
+        if name.startswith("feedback_") and not feedback_channels:
+            raise ValueError(f"{name}: there is no feedback to read, expected feedback_channels too, got {feedback_channels}")
 
 
 def _check_kernels(options: Mapping[str, Any], size: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +95,16 @@ class Section:
         self._parts.append(f'<div class="grid">{"".join(self._page.plot_html(plot) for plot in plots)}</div>')
         return self
 
+    def drawing(self, draw: Callable[[str], str], caption: str) -> Section:
+        """A drawing as SVG, which `draw` makes with that prefix for its ids, under the next number."""
+        self._parts.append(self._page.figure_html(draw, caption))
+        return self
+
+    def markup(self, text: str) -> Section:
+        """HTML as it is."""
+        self._parts.append(text)
+        return self
+
     def gallery(self, pictures: Sequence[Picture]) -> Section:
         """Small images in rows."""
         self._parts.append(f'<div class="gallery">{"".join(picture_html(picture) for picture in pictures)}</div>')
@@ -176,17 +186,19 @@ class Page:
 
     def plot_html(self, plot: Plot) -> str:
         """A figure as inline SVG."""
-        number = next(self._figure_numbers)
-        svg = figure_svg(plot.figure, prefix=f"f{number}-", alt=plot.alt, inches=plot.inches)
         link = ""
         if plot.csv:
             data = base64.b64encode(plot.csv.encode("utf-8")).decode("ascii")
             name = re.sub(r"[^a-z0-9]+", "_", plot.caption.lower()).strip("_")[:60] or "figure"
             label = html.escape(f"Numbers of the figure: {plot.caption}", quote=True)
             link = f' <a download="{name}.csv" aria-label="{label}" href="data:text/csv;base64,{data}">CSV</a>'
-        return (
-            f'<figure class="plot"><div>{svg}</div><figcaption><b>Figure {number}.</b> {escape(plot.caption)}{link}</figcaption></figure>'
-        )
+        return self.figure_html(lambda prefix: figure_svg(plot.figure, prefix=prefix, alt=plot.alt, inches=plot.inches), plot.caption, link)
+
+    def figure_html(self, draw: Callable[[str], str], caption: str, link: str = "") -> str:
+        """A drawing under the next number; `draw` makes it, with a prefix for its ids."""
+        number = next(self._figure_numbers)
+        text = f"<b>Figure {number}.</b> {escape(caption)}{link}"
+        return f'<figure class="plot"><div>{draw(f"f{number}-")}</div><figcaption>{text}</figcaption></figure>'
 
     def html(self) -> str:
         """The whole page."""

@@ -59,6 +59,10 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 .commands code { display: block; padding-left: 3ch; text-indent: -3ch; white-space: normal; }
 .commands span { display: inline-block; max-width: 100%; text-indent: 0; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.92em; }
+.equations p { max-width: none; margin: 3px 0; padding-left: 3ch; text-indent: -3ch; font-family: "Cambria Math", "DejaVu Serif", serif; }
+.equations .map { font-weight: 600; }
+.letters { display: grid; grid-template-columns: minmax(60px, max-content) 1fr; gap: 2px 14px; font-size: 0.88rem; }
+.letters dt, .letters dd { margin: 0; overflow-wrap: anywhere; } .letters dt { max-width: 16ch; }
 .verdict { font-weight: 650; margin: 4px 0; }
 .verdict.yes { color: var(--yes); } .verdict.no { color: var(--no); } .verdict.open { color: var(--open); }
 .card p { font-size: 0.95rem; } .card .small { color: var(--muted); font-size: 0.85rem; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class Architecture:
     width: int = _option(16, "channels of stem and first layer")
     growth: float = _option(1.5, "channels of a layer divided by those of the layer below")
     stem_kernel_size: int = _option(3, "kernel of the stem")
+    stem_stride: int = _option(1, "of the stem: 2 halves the maps of all layers")
     kernel_size: int = _option(3, "kernels of bottom-up convolutions")
     norm: str = _option("layer", "after bottom-up convolutions: layer, group or none")
     cell: str = _option(BLT, "recurrence within layers")
@@ -95,20 +97,26 @@ class Architecture:
     unroll: str = _option("engineering", "engineering or biological")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.feedback, list | tuple) or not all(isinstance(edge, list | tuple) for edge in self.feedback):
+            raise ValueError(f"feedback: expected pairs (from, to) of layers, got {self.feedback!r}")
         object.__setattr__(self, "feedback", tuple(tuple(edge) for edge in self.feedback))
         check_choice("cell", self.cell, CELLS)
         check_choice("interaction", self.interaction, [word.value for word in Interaction if word is not Interaction.SQUASHED])
         check_choice("norm", self.norm, [Norm.LAYER.value, Norm.GROUP.value, Norm.NONE.value])
         check_choice("unroll", self.unroll, [word.value for word in Unroll])
-        for name in ("depth", "width", "stem_kernel_size", "kernel_size", "cell_kernel_size", "feedback_kernel_size"):
+        for name in ("depth", "width", "stem_stride", "stem_kernel_size", "kernel_size", "cell_kernel_size", "feedback_kernel_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
             if name.endswith("kernel_size") and value % 2 == 0:
                 raise ValueError(f"{name}: expected an odd number, got {value}")
         for name in ("growth", "memory_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+        for name in ("cell_norm", "peepholes", "gating", "bypass"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for edge in self.feedback:
             if len(edge) != 2 or not self.depth >= edge[0] > edge[1] >= 1:
                 raise ValueError(f"feedback: expected pairs (from, to) with {self.depth} >= from > to >= 1, got {edge}")
@@ -121,6 +129,10 @@ class Architecture:
         for number, name, _ in self.layers:
             if not 1 <= number <= self.depth or name not in PER_LAYER:
                 raise ValueError(f"layers: expected (layer of 1 .. {self.depth}, one of {list(PER_LAYER)}, value), got {(number, name)}")
+        named = [(number, name) for number, name, _ in self.layers]
+        twice = [one for one in named if named.count(one) > 1]
+        if twice:
+            raise ValueError(f"layers: expected each choice of a layer once, got layer{twice[0][0]}_{twice[0][1]} twice")
         for number in {number for number, *_ in self.layers}:
             self.layer(number)
 
@@ -167,17 +179,23 @@ def build_network(
     a convolution of the map resized bilinearly.
 
     Raises:
-        ValueError: the image is too small for so many layers.
+        ValueError: the image is too small for so many layers, or for a kernel that was chosen (published ones are cut).
 
     >>> build_network(Architecture(depth=1), image_size=8, num_classes=10).areas[1].name
     'layer1'
     """
     a = architecture
-    if image_size >> (a.depth - 1) < 2:
-        raise ValueError(f"depth: {a.depth} layers make maps of {image_size} px smaller than 2 x 2")
+    for name, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if _map_size(a, a.depth, image_size) < 2:
+        stride = f", stem_stride: {a.depth} layers after a stem of stride {a.stem_stride}" if a.stem_stride > 1 else f": {a.depth} layers"
+        raise ValueError(f"depth{stride} make maps of {image_size} px smaller than 2 x 2")
+    _check_kernels(a, image_size)
     norm = Norm(a.norm)
     graph = Graph([Area("stem", a.width, norm=norm)])
-    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, kernel_size=a.stem_kernel_size, bias=norm is Norm.NONE))
+    stem: dict[str, Any] = {"kernel_size": a.stem_kernel_size, "stride": a.stem_stride, "bias": norm is Norm.NONE}
+    graph.connections.append(Connection("image", "stem", Role.BOTTOM_UP, **stem))
     below, channels = "stem", a.width
     for i, width in enumerate(a.widths, start=1):
         pool = Pool.NONE if i == 1 else Pool.MAX
@@ -196,6 +214,26 @@ def build_network(
         Unroll(a.unroll),
         Readout("gap", num_classes),
     )
+
+
+def _map_size(a: Architecture, layer: int, image_size: int) -> int:
+    """Height and width of a layer's maps."""
+    return -(-image_size // a.stem_stride) >> (layer - 1)
+
+
+def _check_kernels(a: Architecture, image_size: int) -> None:
+    """Raise ``ValueError`` for a chosen kernel of which a part lies beyond the map wherever it is put: that part would do nothing."""
+    if a.stem_kernel_size > 2 * image_size - 1:
+        raise ValueError(f"stem_kernel_size: expected at most {2 * image_size - 1} on {image_size} px, got {a.stem_kernel_size}")
+    for number in range(1, a.depth + 1):
+        choices, size = a.choices(number), _map_size(a, number, image_size)
+        chosen = dict(a.reciprocal) | {name: value for layer, name, value in a.layers if layer == number}
+        for name, value in choices.items():
+            own = name in chosen if name in DEFAULTS else True  # (the published kernels of the cell are cut)
+            if name.endswith("kernel_size") and name != "stem_kernel_size" and own and (name not in MEANT or MEANT[name](choices)):
+                largest = max(value) if isinstance(value, list | tuple) else value
+                if largest > 2 * size - 1:
+                    raise ValueError(f"{name}: expected at most {2 * size - 1} on the map of layer {number}, {size} x {size}, got {value}")
 
 
 def _entry(a: Architecture, layer: str) -> str:
@@ -265,7 +303,7 @@ def _feedback(graph: Graph, whole: Architecture, source: int, target: int, image
     area, entry, bias = f"layer{source}", _entry(a, f"layer{target}"), a.norm == "none"
     parameter = f"feedback_{source}_{target}"
     options: dict[str, Any] = {"kernel_size": a.feedback_kernel_size, "bias": bias, "parameter": parameter, "delay": 1}
-    sizes = [image_size >> (layer - 1) for layer in (source, target)]
+    sizes = [_map_size(whole, layer, image_size) for layer in (source, target)]
     if sizes[1] == 2 * sizes[0] and a.feedback_kernel_size > 1:
         graph.connections.append(Connection(area, entry, Role.TOP_DOWN, Operator.CONV_TRANSPOSE, stride=2, **options))
     else:

@@ -18,8 +18,9 @@ from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import Architecture, build_network, count_parameters
 from rnndyn_fast.search.compare_config import NETWORKS, REPORT, SPLITS, UNGATED, CompareConfig, Trained
 from rnndyn_fast.search.compare_report import write_report
-from rnndyn_fast.train import QuietReporter, read_metrics, train
-from rnndyn_fast.train.loop import BEST, INITIAL, LAST
+from rnndyn_fast.search.training import train_quietly
+from rnndyn_fast.train import QuietReporter
+from rnndyn_fast.train.loop import BEST
 
 TOLERANCE = 0.05  # of the parameters
 GROWTHS = tuple(round(1.5 + sign * k / 50, 2) for k in range(26) for sign in ((1, -1) if k else (1,)))  # nearest to 1.5 first, 1 to 2
@@ -103,15 +104,13 @@ def _percent(trained: Trained) -> str:
 def _train(config: CompareConfig, folder: Path, one: Architecture, network: Network, seed: int) -> Trained:
     """Train or resume; then run the test images through the best epoch's network."""
     options = config.training(str(folder), network_to_plain(network), seed)
-    started = any((folder / name).exists() for name in (LAST, INITIAL))
+    rows = train_quietly(options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="running backend")  # which runs what is no news here
-        train(dataclasses.replace(options, resume=started, overwrite=not started), reporter=QuietReporter())
         results = {
             split: react(folder / BEST, config.data, split, backend=config.backend, engine=config.engine, reporter=QuietReporter())[0]
             for split in SPLITS
         }
-    rows = read_metrics(folder)
     cost = results[SPLITS[0]].cost
     assert cost is not None
     trained = Trained(

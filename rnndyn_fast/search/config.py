@@ -100,6 +100,9 @@ class SearchConfig:
             ("heartbeat_s", 1),
         ):
             check_least(name, getattr(self, name), least)
+        for name in ("storage", "study"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: expected {'a database URL' if name == 'storage' else 'a name'}, got ''")
         if self.max_parameters is not None:
             check_least("max_parameters", self.max_parameters, 1)
         if self.minimise != "none" and self.pruner != "none":
@@ -111,6 +114,8 @@ class SearchConfig:
         if self.storage is not None and self.overwrite:
             raise ValueError("overwrite: a study in a storage of your own is not replaced; choose another name (study)")
         self.trial_config("trial", {}, {})  # what training would refuse is refused now
+        if self.pruner != "none" and self.pruning_epochs > self.epochs:
+            raise ValueError(f"pruning_epochs: expected at most the {self.epochs} epochs of a trial, got {self.pruning_epochs}")
 
     def trial_config(self, out: str, network: dict[str, Any], training: dict[str, Any]) -> TrainConfig:
         """The training run of one trial."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rnndyn_fast.analysis.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
+from rnndyn_fast.analysis.intervals import Estimate
 from rnndyn_fast.analysis.outputs import Row, write_csv
-from rnndyn_fast.file_io import write_text
+from rnndyn_fast.file_io import replaced_atomically, write_text
+from rnndyn_fast.graph.spec.network import Network
 from rnndyn_fast.graph.spec.yaml_files import network_from_plain, network_yaml
 from rnndyn_fast.optional import require
 from rnndyn_fast.report.page import Cell, Page, Plot
 from rnndyn_fast.search.config import SearchConfig
-from rnndyn_fast.search.space import Space
-from rnndyn_fast.search.storage import INFEASIBLE, accuracy, finished
+from rnndyn_fast.search.diagram import network_svg
+from rnndyn_fast.search.equations import equations
+from rnndyn_fast.search.importance import MIN_FOR_IMPORTANCE, importances, mean_estimate
+from rnndyn_fast.search.space import Range, Space
+from rnndyn_fast.search.storage import INFEASIBLE, WORKER, accuracy, completed, finished
+from rnndyn_fast.train.loop import BEST as BEST_WEIGHTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,56 +31,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 BEST = 5
-NOT_MADE = "not made"  # a choice that meant nothing in a trial
-MIN_FOR_IMPORTANCE = 8
+CONFIG, TRIALS, REPORT = "search.yaml", "trials", "report.html"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#F0E442", "#000000", GREY)
 MARKERS = "os^Dv*PX<"
-
-
-def completed(study: Study) -> list[FrozenTrial]:
-    """Completed trials, best first; of those that came out equal, the one with fewer parameters first. Repeated ones count once."""
-    require("optuna")
-
-    from optuna.trial import TrialState
-
-    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
-    return sorted(done, key=lambda t: (-accuracy(t), t.user_attrs["parameters"]))
-
-
-def importances(study: Study, space: Space) -> dict[str, float]:
-    """The share of each open choice in the variance of the objective over completed trials (fANOVA), largest first.
-
-    Choices that were not made in a trial, because they meant nothing there, count as one more value. Empty with fewer than
-    MIN_FOR_IMPORTANCE trials.
-
-    Source: F. Hutter, H. Hoos, K. Leyton-Brown, ICML 2014.
-    """
-    require("optuna")
-
-    import optuna
-
-    done = completed(study)
-    if len(done) < MIN_FOR_IMPORTANCE or len({accuracy(t) for t in done}) == 1:
-        return {}
-    table = {name: [t.params.get(name, NOT_MADE) for t in done] for name in space.open}
-    table = {name: values for name, values in table.items() if len(set(values)) > 1}
-    if not table:
-        return {}
-    distributions: dict[str, Any] = {}
-    for name, values in table.items():
-        if NOT_MADE in values or isinstance(values[0], bool | str):
-            distributions[name] = optuna.distributions.CategoricalDistribution(sorted(set(values), key=str))
-        else:
-            distributions[name] = optuna.distributions.FloatDistribution(float(min(values)), float(max(values)))
-            table[name] = [float(v) for v in values]
-    whole = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
-    for k, trial in enumerate(done):
-        whole.add_trial(
-            optuna.create_trial(params={name: v[k] for name, v in table.items()}, distributions=distributions, value=accuracy(trial))
-        )
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = optuna.importance.get_param_importances(whole, evaluator=evaluator)
-    return {name: float(value) for name, value in found.items() if np.isfinite(value)}
 
 
 def trial_rows(study: Study, space: Space) -> list[Row]:
@@ -90,8 +50,12 @@ def trial_rows(study: Study, space: Space) -> list[Row]:
     return rows
 
 
-def write_report(study: Study, config: SearchConfig, space: Space) -> Path:
-    """Write ``report.html``, ``trials.csv`` and ``best/<rank>.yaml`` to the folder of the search; returns the report's path."""
+def write_report(study: Study, config: SearchConfig, space: Space, more: Callable[[Page], None] | None = None) -> Path:
+    """Write ``report.html``, ``trials.csv``, ``best/<rank>.yaml`` and the weights ``best/<rank>.pt`` to the folder of the search; returns
+    the report's path. `more` appends to the page.
+
+    Weights of a trial that another machine trained are there; the report says which machine.
+    """
     require("matplotlib")
 
     from matplotlib import rc_context
@@ -100,11 +64,30 @@ def write_report(study: Study, config: SearchConfig, space: Space) -> Path:
     write_csv(trial_rows(study, space), out / "trials.csv")
     for rank, trial in enumerate(best, start=1):
         write_text(out / "best" / f"{rank}.yaml", best_yaml(trial, out / "best" / str(rank)))
-    for stale in (out / "best").glob("*.yaml"):
+        _keep_weights(trial, out, out / "best" / f"{rank}.pt")
+    for stale in (*(out / "best").glob("*.yaml"), *(out / "best").glob("*.pt")):
         if stale.stem.isdigit() and int(stale.stem) > len(best):
             stale.unlink()
     with rc_context(STYLE):
-        return search_page(study, config, space).save(out / "report.html")
+        page = search_page(study, config, space)
+        if more is not None:
+            more(page)
+        return page.save(out / REPORT)
+
+
+def weights_path(trial: FrozenTrial, out: Path) -> Path:
+    """Where a trial's weights are on the machine that trained it: those of its epoch of highest validation accuracy."""
+    return out / TRIALS / f"{trial.number:04d}" / BEST_WEIGHTS
+
+
+def _keep_weights(trial: FrozenTrial, out: Path, kept: Path) -> None:
+    """Copy a trial's weights, or remove those of another trial that had its rank."""
+    source = weights_path(trial, out)
+    if not source.exists():
+        kept.unlink(missing_ok=True)
+        return
+    with replaced_atomically(kept) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def best_yaml(trial: FrozenTrial, out: Path) -> str:
@@ -113,10 +96,10 @@ def best_yaml(trial: FrozenTrial, out: Path) -> str:
 
     import yaml
 
-    return yaml.safe_dump({**_train_config(trial), "out": str(out)}, sort_keys=False)
+    return yaml.safe_dump({**train_config(trial), "out": str(out)}, sort_keys=False)
 
 
-def _train_config(trial: FrozenTrial) -> dict[str, Any]:
+def train_config(trial: FrozenTrial) -> dict[str, Any]:
     require("yaml")
 
     import yaml
@@ -139,8 +122,9 @@ def search_page(study: Study, config: SearchConfig, space: Space) -> Page:
     if not best:
         page.section("Nothing to compare").text("No trial was trained to its end.")
         return page
-    _best(page, best, space)
-    _choices(page, study, space, best)
+    _best(page, best, space, Path(config.out))
+    best_network_section(page, network_from_plain(train_config(best[0])["network"]))
+    _choices(page, space, best)
     page.section("Accuracy against parameters").text(
         "Each point is a trial that was trained to its end. The line joins those that no smaller one reaches."
     ).plots(
@@ -179,19 +163,19 @@ def _trials(page: Page, config: SearchConfig, space: Space, trials: Sequence[Fro
     for t in trials:
         name = "passed over (too large, or no network)" if t in passed else t.state.name.lower()
         states[name] = states.get(name, 0) + 1
-    seconds = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials)
+    seconds, of_processors = (sum(float(t.user_attrs.get(name, 0.0)) for t in trials) for name in ("seconds", "processor_seconds"))
     section = page.section("What was run")
     goal = "at the last time step" if config.objective == "last" else "mean over time steps"
     section.text(
         f"Every trial trains an architecture for up to {config.epochs} epochs and is worth its best epoch's validation accuracy, {goal}. "
         f"{PRUNERS[config.pruner]} Architectures come from {SAMPLERS[config.sampler].format(config.startup_trials)}. "
-        f"Training took {seconds / 60:.1f} minutes in all workers together."
+        f"Training took {seconds / 60:.1f} minutes in all workers together, {of_processors / 60:.1f} of processors."
     )
     section.table(["trials", "number"], [[name, count] for name, count in sorted(states.items())], "Trials by what became of them.")
     section.text("The space:").code(yaml.safe_dump(space.to_plain(), sort_keys=False, default_flow_style=None).strip())
 
 
-def _best(page: Page, best: Sequence[FrozenTrial], space: Space) -> None:
+def _best(page: Page, best: Sequence[FrozenTrial], space: Space, out: Path) -> None:
     section = page.section("Best architectures")
     top = best[:BEST]
     made = [name for name in space.open if any(name in t.params for t in top)]
@@ -202,38 +186,68 @@ def _best(page: Page, best: Sequence[FrozenTrial], space: Space) -> None:
     ]
     header = ["rank", "trial", "correct (%)", "parameters", "multiply-adds (M)", *made]
     section.table(header, rows, "The best trials and their choices.")
+    away = [f"{k} on {t.user_attrs[WORKER]['host']}" for k, t in enumerate(top, start=1) if not weights_path(t, out).exists()]
+    if away:
+        section.text(f"Weights of ranks that other machines trained are there, in `trials/`: {', '.join(away)}.")
     section.text(
-        "`rnndyn train --config best/1.yaml` trains the first of them again, `rnndyn plan best/1.yaml` says what it computes. Its spec:"
+        "`rnndyn train --config best/1.yaml` trains the first of them again, `rnndyn plan best/1.yaml` says what it computes, and "
+        "`best/1.pt` holds its weights, which every command takes as a checkpoint. Its spec:"
     )
-    section.code(network_yaml(network_from_plain(_train_config(top[0])["network"])).strip())
+    section.code(network_yaml(network_from_plain(train_config(top[0])["network"])).strip())
+
+
+def best_network_section(page: Page, network: Network) -> None:
+    """The best network as a drawing and as equations."""
+    section = page.section("The best network")
+    section.drawing(
+        lambda prefix: network_svg(network, prefix),
+        "The best network. Boxes are maps (channels x height x width, and what is done to what enters). Solid lines are read within the "
+        "time step, dashed ones at the step before; beside them the port of the cell that is entered, pooling (max, mean) and kernel (sep: "
+        "depthwise separable, T: transposed).",
+    )
+    section.text("As equations, in the order in which maps are computed at a time step; names of maps are those of the drawing.")
+    section.markup(equations(network).html())
 
 
 def _shown(value: Any) -> Cell:
     return "" if value is None else ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-def _choices(page: Page, study: Study, space: Space, best: Sequence[FrozenTrial]) -> None:
+def _choices(page: Page, space: Space, best: Sequence[FrozenTrial]) -> None:
     section = page.section("What mattered")
-    shares = importances(study, space)
+    shares = importances(best, space)
     if shares:
         section.text(
             "Importance is a choice's share in the variance of accuracy over completed trials (functional analysis of variance on a random "
-            f"forest). {len(best)} trials are few for it: read it as a hint. Pruned trials do not enter, so choices that fail early look "
-            "less important than they are."
+            f"forest), with 95% intervals over {len(best)} trials drawn anew. Pruned trials do not enter, so choices that fail early look "
+            "less important than they are; and a sampler that prefers some values leaves few trials with the others."
         )
-        section.plots([Plot(figure_importance(shares), "Importance of each choice.", "Bars, one per choice.")])
+        section.plots([Plot(figure_importance(shares), "Importance of each choice; bars: 95% intervals.", "Dots, one per choice.")])
+        section.table(
+            ["choice", "share of the variance (%)"],
+            [[name, _percent(share)] for name, share in shares.items()],
+            "Importance of each choice, with 95% intervals.",
+        )
     else:
         section.text(f"Fewer than {MIN_FOR_IMPORTANCE} trials were completed: too few to say what mattered.")
     rows: list[list[Cell]] = []
     order = [*shares, *(name for name in space.open if name not in shares)]
     for name in order:
         values = sorted({t.params[name] for t in best if name in t.params}, key=lambda v: (isinstance(v, str), v))
-        if len(values) > 10:
-            continue
+        if len(values) > 10 or (isinstance(space.choices[name], Range) and len(values) == sum(name in t.params for t in best)):
+            continue  # (numbers of a range, of which hardly one is there twice)
         for value in values:
             scores = [100 * accuracy(t) for t in best if t.params.get(name) == value]
-            rows.append([name, str(_shown(value)), len(scores), float(np.mean(scores)), float(np.max(scores))])
-    section.table(["choice", "value", "trials", "mean correct (%)", "best correct (%)"], rows, "Completed trials by value of each choice.")
+            rows.append([name, str(_shown(value)), len(scores), mean_estimate(scores), float(np.max(scores))])
+    section.table(
+        ["choice", "value", "trials", "mean correct (%)", "best correct (%)"],
+        rows,
+        "Completed trials by value of each choice; means with 95% intervals over trials, in which other choices differ too.",
+    )
+
+
+def _percent(share: Estimate) -> Estimate:
+    return Estimate(100 * share.value, 100 * share.low, 100 * share.high, 100 * share.error, share.df, share.n)
 
 
 def figure_parameters(best: Sequence[FrozenTrial]) -> Figure:
@@ -291,15 +305,20 @@ def figure_history(done: Sequence[FrozenTrial]) -> Figure:
     return figure
 
 
-def figure_importance(shares: dict[str, float]) -> Figure:
-    """Bars, the largest on top."""
+def figure_importance(shares: dict[str, Estimate]) -> Figure:
+    """Dots with their intervals, the largest on top."""
     require("matplotlib")
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 1.0 + 0.28 * len(shares)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(list(shares), [100 * value for value in shares.values()], color=BLUE)
+    for y, share in enumerate(shares.values()):
+        if share.known:
+            axes.plot([100 * share.low, 100 * share.high], [y, y], color=GREY, linewidth=2)
+        axes.plot(100 * share.value, y, "o", color=BLUE)
+    axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
+    axes.set_xlim(left=0)
     axes.set_xlabel("share of the variance (%)")
     return figure

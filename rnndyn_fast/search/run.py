@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from rnndyn_fast.graph.spec.yaml_files import network_to_plain
 from rnndyn_fast.optional import require
 from rnndyn_fast.search.architecture import build_network, count_parameters
 from rnndyn_fast.search.config import SearchConfig
+from rnndyn_fast.search.report import CONFIG, REPORT, TRIALS, write_report
 from rnndyn_fast.search.space import Space
 from rnndyn_fast.search.storage import (
     INFEASIBLE,
@@ -36,13 +36,13 @@ from rnndyn_fast.search.storage import (
     recover,
     retried,
 )
-from rnndyn_fast.train import EpochMetrics, QuietReporter, config_yaml, read_metrics, train
-from rnndyn_fast.train.loop import INITIAL, LAST
+from rnndyn_fast.search.training import train_quietly
+from rnndyn_fast.train import EpochMetrics, config_yaml
+from rnndyn_fast.train.loop import LAST
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-TRIALS, CONFIG, REPORT = "trials", "search.yaml", "report.html"
 WAIT_S = 1.0  # between looks at trials that other workers still run
 Say = Callable[[str], None]
 
@@ -86,8 +86,6 @@ def search(config: SearchConfig, *, say: Say = print) -> Path:
     done = finished(study.get_trials(deepcopy=False))
     if len(done) < config.trials:
         raise ChildProcessError(f"search: {len(done)} of {config.trials} trials are finished; --resume continues")
-    from rnndyn_fast.search.report import write_report
-
     return write_report(study, config, space)
 
 
@@ -235,6 +233,7 @@ def run_trial(
         return _objectives(trial, accuracy(twin), config)
 
     told = 0  # epochs; after a resume those before it are told first
+    began = time.process_time()
 
     def on_epoch(rows: Sequence[EpochMetrics]) -> None:
         nonlocal told
@@ -243,20 +242,16 @@ def run_trial(
             trial.report(_score(row, config), row.epoch)
         told = len(rows)
         trial.set_user_attr("seconds", sum(row.seconds for row in rows))
+        trial.set_user_attr("processor_seconds", time.process_time() - began)  # of this worker; a lost one's are lost with it
         if config.pruner != "none" and len(rows) < options.epochs and trial.should_prune():
             raise optuna.TrialPruned(f"worse than others ({config.pruner}) after epoch {len(rows)}")
 
-    started = _take_over(trial, folder)
-    options = dataclasses.replace(options, resume=started, overwrite=not started)
+    _take_over(trial, folder)
     try:
-        with warnings.catch_warnings():
-            # Which engine runs an architecture is no news in a search over many.
-            warnings.filterwarnings("ignore", message="running backend")
-            train(options, reporter=QuietReporter(), on_epoch=on_epoch)
+        rows = train_quietly(options, on_epoch)
     except FloatingPointError as error:
         trial.set_user_attr("diverged", str(error))
         raise optuna.TrialPruned(str(error)) from error
-    rows = read_metrics(folder)
     if not told:  # all epochs were done before its worker died
         on_epoch(rows)
     return _objectives(trial, max(_score(row, config) for row in rows), config)
@@ -283,8 +278,8 @@ def _twin(trial: Trial, study: Study) -> Any:
     return next((other for other in done if other.params == trial.params), None)
 
 
-def _take_over(trial: Trial, folder: Path) -> bool:
-    """Copy what the trial that this one repeats has left behind, if it is there; returns whether there is something to resume."""
+def _take_over(trial: Trial, folder: Path) -> None:
+    """Copy what the trial that this one repeats has left behind, if it is there."""
     before = retried(trial.study.get_trials(deepcopy=False)[trial.number])
     if before is not None and not folder.exists():
         old = folder.with_name(f"{before:04d}")
@@ -293,7 +288,6 @@ def _take_over(trial: Trial, folder: Path) -> bool:
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # atomically
                 shutil.copytree(old, Path(scratch) / folder.name)
                 os.replace(Path(scratch) / folder.name, folder)
-    return any((folder / name).exists() for name in (LAST, INITIAL))
 
 
 def _line(trial: Any) -> str:

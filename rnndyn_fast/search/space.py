@@ -219,6 +219,10 @@ def _choice(name: str, value: Any) -> Options | Range:
         one = Range(numbers[0], numbers[1], value.get("step"), bool(value.get("log", False)))
         if not one.low < one.high or (one.log and (one.low <= 0 or one.step)):
             raise ValueError(f"space: {name}: expected low < high, and with log a positive low and no step, got {dict(value)}")
+        if one.step is not None and not 0 < one.step <= one.high - one.low:
+            raise ValueError(f"space: {name}: expected a step of more than 0 and at most high - low, got {dict(value)}")
+        if one.step is not None and isinstance(one.low, int) and isinstance(one.high, int) and not isinstance(one.step, int):
+            raise ValueError(f"space: {name}: expected an int as step between ints, got {dict(value)}")
         return one
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not values or any(not isinstance(v, Scalar) for v in values) or len(set(map(repr, values))) != len(values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,8 +37,10 @@ def import_optuna() -> Any:
 
 
 def storage_url(config: SearchConfig) -> str:
-    """Where the study is kept."""
-    return config.storage or f"sqlite:///{(Path(config.out) / STORAGE).absolute()}"
+    """Where the study is kept. PostgreSQL is spoken to by psycopg, unless the URL names another driver."""
+    if config.storage is None:
+        return f"sqlite:///{(Path(config.out) / STORAGE).absolute()}"
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", config.storage)
 
 
 def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> Study:
@@ -54,6 +57,8 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     url = storage_url(config)
+    if url.startswith("postgresql+psycopg:"):
+        require("psycopg")
     # Two workers may want to write to an SQLite file at once: one waits for the other.
     engine = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     sampler, pruner = _sampler(optuna, config, sampler_seed), _pruner(optuna, config)
@@ -72,13 +77,19 @@ def open_study(config: SearchConfig, *, create: bool, sampler_seed: int = 0) -> 
             )
         return optuna.load_study(study_name=config.study, storage=storage, sampler=sampler, pruner=pruner)
     except KeyError as error:
-        raise FileNotFoundError(f"resume: no study {config.study!r} in {url}") from error
+        raise FileNotFoundError(f"resume: no study {config.study!r} in {_shown(url)}") from error
     except (ArgumentError, NoSuchModuleError) as error:
-        raise ValueError(f"storage: expected a database URL as postgresql://user@host/name, got {url!r}: {error}") from error
+        raise ValueError(f"storage: expected a database URL as postgresql://user@host/name, got {_shown(url)!r}: {error}") from error
     except ImportError as error:
-        raise ImportError(f"storage: the driver for {url} is not installed; for PostgreSQL: pip install psycopg[binary]") from error
+        raise ImportError(f"storage: the driver for {_shown(url)} is not installed: {error}") from error
     except SQLAlchemyError as error:
-        raise OSError(f"storage: {url} cannot be used: {error}") from error
+        reason = " ".join(str(error.__cause__ or error).split())  # (of many lines)
+        raise OSError(f"storage: {_shown(url)} cannot be used: {reason}") from error
+
+
+def _shown(url: str) -> str:
+    """A URL without its password."""
+    return re.sub(r"(//[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def _sampler(optuna: Any, config: SearchConfig, seed: int) -> Any:
@@ -191,6 +202,16 @@ def finished(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and INFEASIBLE not in t.user_attrs]
+
+
+def completed(study: Study) -> list[FrozenTrial]:
+    """Completed trials, best first; of those that came out equal, the one with fewer parameters first. Repeated ones count once."""
+    require("optuna")
+
+    from optuna.trial import TrialState
+
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "same_as" not in t.user_attrs]
+    return sorted(done, key=lambda t: (-accuracy(t), t.user_attrs["parameters"]))
 
 
 @contextmanager
