@@ -58,15 +58,15 @@ def test_parameters_that_cannot_be_matched_are_told() -> None:
 def test_it_goes_on_where_it_was(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compare"
     module = compare_function.__globals__
-    train, trained = module["train"], []
+    train, trained = module["train_quietly"], []
 
-    def counted(options: Any, **kwargs: Any) -> Path:
+    def counted(options: Any, **kwargs: Any) -> Any:
         trained.append(Path(options.out).parent.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return Path(train(options, **kwargs))
+        return train(options, **kwargs)
 
-    monkeypatch.setitem(module, "train", counted)
+    monkeypatch.setitem(module, "train_quietly", counted)
     with pytest.raises(KeyboardInterrupt):
         compare(config(images, out))
     assert "feedforward, seed 0:" in capsys.readouterr().out

@@ -185,9 +185,9 @@ def build_network(
     'layer1'
     """
     a = architecture
-    for name, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
+    for argument, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+            raise ValueError(f"{argument}: expected an int of at least 1, got {value!r}")
     if _map_size(a, a.depth, image_size) < 2:
         stride = f", stem_stride: {a.depth} layers after a stem of stride {a.stem_stride}" if a.stem_stride > 1 else f": {a.depth} layers"
         raise ValueError(f"depth{stride} make maps of {image_size} px smaller than 2 x 2")
