@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rnndyn_fast.optional import require
+
 
 class RepeatedKeyError(ValueError):
     """A mapping has a key twice."""
@@ -29,6 +31,7 @@ def plain_values(text: str, *, is_json: bool = False) -> Any:
     """
     if is_json:
         return json.loads(text, object_pairs_hook=_once)
+    require("yaml")
     import yaml
 
     class Once(yaml.SafeLoader):

@@ -138,6 +138,7 @@ def _config_file(parser: CommandParser, value: str) -> str:
 
 
 def _refuse_repeated_keys(path: Path) -> None:
+    require("yaml")
     import yaml
 
     from rnndyn_fast.plain_values import RepeatedKeyError, plain_values
