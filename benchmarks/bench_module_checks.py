@@ -46,6 +46,7 @@ def test_one_image(benchmark: Any) -> None:
     write_result(
         "module_checks" + ("_quick" if QUICK else ""),
         {
+            "section": "module checks",
             "what": "forward of blt_net_64, one image, with and without the look at its modules",
             "batch": 1,
             "timesteps": 10,

@@ -28,9 +28,9 @@ from rnndyn_fast.data import make_dataset
 from rnndyn_fast.models import blt_net_64
 from rnndyn_fast.train import loss_over_time, read_metrics
 
-SIZE, IMAGES, BATCH, EPOCHS, ROUNDS = (16, 32, 8, 2, 1) if QUICK else (64, 128, 32, 3, 5)
+SIZE, IMAGES, BATCH, EPOCHS, ROUNDS = (16, 32, 8, 2, 1) if QUICK else (64, 96, 32, 2, 3)
 NETWORK: dict[str, Any] = {"widths": (2, 4, 8, 16, 32), "timesteps": 3} if QUICK else {"widths": (32, 64, 128, 256, 512), "timesteps": 10}
-STEPS = 2 if QUICK else 6  # measured ones, of each kind
+STEPS = 2 if QUICK else 4  # measured ones, of each kind
 
 
 def launched(processes: int, *words: str) -> None:
