@@ -293,16 +293,16 @@ def test_network(precision: str, tolerance: float) -> None:
     assert _relative(weight, exact) < 100 * tolerance  # (a relu or a maximum decides a near tie otherwise)
 
 
-SMALL = [(h, w) for h in (1, 2, 5) for w in (1, 2, 4)]
+SMALL = [(1, 1), (2, 1), (5, 2), (1, 4)]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_maps_smaller_than_kernels(kernel: int, stride: int, transposed: bool) -> None:
-    """With every padding: grids of results may be wider than what they read, and have pixels that nothing reaches."""
+    """With padding and without: grids of results may be wider than what they read, and have pixels that nothing reaches."""
     function = functional.conv_transpose2d if transposed else functional.conv2d
-    for padding, (h, w), extra in itertools.product(range(kernel // 2 + 2), SMALL, (0, 1) if transposed and stride > 1 else (0,)):
+    for padding, (h, w), extra in itertools.product(sorted({0, kernel // 2}), SMALL, (0, 1) if transposed and stride > 1 else (0,)):
         options = {"stride": stride, "padding": padding, **({"output_padding": extra} if transposed else {})}
         x, weight = torch.randn(2, h, w, 5), torch.randn(*((5, 3) if transposed else (3, 5)), kernel, kernel)
         leaves = [x.permute(0, 3, 1, 2).double().requires_grad_(True), weight.double().requires_grad_(True)]
