@@ -95,12 +95,12 @@ from rnndyn_fast.program.kinds import KINDS
 x, state = torch.empty(8, 64, 64, 32), torch.empty(8, 64, 64, 32)
 torch.set_num_threads({threads})
 counts = [psutil.Process().num_threads()]
-KINDS["area_step"].run([x], rectify=True, state=state)
+KINDS["area_step"].run(drives=[x], rectify=True, state=state)
 counts.append(psutil.Process().num_threads())
 torch.relu(x)
 counts.append(psutil.Process().num_threads())
 torch.set_num_threads(1)
-KINDS["area_step"].run([x], rectify=True, state=state)
+KINDS["area_step"].run(drives=[x], rectify=True, state=state)
 counts.append(psutil.Process().num_threads())
 print(*counts)
 """

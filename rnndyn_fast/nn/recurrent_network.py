@@ -100,7 +100,8 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         if self.timesteps != timesteps:
             if "presentation" in options:  # (which says when the image goes)
                 raise TypeError(f"timesteps: expected {timesteps}, as the network was built, got {self.timesteps}; build it with as many")
-            options = {**options, "timesteps": self.timesteps}
+            if all(area.norm_steps is None for area in network.areas):  # (else it has norms for as many as it was built with)
+                options = {**options, "timesteps": self.timesteps}
         now = self.current().network
         changes = changed_layers(self, built)
         if now == network:  # (so flags that areas have been given say what is the case anyway)
