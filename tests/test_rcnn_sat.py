@@ -226,3 +226,6 @@ def test_longer_than_trained() -> None:
     with pytest.raises(ValueError, match="has batch norms for 2 time steps, got 3"):
         net(torch.zeros(2, 3, 64, 64))
     assert build(net.config).network == net.network
+    net.timesteps = 1
+    with pytest.raises(TypeError, match="timesteps: expected 2, as the network was built, got 1"):
+        _ = net.config

@@ -98,9 +98,10 @@ class RecurrentNetwork(NotScriptable, Experiments, nn.Module):
         if self.network != network:
             raise TypeError(f"network: expected the spec that {options['model']!r} was built with, got another one, which is not saved")
         if self.timesteps != timesteps:
-            if "presentation" in options:  # (which says when the image goes)
+            by_step = any(area.norm_steps is not None for area in network.areas)  # (norms, for as many steps as it was built with)
+            if "presentation" in options or (by_step and self.timesteps < timesteps):  # (a presentation says when the image goes)
                 raise TypeError(f"timesteps: expected {timesteps}, as the network was built, got {self.timesteps}; build it with as many")
-            if all(area.norm_steps is None for area in network.areas):  # (else it has norms for as many as it was built with)
+            if not by_step:
                 options = {**options, "timesteps": self.timesteps}
         now = self.current().network
         changes = changed_layers(self, built)
