@@ -408,3 +408,13 @@ def test_readme_names_only_options_there_are(capsys: pytest.CaptureFixture[str])
 def test_readme_benchmark_table_is_that_of_the_results() -> None:
     out = run(sys.executable, ROOT / "scripts" / "benchmark_tables.py", "--check", ROOT / "README.md")
     assert "up to date" in out
+
+
+def test_no_large_file_is_tracked() -> None:
+    """Wheels, data and builds are none of the repository's."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).is_file()}
+    assert {name: size for name, size in sizes.items() if size > 1 << 20} == {}
